@@ -1,0 +1,36 @@
+//! The sub-behaviours of one swarm. Limits come first: they refuse before anybody else allocates.
+
+use libp2p::swarm::NetworkBehaviour;
+use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::{
+    allow_block_list, connection_limits, gossipsub, identify, kad, mdns, memory_connection_limits, ping,
+    request_response,
+};
+
+use crate::rpc::ControlCodec;
+use crate::streams;
+
+/// What one swarm does.
+#[derive(NetworkBehaviour)]
+pub(crate) struct Behaviour {
+    /// Peers that the owner has blocked.
+    pub(crate) blocked: allow_block_list::Behaviour<allow_block_list::BlockedPeers>,
+    /// Connections, counted.
+    pub(crate) connections: connection_limits::Behaviour,
+    /// Physical memory of this process, in bytes: a share would trip as soon as weights are mapped.
+    pub(crate) memory: memory_connection_limits::Behaviour,
+    /// Who a peer is and which protocols it speaks.
+    pub(crate) identify: identify::Behaviour,
+    /// Whether it is still there, and how far away.
+    pub(crate) ping: ping::Behaviour,
+    /// Short requests and answers.
+    pub(crate) control: request_response::Behaviour<ControlCodec>,
+    /// Progress and blobs.
+    pub(crate) streams: streams::Behaviour,
+    /// Content keys to providers, under our own protocol name.
+    pub(crate) kad: Toggle<kad::Behaviour<kad::store::MemoryStore>>,
+    /// Signed adverts.
+    pub(crate) gossip: Toggle<gossipsub::Behaviour>,
+    /// Peers on the local network.
+    pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
+}

@@ -1,0 +1,364 @@
+//! The one task that owns the swarm.
+//!
+//! It only moves things: commands in, events out. Signatures are verified, disks read and models run
+//! elsewhere. No channel here can stop it: what it cannot hand on at once is dropped if it is news, and
+//! answered `Busy` if somebody waits for it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures::StreamExt;
+use kinoflock_protocol::NodeId;
+use kinoflock_protocol::rpc::Request;
+use libp2p::gossipsub::{IdentTopic, PublishError};
+use libp2p::metrics::Metrics;
+use libp2p::request_response::OutboundRequestId;
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::swarm::{ConnectionId, DialError, Stream};
+use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+
+use crate::behaviour::Behaviour;
+use crate::discovery::{Judged, Published};
+use crate::error::NetError;
+use crate::event::NetEvent;
+use crate::limits;
+use crate::names::Names;
+use crate::peer::{self, PeerInfo};
+use crate::rpc::{Answered, WireResponse};
+use crate::slots::PeerSlots;
+use crate::streams::OpenError;
+
+mod book;
+mod events;
+
+use book::Book;
+
+/// What the handle asks of the driver.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Make sure that there is a connection.
+    Connect { target: Target, reply: Reply<Result<NodeId, NetError>> },
+    /// Ask a connected peer.
+    Request { peer: PeerId, request: Box<Request>, reply: Reply<Result<WireResponse, RequestFailure>> },
+    /// Open a stream to a connected peer.
+    Open { peer: PeerId, protocol: StreamProtocol, reply: Reply<Result<Stream, OpenError>> },
+    /// Remember addresses of a node.
+    Learn { peer: PeerId, addrs: Vec<Multiaddr> },
+    /// What identify told about a connected peer, now or as soon as it has.
+    Identify { peer: PeerId, reply: Reply<PeerInfo> },
+    /// What identify told about all connected peers.
+    Peers { reply: Reply<Vec<PeerInfo>> },
+    /// Gossip an advert.
+    Publish { bytes: Vec<u8>, reply: Reply<Result<Published, NetError>> },
+    /// Refresh the DHT's routing table.
+    Bootstrap { reply: Reply<Result<(), NetError>> },
+    /// End all connections with a peer.
+    Disconnect { peer: PeerId },
+    /// Refuse connections with a peer, or no longer.
+    Block { peer: PeerId, blocked: bool },
+    /// End the driver and all connections.
+    Shutdown { reply: Reply<()> },
+}
+
+/// Where a command's answer goes; dropped when the driver cannot give one.
+pub(crate) type Reply<T> = oneshot::Sender<T>;
+
+/// Whom to connect to.
+#[derive(Debug)]
+pub(crate) enum Target {
+    /// A node, at these addresses and those already known.
+    Peer(PeerId, Vec<Multiaddr>),
+    /// Whoever answers at an address.
+    Address(Multiaddr),
+}
+
+/// Why a request got no answer.
+#[derive(Debug)]
+pub(crate) enum RequestFailure {
+    /// The peer does not speak the protocol in our version.
+    Unsupported,
+    /// No answer within [`limits::RPC_TIMEOUT`].
+    TimedOut,
+    /// Too many requests wait.
+    TooMany,
+    /// The connection or the stream ended.
+    Lost(String),
+}
+
+/// The addresses on which this process listens.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Listening {
+    pub(crate) addrs: Vec<Multiaddr>,
+    /// Listeners that have not told an address yet.
+    pub(crate) pending: usize,
+}
+
+/// The ends of the channels that the driver holds.
+pub(crate) struct Channels {
+    pub(crate) commands: mpsc::Receiver<Command>,
+    pub(crate) events: mpsc::Sender<NetEvent>,
+    pub(crate) listening: watch::Sender<Listening>,
+}
+
+/// The driver's state.
+pub(crate) struct Driver {
+    swarm: Swarm<Behaviour>,
+    names: Names,
+    metrics: Option<Metrics>,
+    topic: IdentTopic,
+    channels: Channels,
+    book: Book,
+    /// Callers that wait for a connection; at most [`limits::WAITERS`].
+    connecting: HashMap<PeerId, Vec<Reply<Result<NodeId, NetError>>>>,
+    /// Dials to addresses whose node is not known; at most [`limits::WAITERS`].
+    dialing: HashMap<ConnectionId, (Multiaddr, Reply<Result<NodeId, NetError>>)>,
+    /// Callers that wait for an identify record; at most [`limits::WAITERS`].
+    identifying: HashMap<PeerId, Vec<Reply<PeerInfo>>>,
+    /// Requests that wait for their answer; at most [`limits::OUTBOUND_REQUESTS`].
+    requests: HashMap<OutboundRequestId, Reply<Result<WireResponse, RequestFailure>>>,
+    /// Places for inbound requests, of each peer and of all.
+    inbound_per_peer: PeerSlots<PeerId>,
+    inbound: Arc<Semaphore>,
+    /// Answers from the owner. Each holds one of the places, so the channel is never full.
+    answers: (mpsc::Sender<Answered>, mpsc::Receiver<Answered>),
+    /// Places for adverts that wait for their verdict.
+    adverts: Arc<Semaphore>,
+    /// Verdicts from the owner. Each holds one of the places, so the channel is never full.
+    verdicts: (mpsc::Sender<Judged>, mpsc::Receiver<Judged>),
+}
+
+impl Driver {
+    pub(crate) fn new(
+        swarm: Swarm<Behaviour>,
+        names: Names,
+        metrics: Option<Metrics>,
+        channels: Channels,
+    ) -> Self {
+        Self {
+            swarm,
+            topic: names.topic(),
+            names,
+            metrics,
+            channels,
+            book: Book::default(),
+            connecting: HashMap::new(),
+            dialing: HashMap::new(),
+            identifying: HashMap::new(),
+            requests: HashMap::new(),
+            inbound_per_peer: PeerSlots::new(limits::INBOUND_REQUESTS_PER_PEER),
+            inbound: Arc::new(Semaphore::new(limits::INBOUND_REQUESTS)),
+            answers: mpsc::channel(limits::INBOUND_REQUESTS),
+            adverts: Arc::new(Semaphore::new(limits::ADVERTS)),
+            verdicts: mpsc::channel(limits::ADVERTS),
+        }
+    }
+
+    /// Runs until [`Command::Shutdown`] or until every handle is gone.
+    pub(crate) async fn run(mut self) {
+        loop {
+            tokio::select! {
+                event = self.swarm.select_next_some() => self.on_swarm_event(event),
+                Some(answered) = self.answers.1.recv() => self.on_answer(answered),
+                Some(judged) = self.verdicts.1.recv() => self.on_verdict(&judged),
+                command = self.channels.commands.recv() => match command {
+                    None => return,
+                    Some(Command::Shutdown { reply }) => {
+                        drop(self);
+                        let _ = reply.send(());
+                        return;
+                    }
+                    Some(command) => self.on_command(command),
+                },
+            }
+        }
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Connect { target: Target::Peer(peer, addrs), reply } => self.connect(peer, addrs, reply),
+            Command::Connect { target: Target::Address(addr), reply } => self.dial(addr, reply),
+            Command::Request { peer, request, reply } => self.request(peer, request, reply),
+            Command::Open { peer, protocol, reply } => {
+                self.swarm.behaviour_mut().streams.open(peer, protocol, reply);
+            }
+            Command::Learn { peer, addrs } => self.book.learn(peer, addrs),
+            Command::Identify { peer, reply } => self.identify(peer, reply),
+            Command::Peers { reply } => {
+                let _ = reply.send(self.book.connected_peers());
+            }
+            Command::Publish { bytes, reply } => {
+                let _ = reply.send(self.publish(bytes));
+            }
+            Command::Bootstrap { reply } => {
+                let _ = reply.send(self.bootstrap());
+            }
+            Command::Disconnect { peer } => {
+                // An error means that it was not connected.
+                let _ = self.swarm.disconnect_peer_id(peer);
+            }
+            Command::Block { peer, blocked: true } => {
+                self.swarm.behaviour_mut().blocked.block_peer(peer);
+            }
+            Command::Block { peer, blocked: false } => {
+                self.swarm.behaviour_mut().blocked.unblock_peer(peer);
+            }
+            Command::Shutdown { .. } => {}
+        }
+    }
+
+    fn connect(&mut self, peer: PeerId, addrs: Vec<Multiaddr>, reply: Reply<Result<NodeId, NetError>>) {
+        let Some(node) = peer::node_id(&peer) else { return };
+        if self.swarm.is_connected(&peer) {
+            let _ = reply.send(Ok(node));
+            return;
+        }
+        if !make_room(&mut self.connecting) {
+            let _ = reply.send(Err(too_many_waiters()));
+            return;
+        }
+        self.book.learn(peer, addrs);
+        let known = self.book.addresses(&peer);
+        let opts = DialOpts::peer_id(peer)
+            .condition(PeerCondition::DisconnectedAndNotDialing)
+            .addresses(known)
+            .extend_addresses_through_behaviour()
+            .build();
+        match self.swarm.dial(opts) {
+            // Somebody dials it already: wait for the same outcome.
+            Ok(()) | Err(DialError::DialPeerConditionFalse(_)) => {
+                self.connecting.entry(peer).or_default().push(reply);
+            }
+            Err(DialError::NoAddresses) => {
+                let _ = reply.send(Err(NetError::NoAddress { node }));
+            }
+            Err(error) => {
+                let _ = reply.send(Err(dial_error(&node.to_string(), &error)));
+            }
+        }
+    }
+
+    fn dial(&mut self, addr: Multiaddr, reply: Reply<Result<NodeId, NetError>>) {
+        self.dialing.retain(|_, (_, reply)| !reply.is_closed());
+        if self.dialing.len() >= limits::WAITERS {
+            let _ = reply.send(Err(too_many_waiters()));
+            return;
+        }
+        let opts = DialOpts::unknown_peer_id().address(addr.clone()).build();
+        let id = opts.connection_id();
+        match self.swarm.dial(opts) {
+            Ok(()) => {
+                self.dialing.insert(id, (addr, reply));
+            }
+            Err(error) => {
+                let _ = reply.send(Err(dial_error(&addr.to_string(), &error)));
+            }
+        }
+    }
+
+    fn request(
+        &mut self,
+        peer: PeerId,
+        request: Box<Request>,
+        reply: Reply<Result<WireResponse, RequestFailure>>,
+    ) {
+        if self.requests.len() >= limits::OUTBOUND_REQUESTS {
+            let _ = reply.send(Err(RequestFailure::TooMany));
+            return;
+        }
+        if !self.swarm.is_connected(&peer) {
+            let _ = reply.send(Err(RequestFailure::Lost("it has just ended".into())));
+            return;
+        }
+        let id = self.swarm.behaviour_mut().control.send_request(&peer, Ok(request));
+        self.requests.insert(id, reply);
+    }
+
+    fn identify(&mut self, peer: PeerId, reply: Reply<PeerInfo>) {
+        if let Some(info) = self.book.info(&peer) {
+            let _ = reply.send(info.clone());
+        } else if self.swarm.is_connected(&peer) && make_room(&mut self.identifying) {
+            self.identifying.entry(peer).or_default().push(reply);
+        }
+    }
+
+    fn publish(&mut self, bytes: Vec<u8>) -> Result<Published, NetError> {
+        let topic = self.topic.clone();
+        let gossip =
+            self.swarm.behaviour_mut().gossip.as_mut().ok_or(NetError::RoleOff { role: "gossip" })?;
+        let given = bytes.len();
+        match gossip.publish(topic, bytes) {
+            Ok(_) => Ok(Published::Sent),
+            Err(PublishError::NoPeersSubscribedToTopic) => Ok(Published::NobodyListens),
+            Err(PublishError::Duplicate) => Ok(Published::Duplicate),
+            Err(PublishError::AllQueuesFull(limit)) => {
+                Err(NetError::TooMany { what: "adverts to all peers", limit })
+            }
+            Err(_) => Err(NetError::TooLong { what: "an advert", limit: limits::ADVERT_BYTES, given }),
+        }
+    }
+
+    fn bootstrap(&mut self) -> Result<(), NetError> {
+        let kad = self.swarm.behaviour_mut().kad.as_mut().ok_or(NetError::RoleOff { role: "kad" })?;
+        // An error means that no peer is known yet; the first identified one starts it.
+        let _ = kad.bootstrap();
+        Ok(())
+    }
+
+    fn on_answer(&mut self, answered: Answered) {
+        // The peer may have gone or its time may be up; then nobody reads the answer.
+        let _ = self.swarm.behaviour_mut().control.send_response(answered.channel, Ok(answered.response));
+    }
+
+    fn on_verdict(&mut self, judged: &Judged) {
+        if let Some(gossip) = self.swarm.behaviour_mut().gossip.as_mut() {
+            gossip.report_message_validation_result(&judged.id, &judged.source, judged.verdict.into());
+        }
+    }
+
+    /// Tells the owner. When it does not keep up, this is dropped; whoever waits inside of it hears `Busy`.
+    fn tell(&self, event: NetEvent) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.channels.events.try_send(event) {
+            tracing::debug!(limit = limits::EVENTS, "net_event_dropped");
+        }
+    }
+}
+
+/// Whether one more may wait, after those that gave up have been forgotten.
+fn make_room<T>(waiting: &mut HashMap<PeerId, Vec<Reply<T>>>) -> bool {
+    waiting.retain(|_, replies| {
+        replies.retain(|reply| !reply.is_closed());
+        !replies.is_empty()
+    });
+    waiting.values().map(Vec::len).sum::<usize>() < limits::WAITERS
+}
+
+fn too_many_waiters() -> NetError {
+    NetError::TooMany { what: "connection attempts", limit: limits::WAITERS }
+}
+
+/// A failed dial in words: each address with its innermost cause.
+fn dial_error(target: &str, error: &DialError) -> NetError {
+    let why = match error {
+        DialError::Transport(tried) => tried
+            .iter()
+            .map(|(addr, error)| format!("{addr}: {}", innermost(error)))
+            .collect::<Vec<_>>()
+            .join("; "),
+        DialError::Denied { cause } => innermost(cause),
+        DialError::WrongPeerId { obtained, address } => {
+            format!("at {address} there is {obtained} instead")
+        }
+        DialError::LocalPeerId { .. } => "that is this process itself".into(),
+        other => other.to_string(),
+    };
+    NetError::Dial { target: target.to_owned(), why }
+}
+
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}

@@ -1,0 +1,124 @@
+//! What is remembered about peers: addresses, identify record, round trip. Bounded, least recent first out.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+
+use libp2p::{Multiaddr, PeerId};
+
+use crate::limits;
+use crate::peer::PeerInfo;
+
+/// The peers that are remembered; at most [`limits::PEERS`] besides the connected ones.
+#[derive(Debug, Default)]
+pub(super) struct Book {
+    peers: HashMap<PeerId, Known>,
+    /// Counts touches; orders peers by recency.
+    clock: u64,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Newest first.
+    addrs: VecDeque<Multiaddr>,
+    /// The remote address of the newest connection.
+    remote: Option<Multiaddr>,
+    info: Option<PeerInfo>,
+    connected: bool,
+    touched: u64,
+}
+
+impl Book {
+    /// Remembers addresses at which a peer may be reached.
+    pub(super) fn learn(&mut self, peer: PeerId, addrs: impl IntoIterator<Item = Multiaddr>) {
+        let known = self.touch(peer);
+        for addr in addrs {
+            known.addrs.retain(|other| *other != addr);
+            known.addrs.push_front(addr);
+        }
+        known.addrs.truncate(limits::ADDRESSES_PER_PEER);
+    }
+
+    pub(super) fn addresses(&self, peer: &PeerId) -> Vec<Multiaddr> {
+        self.peers.get(peer).map(|known| known.addrs.iter().cloned().collect()).unwrap_or_default()
+    }
+
+    pub(super) fn connected(&mut self, peer: PeerId, remote: Multiaddr, dialed: bool) {
+        if dialed {
+            self.learn(peer, [remote.clone()]);
+        }
+        let known = self.touch(peer);
+        known.connected = true;
+        known.remote = Some(remote);
+    }
+
+    pub(super) fn disconnected(&mut self, peer: &PeerId) {
+        if let Some(known) = self.peers.get_mut(peer) {
+            known.connected = false;
+            // It may come back as another version.
+            known.info = None;
+        }
+    }
+
+    pub(super) fn remote(&self, peer: &PeerId) -> Option<&Multiaddr> {
+        self.peers.get(peer).and_then(|known| known.remote.as_ref())
+    }
+
+    pub(super) fn identified(&mut self, peer: PeerId, mut info: PeerInfo) {
+        let known = self.touch(peer);
+        info.round_trip = known.info.as_ref().and_then(|old| old.round_trip);
+        known.info = Some(info);
+    }
+
+    pub(super) fn info(&self, peer: &PeerId) -> Option<&PeerInfo> {
+        self.peers.get(peer).and_then(|known| known.info.as_ref())
+    }
+
+    pub(super) fn pinged(&mut self, peer: &PeerId, round_trip: Duration) {
+        if let Some(info) = self.peers.get_mut(peer).and_then(|known| known.info.as_mut()) {
+            info.round_trip = Some(round_trip);
+        }
+    }
+
+    pub(super) fn connected_peers(&self) -> Vec<PeerInfo> {
+        self.peers.values().filter(|known| known.connected).filter_map(|known| known.info.clone()).collect()
+    }
+
+    fn touch(&mut self, peer: PeerId) -> &mut Known {
+        self.clock += 1;
+        if self.peers.len() >= limits::PEERS && !self.peers.contains_key(&peer) {
+            self.forget_oldest();
+        }
+        let known = self.peers.entry(peer).or_default();
+        known.touched = self.clock;
+        known
+    }
+
+    fn forget_oldest(&mut self) {
+        let oldest =
+            self.peers.iter().filter(|(_, known)| !known.connected).min_by_key(|(_, known)| known.touched);
+        if let Some(peer) = oldest.map(|(peer, _)| *peer) {
+            self.peers.remove(&peer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_book_is_bounded_and_keeps_connected_peers() {
+        let mut book = Book::default();
+        let addr: Multiaddr = "/ip4/127.0.0.1/tcp/1".parse().expect("address");
+        let kept = PeerId::random();
+        book.connected(kept, addr.clone(), true);
+        for _ in 0..2 * limits::PEERS {
+            book.learn(PeerId::random(), [addr.clone()]);
+        }
+        assert!(book.peers.len() <= limits::PEERS);
+        assert_eq!(book.addresses(&kept), vec![addr]);
+        let many = (1..100).map(|port| format!("/ip4/127.0.0.1/tcp/{port}").parse().expect("address"));
+        book.learn(kept, many.collect::<Vec<Multiaddr>>());
+        assert_eq!(book.addresses(&kept).len(), limits::ADDRESSES_PER_PEER);
+    }
+}

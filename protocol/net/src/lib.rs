@@ -1,0 +1,52 @@
+//! The libp2p swarm that Kinoflock node and client share.
+//!
+//! [`start`] builds one swarm from a [`NetConfig`] and hands it to one driver task. What comes back is a
+//! [`NetHandle`] (clone it freely; every method talks to the driver over a bounded channel or works on a
+//! stream that the driver handed out) and the receiver of [`NetEvent`]s.
+//!
+//! The pieces, in the order in which a byte meets them:
+//! - [`config`]: what the swarm is told; roles (kad, gossip, mDNS) are toggles;
+//! - `swarm` and `behaviour`: transports and sub-behaviours;
+//! - `driver`: the task that owns the swarm. It never verifies, reads a disk or infers;
+//! - [`rpc`]: short requests and answers, 64 KiB each, with our own codec;
+//! - [`streams`]: long-lived streams. A queue with a bound, and `Busy` above it;
+//! - [`progress`]: the events of a job over one stream;
+//! - [`blobs`]: content by its hash, verified MiB by MiB;
+//! - [`discovery`]: mDNS, Kademlia's bootstrap, signed adverts over gossip.
+
+pub mod blobs;
+pub mod config;
+pub mod discovery;
+pub mod error;
+pub mod event;
+pub mod handle;
+pub mod limits;
+pub mod peer;
+pub mod progress;
+pub mod rate;
+pub mod rpc;
+pub mod streams;
+
+mod behaviour;
+mod driver;
+mod framed;
+mod inbound;
+mod names;
+mod opener;
+mod slots;
+mod swarm;
+
+pub use blobs::{
+    BlobReader, BlobSink, BlobSource, FetchError, FetchOptions, FetchProgress, FetchReport, FileSink,
+    HolderFault, MemorySink,
+};
+pub use config::{Identity, KadRole, NetConfig, Rates};
+pub use discovery::{Advert, Published, Verdict};
+pub use error::NetError;
+pub use event::{NetEvent, NetEvents};
+pub use handle::NetHandle;
+pub use libp2p::{Multiaddr, PeerId, multiaddr};
+pub use peer::PeerInfo;
+pub use progress::{ProgressSender, ProgressSink, ProgressStream};
+pub use rpc::Responder;
+pub use swarm::{start, start_with_metrics};

@@ -1,0 +1,119 @@
+//! Every bound of the network layer, with its unit and what happens when it is reached.
+
+use std::time::Duration;
+
+use kinoflock_protocol::Millis;
+
+/// Commands waiting for the driver. When full, the caller of a handle's method waits.
+pub const COMMANDS: usize = 64;
+/// Events waiting for the owner. When full, news is dropped, and whoever asks us something hears `Busy`.
+pub const EVENTS: usize = 256;
+
+/// Inbound control requests being answered, all peers together. Above it a request hears `Busy`.
+pub const INBOUND_REQUESTS: usize = 256;
+/// Inbound control requests being answered for one peer. Above it a request hears `Busy`.
+pub const INBOUND_REQUESTS_PER_PEER: usize = 32;
+/// Outbound control requests waiting for an answer. Above it the caller gets `TooManyRequests`.
+pub const OUTBOUND_REQUESTS: usize = 512;
+/// Outbound control requests in flight to one peer. Further ones wait inside the handle.
+pub const OUTBOUND_REQUESTS_PER_PEER: usize = 16;
+/// Control streams of one connection inside request-response; above it that layer drops streams.
+pub const RPC_STREAMS_PER_CONNECTION: usize = 512;
+/// Longest time that a control request may take, reading, answering and writing included.
+pub const RPC_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time a control request is given when its caller names none.
+pub const RPC_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Streams that we hold open to one peer at once. Further opens wait inside the handle.
+pub const OUTBOUND_STREAMS_PER_PEER: usize = 256;
+/// Streams to one peer that are being negotiated at once. Further opens wait in the handler's queue.
+pub const NEGOTIATING_STREAMS: usize = 32;
+/// Opens waiting in one connection's handler. Above it an open fails with `TooManyStreams`.
+pub const QUEUED_OPENS: usize = 1024;
+/// Streams that one peer may hold open to us. Higher than what we open ourselves, because the far side
+/// learns later than we do that a stream has ended. Above it a stream hears `Busy`.
+pub const INBOUND_STREAMS_PER_PEER: usize = 320;
+/// Inbound streams, all peers together. Above it a stream hears `Busy`.
+pub const INBOUND_STREAMS: usize = 4096;
+/// `Busy` answers being written on one connection. Above it the stream is reset without a word.
+pub const BUSY_ANSWERS: usize = 64;
+/// Time to write a `Busy` answer.
+pub const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for the opener's first frame, and for the owner's verdict on it.
+pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for a whole open: waiting for a slot, negotiation, hello, answer.
+pub const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
+/// Tries to open a stream that ended before its answer came.
+pub const OPEN_TRIES: u32 = 3;
+/// When we are at a limit of our own, we ask others to come back after this.
+pub const RETRY_AFTER: Millis = Millis(2_000);
+/// Time within which a frame must be written once begun; a peer that reads slower loses the stream.
+pub const FRAME_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Progress events waiting in a sink for the network. When full, the sender waits.
+pub const PROGRESS_QUEUE: usize = 32;
+/// A silent progress stream says "still here" this often.
+pub const HEARTBEAT: Duration = Duration::from_secs(15);
+/// A progress stream that says nothing for this long is given up.
+pub const PROGRESS_IDLE: Duration = Duration::from_secs(60);
+
+/// Streams that yamux lets one connection hold, both directions; at this number yamux ends the connection.
+/// Higher than all that both sides open by their own limits.
+pub const MUXER_STREAMS: usize = 1024;
+/// Streams that are negotiated at once per connection, inbound.
+pub const NEGOTIATING_INBOUND: usize = 128;
+
+/// Bytes of a blob moved per read, write and timeout.
+pub const BLOB_PIECE: usize = 64 * 1024;
+/// Chunks that a fetch asks of one holder at a time, at most.
+pub const BLOB_RUN: u64 = 8;
+/// Runs of chunks that a fetch keeps in flight at one holder.
+pub const BLOB_PIPELINE: usize = 2;
+/// Holders that one fetch draws on at once; further ones are taken when one falls away.
+pub const BLOB_HOLDERS: usize = 8;
+/// Disk reads for peers running at once on the blocking pool. Further ones wait.
+pub const BLOB_READS: usize = 16;
+/// A served stream on which nothing is asked for this long is closed.
+pub const BLOB_IDLE: Duration = Duration::from_secs(60);
+/// A holder that sends nothing for this long is dropped, unless the caller says otherwise.
+pub const BLOB_STALL: Duration = Duration::from_secs(20);
+/// A holder that needs longer for one chunk is dropped, unless the caller says otherwise.
+pub const BLOB_CHUNK_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Largest gossiped advert, bytes.
+pub const ADVERT_BYTES: usize = kinoflock_protocol::limits::MAX_ADVERT;
+/// Adverts whose verdict is awaited. Above it an advert is ignored (neither forwarded nor held against
+/// its sender).
+pub const ADVERTS: usize = 128;
+
+/// Peers whose identify record and addresses are remembered; the oldest goes first.
+pub const PEERS: usize = 1024;
+/// Addresses remembered per peer.
+pub const ADDRESSES_PER_PEER: usize = 16;
+/// Protocol names remembered per peer.
+pub const PROTOCOLS_PER_PEER: usize = 64;
+/// Callers waiting for one connection or one identify record. Above it the caller gets `TooManyRequests`.
+pub const WAITERS: usize = 1024;
+/// Time to wait for a peer's identify record when a negotiation failed, to tell which version it speaks.
+pub const IDENTIFY_WAIT: Duration = Duration::from_secs(5);
+/// Time for a dial.
+pub const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Connections from others, established.
+pub const CONNECTIONS_IN: u32 = 256;
+/// Connections to others, established.
+pub const CONNECTIONS_OUT: u32 = 64;
+/// Connections with one peer.
+pub const CONNECTIONS_PER_PEER: u32 = 4;
+/// Connections from others, handshake not finished.
+pub const CONNECTIONS_PENDING_IN: u32 = 64;
+/// Connections to others, handshake not finished.
+pub const CONNECTIONS_PENDING_OUT: u32 = 64;
+/// Physical memory of the process above which new connections are refused, bytes.
+pub const MEMORY_BYTES: usize = 8 * 1024 * 1024 * 1024;
+/// A connection without a stream is closed after this.
+pub const IDLE_CONNECTION: Duration = Duration::from_secs(60);
+/// QUIC gives up a silent connection after this.
+pub const QUIC_IDLE: Duration = Duration::from_secs(30);
+/// QUIC says "still here" this often.
+pub const QUIC_KEEP_ALIVE: Duration = Duration::from_secs(5);

@@ -1,0 +1,193 @@
+//! The one builder of swarms: TCP with Noise and Yamux, QUIC, DNS, and the sub-behaviours by the roles of
+//! the configuration.
+
+use std::num::NonZeroUsize;
+
+use libp2p::connection_limits::ConnectionLimits;
+use libp2p::core::muxing::StreamMuxerBox;
+use libp2p::core::upgrade::Version;
+use libp2p::metrics::{BandwidthTransport, Metrics, Registry};
+use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::{
+    Multiaddr, PeerId, Swarm, Transport, connection_limits, core, dns, identify, identity, mdns,
+    memory_connection_limits, noise, ping, quic, request_response, tcp, yamux,
+};
+use tokio::sync::{mpsc, watch};
+
+use crate::behaviour::Behaviour;
+use crate::config::{Identity, NetConfig};
+use crate::driver::{Channels, Driver, Listening};
+use crate::error::NetError;
+use crate::event::NetEvents;
+use crate::handle::NetHandle;
+use crate::names::Names;
+use crate::rpc::ControlCodec;
+use crate::streams::Incoming;
+use crate::{discovery, inbound, limits, streams};
+
+/// Starts a swarm and its driver task on the current tokio runtime. Returns once every configured address is
+/// listened on. The swarm ends with [`NetHandle::shutdown`] or when the last handle is dropped.
+///
+/// # Errors
+/// `Start` when no swarm could be built, `Listen` when an address is taken or not of this machine.
+pub async fn start(config: NetConfig) -> Result<(NetHandle, NetEvents), NetError> {
+    start_with_metrics(config, None).await
+}
+
+/// As [`start`], with libp2p's own metrics registered.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_with_metrics(
+    config: NetConfig,
+    mut registry: Option<&mut Registry>,
+) -> Result<(NetHandle, NetEvents), NetError> {
+    let keypair = keypair(&config.identity)?;
+    let names = Names::new(&config.network, config.version);
+    let (mut swarm, incoming) = build(&config, &keypair, &names, registry.as_deref_mut())?;
+    let pending = listen(&mut swarm, &config.listen)?;
+    for addr in &config.external {
+        swarm.add_external_address(addr.clone());
+    }
+    let (command_sender, commands) = mpsc::channel(limits::COMMANDS);
+    let (event_sender, events) = mpsc::channel(limits::EVENTS);
+    let (listening_sender, listening) = watch::channel(Listening { addrs: Vec::new(), pending });
+    let handle =
+        NetHandle::new(&config, keypair.public().to_peer_id(), names.clone(), command_sender, listening);
+    tokio::spawn(inbound::accept(names.clone(), incoming, handle.acceptor(event_sender.clone())));
+    let channels = Channels { commands, events: event_sender, listening: listening_sender };
+    let metrics = registry.map(Metrics::new);
+    tokio::spawn(Driver::new(swarm, names, metrics, channels).run());
+    handle.listening().await?;
+    handle.join_bootstrap(config.bootstrap);
+    Ok((handle, events))
+}
+
+fn keypair(identity: &Identity) -> Result<identity::Keypair, NetError> {
+    match identity {
+        Identity::Fresh => Ok(identity::Keypair::generate_ed25519()),
+        // libp2p zeroes the copy that it is given.
+        Identity::Key(key) => identity::Keypair::ed25519_from_bytes(key.seed().to_vec())
+            .map_err(|error| NetError::Start { why: error.to_string() }),
+    }
+}
+
+type Built = (Swarm<Behaviour>, mpsc::Receiver<Incoming>);
+
+fn build(
+    config: &NetConfig,
+    keypair: &identity::Keypair,
+    names: &Names,
+    registry: Option<&mut Registry>,
+) -> Result<Built, NetError> {
+    let transport = transport(keypair, registry)?;
+    let (behaviour, incoming) = behaviour(config, keypair, names)?;
+    let buffer = const { NonZeroUsize::new(32).expect("invariant: not zero") };
+    let swarm_config = libp2p::swarm::Config::with_tokio_executor()
+        .with_idle_connection_timeout(limits::IDLE_CONNECTION)
+        .with_max_negotiating_inbound_streams(limits::NEGOTIATING_INBOUND)
+        .with_notify_handler_buffer_size(buffer)
+        .with_per_connection_event_buffer_size(buffer.get())
+        .with_smart_dial();
+    let swarm = Swarm::new(transport, behaviour, keypair.public().to_peer_id(), swarm_config);
+    Ok((swarm, incoming))
+}
+
+type Boxed = core::transport::Boxed<(PeerId, StreamMuxerBox)>;
+
+/// QUIC and TCP with names resolved as the system says. Without `/etc/resolv.conf` (bare containers) names
+/// cannot be resolved, but addresses by IP work.
+fn transport(keypair: &identity::Keypair, registry: Option<&mut Registry>) -> Result<Boxed, NetError> {
+    let named = match dns::tokio::Transport::system(unnamed(keypair)?) {
+        Ok(named) => named.boxed(),
+        Err(error) => {
+            tracing::warn!(%error, "no_resolver: only addresses by IP can be reached");
+            let (config, options) = (dns::ResolverConfig::default(), dns::ResolverOpts::default());
+            dns::tokio::Transport::custom(unnamed(keypair)?, config, options).boxed()
+        }
+    };
+    Ok(match registry {
+        None => named,
+        Some(registry) => BandwidthTransport::new(named, registry)
+            .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)))
+            .boxed(),
+    })
+}
+
+fn unnamed(keypair: &identity::Keypair) -> Result<Boxed, NetError> {
+    let noise = noise::Config::new(keypair).map_err(|error| NetError::Start { why: error.to_string() })?;
+    let mut yamux = yamux::Config::default();
+    yamux.set_max_num_streams(limits::MUXER_STREAMS);
+    let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
+        .upgrade(Version::V1Lazy)
+        .authenticate(noise)
+        .multiplex(yamux)
+        .timeout(limits::DIAL_TIMEOUT)
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let mut config = quic::Config::new(keypair);
+    config.max_idle_timeout = limits::QUIC_IDLE.as_millis() as u32;
+    config.keep_alive_interval = limits::QUIC_KEEP_ALIVE;
+    config.max_concurrent_stream_limit = limits::MUXER_STREAMS as u32;
+    let quic = quic::tokio::Transport::new(config).map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    Ok(quic.or_transport(tcp).map(|either, _| either.into_inner()).boxed())
+}
+
+fn behaviour(
+    config: &NetConfig,
+    keypair: &identity::Keypair,
+    names: &Names,
+) -> Result<(Behaviour, mpsc::Receiver<Incoming>), NetError> {
+    let local = keypair.public().to_peer_id();
+    let connections = ConnectionLimits::default()
+        .with_max_pending_incoming(Some(limits::CONNECTIONS_PENDING_IN))
+        .with_max_pending_outgoing(Some(limits::CONNECTIONS_PENDING_OUT))
+        .with_max_established_incoming(Some(config.max_connections_in))
+        .with_max_established_outgoing(Some(limits::CONNECTIONS_OUT))
+        .with_max_established_per_peer(Some(limits::CONNECTIONS_PER_PEER));
+    let identify = identify::Config::new(names.identify.clone(), keypair.public())
+        .with_agent_version(config.agent.clone())
+        .with_push_listen_addr_updates(true);
+    let control = request_response::Config::default()
+        .with_request_timeout(limits::RPC_TIMEOUT)
+        .with_max_concurrent_streams(limits::RPC_STREAMS_PER_CONNECTION);
+    let protocols = [(names.control.clone(), request_response::ProtocolSupport::Full)];
+    let (streams, incoming) = streams::Behaviour::new(inbound::offers(names));
+    let gossip = if config.gossip { Some(discovery::gossip(keypair, &names.topic())?) } else { None };
+    let mdns = if config.mdns { Some(lan(local)?) } else { None };
+    let behaviour = Behaviour {
+        blocked: libp2p::allow_block_list::Behaviour::default(),
+        connections: connection_limits::Behaviour::new(connections),
+        memory: memory_connection_limits::Behaviour::with_max_bytes(config.max_memory),
+        identify: identify::Behaviour::new(identify),
+        ping: ping::Behaviour::new(ping::Config::new().with_interval(config.ping_interval)),
+        control: request_response::Behaviour::with_codec(ControlCodec, protocols, control),
+        streams,
+        kad: Toggle::from(discovery::kad(config.kad, local, names.kad.clone())),
+        gossip: Toggle::from(gossip),
+        mdns: Toggle::from(mdns),
+    };
+    Ok((behaviour, incoming))
+}
+
+fn lan(local: PeerId) -> Result<mdns::tokio::Behaviour, NetError> {
+    mdns::tokio::Behaviour::new(mdns::Config::default(), local)
+        .map_err(|error| NetError::Start { why: format!("mdns: {error}") })
+}
+
+/// Starts to listen; how many listeners will tell their addresses.
+fn listen(swarm: &mut Swarm<Behaviour>, addrs: &[Multiaddr]) -> Result<usize, NetError> {
+    for addr in addrs {
+        swarm
+            .listen_on(addr.clone())
+            .map_err(|error| NetError::Listen { addr: addr.clone(), why: root_cause(&error) })?;
+    }
+    Ok(addrs.len())
+}
+
+fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}

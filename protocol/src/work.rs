@@ -8,6 +8,7 @@
 
 use std::fmt;
 use std::iter::Sum;
+use std::num::Saturating;
 
 use serde::{Deserialize, Serialize};
 
@@ -208,31 +209,33 @@ impl Transformer {
         a.saturating_add(b.saturating_mul(n)).saturating_add(c.saturating_mul(n.saturating_mul(n)))
     }
 
-    /// `(a, b, c)` of `a + b n + c n^2` FLOP for one pass over `n` video tokens.
+    /// `(a, b, c)` of `a + b n + c n^2` FLOP for one pass over `n` video tokens. A stranger's manifest may hold any
+    /// figures, so nothing here overflows.
     fn coefficients(&self) -> (u128, u128, u128) {
-        let [d, f, m, layers, single] =
-            [self.width, self.feed_forward, self.feed_forward_matrices, self.layers, self.single_layers]
-                .map(u128::from);
-        let (dt, s) = (u128::from(self.text_width), u128::from(self.text_tokens));
-        let patch = u128::from(self.channels)
-            * u128::from(self.patch_frames)
-            * u128::from(self.patch_side).saturating_mul(u128::from(self.patch_side));
-        let own = 4 * d * d + m * d * f;
+        let whole = |figure: u32| Saturating(u128::from(figure));
+        let two = Saturating(2u128);
+        let [d, f, m] = [self.width, self.feed_forward, self.feed_forward_matrices].map(whole);
+        let [layers, single] = [self.layers, self.single_layers].map(whole);
+        let [dt, s] = [self.text_width, self.text_tokens].map(whole);
+        let patch =
+            whole(self.channels) * whole(self.patch_frames) * whole(self.patch_side) * whole(self.patch_side);
+        let own = two * two * d * d + m * d * f;
+        let shared_text = s * own + two * s * s * d;
         let (a, b) = match self.attention {
             // Queries and the output for video, keys and values for text; scores and sums over the text.
-            Attention::Cross => (layers * 2 * s * dt * d, layers * (own + 2 * d * d + 2 * s * d)),
+            Attention::Cross => (layers * two * s * dt * d, layers * (own + two * d * d + two * s * d)),
             // Four projections and a feed-forward part for each stream; the text's part of the square.
             Attention::Joint => {
-                let text_feed_forward = if d == 0 { 0 } else { f * dt / d };
-                let text = 4 * s * dt * d + m * s * dt * text_feed_forward + 2 * s * s * d;
-                (layers * text, layers * (own + 4 * s * d))
+                let text_feed_forward = f * dt / Saturating(d.0.max(1));
+                let text = two * two * s * dt * d + m * s * dt * text_feed_forward + two * s * s * d;
+                (layers * text, layers * (own + two * two * s * d))
             }
-            Attention::Shared => (layers * (s * own + 2 * s * s * d), layers * (own + 4 * s * d)),
+            Attention::Shared => (layers * shared_text, layers * (own + two * two * s * d)),
         };
-        let a = a + single * (s * own + 2 * s * s * d);
-        let b = b + single * (own + 4 * s * d) + 2 * patch * d;
-        let c = (layers + single) * 2 * d;
-        (2 * a, 2 * b, 2 * c)
+        let a = a + single * shared_text;
+        let b = b + single * (own + two * two * s * d) + two * patch * d;
+        let c = (layers + single) * two * d;
+        ((two * a).0, (two * b).0, (two * c).0)
     }
 }
 
@@ -515,7 +518,7 @@ fn levels(blocks: &[(u32, u32)], finest: u32, coarsest: u32, temporal: u32) -> L
         let last = i + 1 == blocks.len();
         let level = VaeLevel {
             channels: *channels,
-            convolutions: residuals * 2,
+            convolutions: residuals.saturating_mul(2),
             pixels: if last { coarsest.max(1) } else { pixels.min(coarsest.max(1)) },
         };
         let factor = if time < temporal { 8 } else { 4 };

@@ -1,0 +1,4 @@
+//! Fuzz target `progress_frame`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| kinoflock_fuzz::targets::run("progress_frame", data));

@@ -1,0 +1,4 @@
+//! Fuzz target `response`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| kinoflock_fuzz::targets::run("response", data));

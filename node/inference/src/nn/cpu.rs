@@ -1,0 +1,60 @@
+//! Reading candle's CPU tensors as slices, and the rule for when the kernels here may be used.
+
+use std::cell::Cell;
+
+use candle_core::{DType, Device, Result, Storage, StorageRef, Tensor};
+
+thread_local! {
+    static GENERIC_ONLY: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Makes this thread use candle's own operations only; for tests and benches that compare the two ways.
+pub fn set_generic_only(on: bool) {
+    GENERIC_ONLY.with(|flag| flag.set(on));
+}
+
+/// Whether [`set_generic_only`] is on in this thread.
+#[must_use]
+pub fn generic_only() -> bool {
+    GENERIC_ONLY.with(Cell::get)
+}
+
+/// Whether the CPU kernels may compute on these tensors: f32, on the CPU, and nobody wants a gradient.
+pub(crate) fn fast(tensors: &[&Tensor]) -> bool {
+    !generic_only()
+        && tensors.iter().all(|t| {
+            t.dtype() == DType::F32 && matches!(t.device(), Device::Cpu) && !t.track_op() && t.elem_count() > 0
+        })
+}
+
+/// The elements of a contiguous f32 CPU tensor, borrowed.
+pub(crate) struct View<'a> {
+    storage: StorageRef<'a>,
+    start: usize,
+    len: usize,
+}
+
+impl<'a> View<'a> {
+    /// Borrows `tensor`, which must be contiguous.
+    pub(crate) fn new(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("a CPU kernel was given a tensor that is not contiguous: {:?}", tensor.shape())
+        };
+        Ok(Self { storage, start, len: end - start })
+    }
+
+    /// The elements in row-major order.
+    pub(crate) fn slice(&self) -> Result<&[f32]> {
+        match &*self.storage {
+            Storage::Cpu(storage) => Ok(&storage.as_slice::<f32>()?[self.start..self.start + self.len]),
+            _ => candle_core::bail!("a CPU kernel was given a tensor of another device"),
+        }
+    }
+}
+
+/// How many rows of `width` one parallel task takes, so that a task is worth its start and threads stay busy.
+pub(crate) fn rows_per_task(rows: usize, width: usize) -> usize {
+    const ELEMENTS_PER_TASK: usize = 16 * 1024;
+    (ELEMENTS_PER_TASK / width.max(1)).clamp(1, rows.max(1))
+}

@@ -1,0 +1,70 @@
+//! Activations over whole tensors.
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::cpu::{View, fast, rows_per_task};
+use super::simd::{self, simd_fn};
+
+/// SiLU, `x sigmoid(x)`, elementwise.
+///
+/// # Errors
+/// When the device fails.
+pub fn silu(x: &Tensor) -> Result<Tensor> {
+    if fast(&[x]) { map(x, silu_slice) } else { x.silu() }
+}
+
+/// GELU by tanh (`gelu-approximate`, `gelu_new`), elementwise.
+///
+/// # Errors
+/// When the device fails.
+pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+    if fast(&[x]) { map(x, gelu_slice) } else { x.gelu() }
+}
+
+/// `x W^T + b` over the last dimension: `x` is `(.., in)`, `weight` `(out, in)`, `bias` `(out)`.
+///
+/// For a layer that is used often [`super::linear::Linear`] is faster: it packs its weights once.
+///
+/// # Errors
+/// When shapes do not fit or the device fails.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (out, width) = weight.dims2()?;
+    let mut shape = x.dims().to_vec();
+    let rows = x.elem_count() / width.max(1);
+    let y = x.reshape((rows, width))?.matmul(&weight.t()?)?;
+    let y = match bias {
+        Some(bias) => y.broadcast_add(bias)?,
+        None => y,
+    };
+    if let Some(last) = shape.last_mut() {
+        *last = out;
+    }
+    y.reshape(shape)
+}
+
+fn map(x: &Tensor, f: fn(&[f32], &mut [f32])) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let view = View::new(&x)?;
+    let input = view.slice()?;
+    let mut out = vec![0f32; input.len()];
+    let step = rows_per_task(input.len(), 1);
+    out.par_chunks_mut(step).zip(input.par_chunks(step)).for_each(|(o, i)| f(i, o));
+    Tensor::from_vec(out, x.shape(), x.device())
+}
+
+simd_fn! {
+    fn silu_slice(input: &[f32], out: &mut [f32]) {
+        for (o, &x) in out.iter_mut().zip(input) {
+            *o = simd::silu(x);
+        }
+    }
+}
+
+simd_fn! {
+    fn gelu_slice(input: &[f32], out: &mut [f32]) {
+        for (o, &x) in out.iter_mut().zip(input) {
+            *o = simd::gelu_tanh(x);
+        }
+    }
+}

@@ -332,7 +332,7 @@ impl JobSpec {
         if let Some(late) = self.keyframes.iter().find(|k| k.frame >= self.frames) {
             return Err(JobError::KeyframeBeyondEnd { frames: self.frames, given: late.frame });
         }
-        if self.parents.is_empty() && self.extend.is_some() {
+        if self.extend.is_some_and(|clip| !self.parents.contains(&ClipId::from(clip.id))) {
             return Err(JobError::NoParent);
         }
         if let Some(large) = self.inputs().into_iter().find(|blob| blob.len > MAX_BLOB_BYTES) {

@@ -223,6 +223,10 @@ fn what_no_model_could_compute_is_refused_with_limit_and_value() {
     assert_eq!(message(late), "keyframe 17 lies beyond the last frame, 16");
     let vast = JobSpec { start_image: Some(clip::BlobRef { len: u64::MAX, ..image }), ..good_job() };
     assert_eq!(parse(&vast, NOW).unwrap_err().code(), "input_too_large");
+    let orphan = JobSpec { extend: Some(image), ..good_job() };
+    assert_eq!(parse(&orphan, NOW).unwrap_err().code(), "no_parent");
+    let lineage = JobSpec { parents: List::first_of([ClipId::from(image.id)]), ..orphan };
+    assert!(parse(&lineage, NOW).is_ok());
     let odd = JobSpec { frames: u32::MAX, width: 1, guidance: Micro(i64::MIN), ..good_job() };
     assert!(parse(&odd, NOW).is_ok(), "odd numbers are no business of the protocol");
 }

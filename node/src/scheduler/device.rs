@@ -1,0 +1,251 @@
+//! A device: what it serves, how fast it was measured to be, and what it does now.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use kinoflock_protocol::id::{JobId, ModelId};
+use kinoflock_protocol::refusal::Refusal;
+
+use crate::config::Limits;
+use crate::policy::{Rule, Wanted, check_limits};
+
+/// How much the newest measurement counts against all earlier ones.
+const NEWEST_COUNTS: f64 = 0.3;
+
+/// Assumed until something was measured: 100 GFLOP a second, a processor of some years ago. Work units a second.
+pub const ASSUMED_SPEED: u64 = 100_000;
+
+/// A job that runs over its estimate is expected to need this share of the estimate more.
+const OVERDUE_SHARE: u32 = 10;
+
+/// Number of a device, in the order of the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceId(pub u16);
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A device as the glue introduces it.
+#[derive(Debug, Clone)]
+pub struct DeviceSetup {
+    /// Its name in the configuration.
+    pub name: String,
+    /// Largest clip here.
+    pub limits: Limits,
+    /// Models that passed their self-test here, with measured speed in work units a second where there is one.
+    pub models: BTreeMap<ModelId, Option<u64>>,
+}
+
+/// Whether a device may start jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceMode {
+    /// It may.
+    Open,
+    /// The operator paused it. Its job goes on; with an end, jobs are still taken for later.
+    Paused {
+        /// When it resumes by itself.
+        until: Option<Instant>,
+    },
+    /// It takes no new jobs and starts none.
+    Draining {
+        /// When it resumes by itself.
+        until: Option<Instant>,
+    },
+    /// Its worker cannot be started.
+    Down,
+}
+
+/// What was measured on a finished job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Measured {
+    /// Time to load the model; zero if it was loaded.
+    pub load: Duration,
+    /// Time from loaded to finished.
+    pub compute: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Running {
+    pub(super) job: JobId,
+    pub(super) since: Instant,
+    pub(super) expected: Duration,
+    /// How much is done, in thousandths.
+    pub(super) done: u16,
+    pub(super) cancelled: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Device {
+    pub(super) name: String,
+    pub(super) limits: Limits,
+    pub(super) models: BTreeMap<ModelId, Speed>,
+    pub(super) loaded: Option<ModelId>,
+    pub(super) mode: DeviceMode,
+    pub(super) running: Option<Running>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Speed {
+    /// Work units a second.
+    pub(super) rate: Option<f64>,
+    /// Seconds to load.
+    load: Option<f64>,
+}
+
+impl Device {
+    pub(super) fn new(setup: DeviceSetup) -> Self {
+        let mut device = Self {
+            name: setup.name,
+            limits: setup.limits,
+            models: BTreeMap::new(),
+            loaded: None,
+            mode: DeviceMode::Open,
+            running: None,
+        };
+        device.set_models(setup.models);
+        device
+    }
+
+    /// Replaces the models; what was measured of those that stay is kept.
+    pub(super) fn set_models(&mut self, models: BTreeMap<ModelId, Option<u64>>) {
+        let old = std::mem::take(&mut self.models);
+        self.models = models
+            .into_iter()
+            .map(|(model, measured)| {
+                let fresh = Speed { rate: measured.map(|rate| rate as f64), load: None };
+                (model, old.get(&model).copied().filter(|speed| speed.rate.is_some()).unwrap_or(fresh))
+            })
+            .collect();
+    }
+
+    /// Whether it could run this, whatever it does now.
+    pub(super) fn fits(&self, wanted: &Wanted) -> Result<(), Refusal> {
+        if !self.models.contains_key(&wanted.model) {
+            return Err(Rule::NoDevice.refuse("models that passed their self-test here", wanted.model));
+        }
+        check_limits(&self.limits, &wanted.shape)
+    }
+
+    /// When it could start something next, as far as the operator is concerned; `None` for no known time.
+    pub(super) fn opens_at(&self, now: Instant) -> Option<Instant> {
+        match self.mode {
+            DeviceMode::Open => Some(now),
+            DeviceMode::Paused { until } | DeviceMode::Draining { until } => {
+                until.map(|until| until.max(now))
+            }
+            DeviceMode::Down => None,
+        }
+    }
+
+    /// How long this work would take, loading included if `loaded` is another model.
+    pub(super) fn estimate(&self, wanted: &Wanted, loaded: Option<ModelId>) -> Duration {
+        let speed = self.models.get(&wanted.model).copied().unwrap_or_default();
+        let load = if loaded == Some(wanted.model) { 0.0 } else { speed.load.unwrap_or(0.0) };
+        let compute = wanted.work.0 as f64 / speed.rate.unwrap_or(ASSUMED_SPEED as f64);
+        Duration::try_from_secs_f64(load + compute).unwrap_or(Duration::MAX)
+    }
+
+    /// How long until it is free.
+    pub(super) fn busy_for(&self, now: Instant) -> Duration {
+        self.running.as_ref().map_or(Duration::ZERO, |running| running.remaining(now))
+    }
+
+    pub(super) fn learn(&mut self, wanted: &Wanted, measured: &Measured) {
+        let Some(speed) = self.models.get_mut(&wanted.model) else { return };
+        let blend = |old: Option<f64>, new: f64| old.map_or(new, |old| old + NEWEST_COUNTS * (new - old));
+        let seconds = measured.compute.as_secs_f64();
+        if seconds > 0.0 && wanted.work.0 > 0 {
+            speed.rate = Some(blend(speed.rate, wanted.work.0 as f64 / seconds));
+        }
+        if !measured.load.is_zero() {
+            speed.load = Some(blend(speed.load, measured.load.as_secs_f64()));
+        }
+    }
+}
+
+impl Running {
+    pub(super) fn remaining(&self, now: Instant) -> Duration {
+        let elapsed = now.saturating_duration_since(self.since);
+        let by_estimate = match self.expected.checked_sub(elapsed) {
+            Some(left) if !left.is_zero() => left,
+            _ => self.expected / OVERDUE_SHARE,
+        };
+        if self.done == 0 {
+            return by_estimate;
+        }
+        // Progress speaks for the whole job once some of it is done.
+        let done = u32::from(self.done.min(1000));
+        elapsed.saturating_mul(1000 - done) / done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use kinoflock_protocol::work::{JobShape, Work};
+
+    use super::*;
+
+    fn wanted(work: u64) -> Wanted {
+        let shape = JobShape { frames: 1, width: 8, height: 8, steps: 1, guided: false };
+        Wanted { model: ModelId::from_bytes([1; 32]), shape, work: Work(work) }
+    }
+
+    fn device(rate: Option<u64>) -> Device {
+        let models = BTreeMap::from([(wanted(1).model, rate)]);
+        Device::new(DeviceSetup { name: "cpu".to_owned(), limits: Limits::default(), models })
+    }
+
+    #[test]
+    fn the_estimate_follows_what_was_measured() {
+        let mut device = device(Some(100));
+        let loaded = Some(wanted(1).model);
+        assert_eq!(device.estimate(&wanted(1_000), loaded), Duration::from_secs(10));
+        for _ in 0..40 {
+            device.learn(
+                &wanted(1_000),
+                &Measured { load: Duration::from_secs(4), compute: Duration::from_secs(2) },
+            );
+        }
+        let estimate = device.estimate(&wanted(1_000), loaded).as_secs_f64();
+        assert!((estimate - 2.0).abs() < 0.01, "{estimate}");
+        let cold = device.estimate(&wanted(1_000), None).as_secs_f64();
+        assert!((cold - 6.0).abs() < 0.01, "{cold}");
+    }
+
+    #[test]
+    fn one_outlier_moves_the_estimate_by_less_than_half() {
+        let mut device = device(Some(100));
+        device.learn(&wanted(1_000), &Measured { load: Duration::ZERO, compute: Duration::from_secs(100) });
+        let rate = device.models[&wanted(1).model].rate.unwrap();
+        assert!((50.0..100.0).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn remaining_time_comes_from_progress_once_there_is_some() {
+        let start = Instant::now();
+        let mut running = Running {
+            job: JobId::from_bytes([0; 32]),
+            since: start,
+            expected: Duration::from_secs(10),
+            done: 0,
+            cancelled: false,
+        };
+        assert_eq!(running.remaining(start + Duration::from_secs(4)), Duration::from_secs(6));
+        assert_eq!(running.remaining(start + Duration::from_secs(40)), Duration::from_secs(1));
+        running.done = 250;
+        assert_eq!(running.remaining(start + Duration::from_secs(4)), Duration::from_secs(12));
+    }
+
+    #[test]
+    fn reloading_the_models_keeps_what_was_measured() {
+        let mut device = device(None);
+        device.learn(&wanted(1_000), &Measured { load: Duration::ZERO, compute: Duration::from_secs(1) });
+        device.set_models(BTreeMap::from([(wanted(1).model, Some(5))]));
+        assert_eq!(device.models[&wanted(1).model].rate, Some(1_000.0));
+    }
+}

@@ -1,0 +1,30 @@
+//! Open video models on candle: from a prompt and a seed to frames, with no knowledge of the network.
+//!
+//! [`load`] reads a model folder in the published diffusers layout and answers a [`Pipeline`]; the pipeline turns a
+//! [`GenerateRequest`] into [`Generated`] frames while an [`Observer`] sees phases, steps, previews and checkpoints,
+//! and may cancel. A model is a folder under [`models`] and one line in [`registry`]; what models share lies in
+//! [`nn`], [`sampler`], [`text`], [`weights`] and [`tiling`].
+//!
+//! Everything here computes for seconds or minutes: call it from a plain thread, never from an async worker.
+
+pub mod error;
+pub mod frames;
+pub mod models;
+pub mod nn;
+pub mod pipeline;
+pub mod registry;
+pub mod rng;
+pub mod sampler;
+pub mod text;
+pub mod tiling;
+pub mod weights;
+
+pub use candle_core::{DType, Device, Tensor};
+
+pub use crate::error::Error;
+pub use crate::frames::RgbFrames;
+pub use crate::pipeline::{
+    Checkpoint, DecodeOptions, Defaults, FrameRule, GenerateRequest, Generated, LoadOptions, Observer, Phase, Pipeline,
+    PipelineInfo, Silent, StepEvent, WorkConfig, open_device,
+};
+pub use crate::registry::load;

@@ -1,0 +1,3 @@
+//! The video models, one folder each: config, transformer, VAE and pipeline.
+
+pub mod ltx;

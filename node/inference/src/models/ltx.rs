@@ -1,0 +1,19 @@
+//! LTX-Video (Lightricks), in the 0.9.0, 0.9.1 and 0.9.5+ forms: 32x spatial and 8x temporal compression, a
+//! transformer over packed latent tokens, T5 text.
+
+pub mod config;
+pub mod pipeline;
+pub mod rope;
+pub mod transformer;
+pub mod vae;
+
+pub use pipeline::{LtxClass, LtxPipeline};
+
+use crate::registry::Architecture;
+
+/// LTX-Video's line in the registry.
+pub const ARCHITECTURE: Architecture = Architecture {
+    name: pipeline::NAME,
+    classes: pipeline::CLASSES,
+    load: |folder, index, options| Ok(Box::new(LtxPipeline::load(folder, index, options)?)),
+};

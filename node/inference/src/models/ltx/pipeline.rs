@@ -1,0 +1,277 @@
+//! LTX-Video from request to frames: `LTXPipeline`, and `LTXConditionPipeline` as pure text-to-video.
+//!
+//! The two differ in their schedule (shifted by the number of tokens; linear-quadratic and unshifted), in positions
+//! (cells; pixels and seconds with the first frame counted once) and in the step's rule (by index; by timestep).
+
+mod latents;
+mod run;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use serde::Deserialize;
+
+use super::config::TransformerConfig;
+use super::transformer::LtxTransformer;
+use super::vae::{LtxVae, LtxVaeConfig};
+use crate::error::Error;
+use crate::pipeline::{
+    Defaults, FrameRule, GenerateRequest, Generated, LoadOptions, Observer, Pipeline, PipelineInfo, WorkConfig,
+    config_error, read_json,
+};
+use crate::registry::ModelIndex;
+use crate::sampler::{FlowMatchConfig, Schedule};
+use crate::text::{T5Config, T5Encoder, PromptTokenizer};
+use crate::weights::Weights;
+pub use latents::{LatentRgb, pack, unpack};
+
+/// The architecture's name.
+pub const NAME: &str = "ltx-video";
+/// The pipeline classes that this module computes.
+pub const CLASSES: &[&str] = &["LTXPipeline", "LTXConditionPipeline"];
+/// Stem of the transformer's and the VAE's weight files.
+pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
+/// Stem of the text encoder's weight files.
+pub const TEXT_STEM: &str = "model";
+/// Text tokens that LTX reads, where the tokenizer does not say fewer.
+const MAX_TEXT_TOKENS: usize = 128;
+/// What the reference makes when it is told nothing.
+const DEFAULTS: Defaults = Defaults { width: 704, height: 512, frames: 161, fps: 25.0, steps: 50, guidance: 3.0 };
+
+/// Which of the reference's two pipelines is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LtxClass {
+    /// `LTXPipeline`.
+    Text,
+    /// `LTXConditionPipeline` without conditions.
+    Condition,
+}
+
+impl LtxClass {
+    /// From the class's name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "LTXPipeline" => Some(Self::Text),
+            "LTXConditionPipeline" => Some(Self::Condition),
+            _ => None,
+        }
+    }
+}
+
+/// A loaded LTX-Video model.
+pub struct LtxPipeline {
+    info: PipelineInfo,
+    class: LtxClass,
+    scheduler: FlowMatchConfig,
+    tokenizer: PromptTokenizer,
+    text_encoder: T5Encoder,
+    transformer: LtxTransformer,
+    vae: LtxVae,
+    latent_rgb: LatentRgb,
+    device: Device,
+    dtype: DType,
+}
+
+/// `kinoflock.json`: what the published layout has no place for.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Extras {
+    defaults: Option<Defaults>,
+    latent_rgb: Option<LatentRgb>,
+}
+
+impl LtxPipeline {
+    /// Reads a model folder.
+    ///
+    /// # Errors
+    /// See [`crate::load`].
+    pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
+        let class = LtxClass::from_name(&index.class).ok_or_else(|| {
+            config_error(folder.join("model_index.json"), "_class_name", &index.class, "no pipeline of LTX-Video")
+        })?;
+        index.expect(folder, "transformer", &["LTXVideoTransformer3DModel"])?;
+        index.expect(folder, "vae", &["AutoencoderKLLTXVideo"])?;
+        index.expect(folder, "text_encoder", &["T5EncoderModel"])?;
+        index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
+        index.expect(folder, "scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
+        let scheduler = load_scheduler(folder)?;
+        let tokenizer = PromptTokenizer::load(&folder.join("tokenizer"))?;
+        let extras = Extras::read(folder)?;
+        let (text_encoder, text_parameters) = load_text_encoder(folder, options)?;
+        let (transformer, transformer_parameters) = load_transformer(folder, options)?;
+        let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let parameters = [transformer_parameters, vae_parameters, text_parameters];
+        let token_limit = tokenizer.max_length.map_or(MAX_TEXT_TOKENS, |limit| limit.min(MAX_TEXT_TOKENS));
+        let work = work_config(transformer.config(), &vae, token_limit, parameters);
+        let latent_rgb = extras.latent_rgb.unwrap_or_default();
+        latent_rgb.check(&folder.join("kinoflock.json"), work.latent_channels)?;
+        let defaults = extras.defaults.unwrap_or(DEFAULTS);
+        let info = PipelineInfo {
+            architecture: NAME.to_owned(),
+            size_multiple: work.spatial_ratio * work.patch[2],
+            frame_rule: frame_rule(&work),
+            defaults,
+            token_limit,
+            work,
+        };
+        let device = options.device.clone();
+        Ok(Self { info, class, scheduler, tokenizer, text_encoder, transformer, vae, latent_rgb, device, dtype: options.dtype })
+    }
+
+    /// Computes as the other pipeline class from now on.
+    pub fn set_class(&mut self, class: LtxClass) {
+        self.class = class;
+    }
+
+    /// Uses another schedule from now on.
+    pub fn set_scheduler(&mut self, scheduler: FlowMatchConfig) {
+        self.scheduler = scheduler;
+    }
+
+    /// Reads more or fewer text tokens from now on.
+    pub fn set_token_limit(&mut self, limit: usize) {
+        self.info.token_limit = limit;
+    }
+
+    /// The points that a request's run goes through.
+    ///
+    /// # Errors
+    /// When its timesteps do not fall or it has no steps.
+    pub fn schedule(&self, request: &GenerateRequest) -> Result<Schedule, Error> {
+        run::schedule(self, request)
+    }
+
+    /// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1, as a request says.
+    ///
+    /// # Errors
+    /// A cancel between the pieces of a decode, or what the device reports.
+    pub fn decode_video(
+        &self,
+        latents: &Tensor,
+        request: &GenerateRequest,
+        observer: &dyn Observer,
+    ) -> Result<Tensor, Error> {
+        run::decode(self, request, latents, observer)
+    }
+
+    /// The embeddings `[1, tokens, width]` of a prompt and their mask `[1, tokens]` (u8).
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] where it is and `truncate` is false, or what the device reports.
+    pub fn encode_prompt(&self, prompt: &str, truncate: bool) -> Result<(Tensor, Tensor), Error> {
+        let limit = self.info.token_limit;
+        let encoded = self.tokenizer.encode(prompt, limit)?;
+        if let Some(cut_text) = encoded.cut_text.filter(|_| !truncate) {
+            return Err(Error::PromptTooLong { tokens: encoded.tokens, limit, cut_text });
+        }
+        let ids = Tensor::from_vec(encoded.ids, (1, limit), &self.device)?;
+        let mask = Tensor::from_vec(encoded.mask, (1, limit), &self.device)?;
+        Ok((self.text_encoder.forward(&ids, None)?, mask))
+    }
+}
+
+impl Pipeline for LtxPipeline {
+    fn info(&self) -> &PipelineInfo {
+        &self.info
+    }
+
+    fn count_tokens(&self, prompt: &str) -> Result<usize, Error> {
+        Ok(self.tokenizer.ids(prompt)?.len())
+    }
+
+    fn check(&self, request: &GenerateRequest) -> Result<(), Error> {
+        run::check(self, request)
+    }
+
+    fn generate(&mut self, request: &GenerateRequest, observer: &mut dyn Observer) -> Result<Generated, Error> {
+        run::generate(self, request, observer)
+    }
+}
+
+impl Extras {
+    fn read(folder: &Path) -> Result<Self, Error> {
+        let file = folder.join("kinoflock.json");
+        if file.exists() { read_json(&file) } else { Ok(Self::default()) }
+    }
+}
+
+/// A folder's scheduler configuration, checked.
+///
+/// # Errors
+/// When it cannot be read or holds a setting that is not computed here.
+pub fn load_scheduler(folder: &Path) -> Result<FlowMatchConfig, Error> {
+    let scheduler: FlowMatchConfig = read_json(&folder.join("scheduler").join("scheduler_config.json"))?;
+    scheduler.check()?;
+    Ok(scheduler)
+}
+
+/// A folder's transformer, and how many parameters it has.
+///
+/// # Errors
+/// See [`crate::load`].
+pub fn load_transformer(folder: &Path, options: &LoadOptions) -> Result<(LtxTransformer, u64), Error> {
+    let part = folder.join("transformer");
+    let config = TransformerConfig::read(&part.join("config.json"))?;
+    let weights = open(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let transformer = weights.build(|vb| LtxTransformer::load(&config, &vb))?;
+    Ok((transformer, weights.parameters()))
+}
+
+/// A folder's text encoder, and how many parameters it has. T5 overflows in f16: it is bf16 there.
+///
+/// # Errors
+/// See [`crate::load`].
+pub fn load_text_encoder(folder: &Path, options: &LoadOptions) -> Result<(T5Encoder, u64), Error> {
+    let part = folder.join("text_encoder");
+    let file = part.join("config.json");
+    let config: T5Config = read_json(&file)?;
+    config.check(&file)?;
+    let dtype = if options.dtype == DType::F16 { DType::BF16 } else { options.dtype };
+    let weights = open(&part, TEXT_STEM, options, dtype)?;
+    let encoder = weights.build(|vb| T5Encoder::load(&config, &vb))?;
+    Ok((encoder, weights.parameters()))
+}
+
+/// A folder's VAE, with its encoder where asked for, and how many parameters its files hold.
+///
+/// # Errors
+/// See [`crate::load`].
+pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(LtxVae, u64), Error> {
+    let part = folder.join("vae");
+    let file = part.join("config.json");
+    let config = LtxVaeConfig::from_value(&read_json(&file)?)
+        .map_err(|error| config_error(&file, &error.key, &error.value, &error.reason))?;
+    let weights = open(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let load = if encoder { LtxVae::load } else { LtxVae::load_decoder };
+    let vae = weights.build(|vb| load(&config, vb))?;
+    Ok((vae, weights.parameters()))
+}
+
+fn open(part: &Path, stem: &str, options: &LoadOptions, dtype: DType) -> Result<Weights, Error> {
+    Ok(Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?)
+}
+
+/// Latent frames come in whole tokens, and the first one is a single picture.
+fn frame_rule(work: &WorkConfig) -> FrameRule {
+    let patch = work.patch[0];
+    FrameRule { multiple: work.temporal_ratio * patch, offset: work.temporal_ratio * (patch - 1) + 1 }
+}
+
+fn work_config(config: &TransformerConfig, vae: &LtxVae, context_tokens: usize, parameters: [u64; 3]) -> WorkConfig {
+    const FEED_FACTOR: usize = 4;
+    WorkConfig {
+        layers: config.num_layers,
+        hidden: config.inner(),
+        feed_forward: FEED_FACTOR * config.inner(),
+        context_tokens,
+        context_width: config.caption_channels,
+        spatial_ratio: vae.config().spatial_ratio(),
+        temporal_ratio: vae.config().temporal_ratio(),
+        patch: [config.patch_size_t, config.patch_size, config.patch_size],
+        latent_channels: vae.config().latent_channels,
+        transformer_parameters: parameters[0],
+        vae_parameters: parameters[1],
+        text_parameters: parameters[2],
+    }
+}

@@ -1,0 +1,332 @@
+//! What a model is to everybody else: a thing with facts about itself that turns a request into frames, while an
+//! observer looks on and may stop it.
+//!
+//! The order of calls to an [`Observer`] within one [`Pipeline::generate`]: `phase(Text)`, `phase(Step)`, then for each
+//! step `cancelled`, `step`, and where asked for `preview` and `checkpoint`, then `phase(Decode)` with `cancelled`
+//! before it. A cancelled run answers [`Error::Cancelled`] within one step.
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::frames::RgbFrames;
+pub use crate::sampler::checkpoint::Checkpoint;
+
+/// How a model is loaded.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Where it computes.
+    pub device: Device,
+    /// In which numbers. The text encoder uses bf16 where this is f16, because T5 overflows in f16.
+    pub dtype: DType,
+    /// The infix of the weight files to prefer, such as `fp16` or `bf16`; files without an infix are taken where there
+    /// are none with it.
+    pub variant: Option<String>,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { device: Device::Cpu, dtype: DType::F32, variant: None }
+    }
+}
+
+/// Opens `cpu`, `cuda`, `cuda:N`, `metal` or `metal:N`.
+///
+/// # Errors
+/// When the name is unknown, or this build or machine lacks the device.
+pub fn open_device(name: &str) -> Result<Device, Error> {
+    let fault = |reason: String| Error::Device { name: name.to_owned(), reason };
+    let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
+    let index: usize = index.parse().map_err(|_| fault(format!("{index:?} is no device number")))?;
+    let opened = match kind {
+        "cpu" => return Ok(Device::Cpu),
+        "cuda" => Device::new_cuda(index),
+        "metal" => Device::new_metal(index),
+        _ => return Err(fault("known are cpu, cuda:N and metal:N".to_owned())),
+    };
+    opened.map_err(|error| fault(error.to_string()))
+}
+
+/// A video model that is ready to generate.
+pub trait Pipeline: Send {
+    /// Facts about the model.
+    fn info(&self) -> &PipelineInfo;
+
+    /// How many tokens a prompt has, with the end mark; compare with [`PipelineInfo::token_limit`].
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    fn count_tokens(&self, prompt: &str) -> Result<usize, Error>;
+
+    /// Checks everything about a request that can be known without computing; [`Pipeline::generate`] does so first.
+    ///
+    /// # Errors
+    /// The first thing that the model cannot make, with the nearest that it can.
+    fn check(&self, request: &GenerateRequest) -> Result<(), Error>;
+
+    /// Makes the frames.
+    ///
+    /// # Errors
+    /// What [`Pipeline::check`] finds, a cancel, or what the device reports.
+    fn generate(&mut self, request: &GenerateRequest, observer: &mut dyn Observer) -> Result<Generated, Error>;
+}
+
+/// Facts about a loaded model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PipelineInfo {
+    /// The architecture's name, such as `ltx-video`.
+    pub architecture: String,
+    /// Width and height are multiples of this, pixels.
+    pub size_multiple: usize,
+    /// Which frame counts can be made.
+    pub frame_rule: FrameRule,
+    /// What a request holds when the artist says nothing.
+    pub defaults: Defaults,
+    /// Tokens that the model reads of a prompt, with the end mark.
+    pub token_limit: usize,
+    /// The model's size, from which work is computed.
+    pub work: WorkConfig,
+}
+
+/// Frame counts of the form `multiple * k + offset`, `k >= 0`, at least one frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrameRule {
+    /// The temporal compression.
+    pub multiple: usize,
+    /// Frames beside the multiple.
+    pub offset: usize,
+}
+
+impl FrameRule {
+    /// Whether `frames` can be made.
+    #[must_use]
+    pub fn allows(&self, frames: usize) -> bool {
+        frames >= self.offset.max(1) && (frames - self.offset).is_multiple_of(self.multiple)
+    }
+
+    /// The count that can be made and lies nearest; the larger of two at equal distance.
+    #[must_use]
+    pub fn nearest(&self, frames: usize) -> usize {
+        let steps = (frames.saturating_sub(self.offset) + self.multiple / 2) / self.multiple;
+        (steps * self.multiple + self.offset).max(1)
+    }
+}
+
+/// What a request holds when the artist says nothing; the `defaults` of a folder's `kinoflock.json`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Defaults {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Frames.
+    pub frames: usize,
+    /// Frames a second.
+    pub fps: f64,
+    /// Denoising steps.
+    pub steps: usize,
+    /// Classifier-free guidance; 1 is none.
+    pub guidance: f64,
+}
+
+/// The sizes from which a job's work is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkConfig {
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Width of a token in the transformer.
+    pub hidden: usize,
+    /// Inner width of a feed-forward.
+    pub feed_forward: usize,
+    /// Text tokens that every video token attends to.
+    pub context_tokens: usize,
+    /// Width of a text token before projection.
+    pub context_width: usize,
+    /// Pixels along a side of a latent cell.
+    pub spatial_ratio: usize,
+    /// Frames in a latent frame.
+    pub temporal_ratio: usize,
+    /// Latent cells in a token: time, height, width.
+    pub patch: [usize; 3],
+    /// Latent channels.
+    pub latent_channels: usize,
+    /// Parameters of the transformer.
+    pub transformer_parameters: u64,
+    /// Parameters of the VAE.
+    pub vae_parameters: u64,
+    /// Parameters of the text encoder.
+    pub text_parameters: u64,
+}
+
+/// What to make.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    /// What the clip shows.
+    pub prompt: String,
+    /// What it should not show; used with guidance above 1.
+    pub negative_prompt: String,
+    /// Every random draw follows from it.
+    pub seed: u64,
+    /// Frames of the clip.
+    pub frames: usize,
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Frames a second; the model's motion depends on it.
+    pub fps: f64,
+    /// Denoising steps; ignored where `timesteps` are given.
+    pub steps: usize,
+    /// Classifier-free guidance; 1 and below is none.
+    pub guidance: f64,
+    /// 0 to 1: how far guidance is scaled back to the spread of the unguided prediction; 0 is off.
+    pub guidance_rescale: f64,
+    /// The model's own timesteps (0 to 1000, falling), for distilled models.
+    pub timesteps: Option<Vec<f64>>,
+    /// Where to start instead of noise from the seed: `[1, C, F, H, W]` or packed `[1, tokens, C]`.
+    pub initial_latents: Option<Tensor>,
+    /// How to decode.
+    pub decode: DecodeOptions,
+    /// The noise level that a timestep-conditioned decoder is told, 0 to 1.
+    pub decode_timestep: f64,
+    /// How much noise such a decoder's input gets; `decode_timestep` where not given.
+    pub decode_noise_scale: Option<f64>,
+    /// The decoder's noise instead of noise from the seed, in the order in which it is drawn: `[1, C, F, H, W]` for a
+    /// timestep-conditioned decoder, then what the decoder injects; empty for noise from the seed.
+    pub decode_noise: Vec<Tensor>,
+    /// Cut a prompt that is too long instead of refusing it.
+    pub truncate_prompt: bool,
+    /// A checkpoint after every so many steps; 0 is never.
+    pub checkpoint_every: usize,
+    /// A preview after every so many steps; 0 is never.
+    pub preview_every: usize,
+    /// Go on from here.
+    pub resume: Option<Checkpoint>,
+}
+
+impl GenerateRequest {
+    /// A request for a prompt with a model's defaults and seed 0.
+    #[must_use]
+    pub fn new(prompt: impl Into<String>, defaults: &Defaults) -> Self {
+        Self {
+            prompt: prompt.into(),
+            negative_prompt: String::new(),
+            seed: 0,
+            frames: defaults.frames,
+            width: defaults.width,
+            height: defaults.height,
+            fps: defaults.fps,
+            steps: defaults.steps,
+            guidance: defaults.guidance,
+            guidance_rescale: 0.0,
+            timesteps: None,
+            initial_latents: None,
+            decode: DecodeOptions::default(),
+            decode_timestep: 0.05,
+            decode_noise_scale: Some(0.025),
+            decode_noise: Vec::new(),
+            truncate_prompt: false,
+            checkpoint_every: 0,
+            preview_every: 0,
+            resume: None,
+        }
+    }
+}
+
+/// How latents become frames.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DecodeOptions {
+    /// Decode in square tiles of about this many pixels, so that memory has a bound; `None` decodes whole pictures.
+    pub tile: Option<usize>,
+    /// Decode in runs of about this many frames; `None` decodes the whole clip at once.
+    pub chunk: Option<usize>,
+    /// Make latents only: [`Generated::frames`] is empty.
+    pub skip: bool,
+}
+
+/// Where a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Phase {
+    /// Weights are read.
+    Load,
+    /// The prompt is encoded.
+    Text,
+    /// Steps are computed.
+    Step,
+    /// Latents become frames.
+    Decode,
+}
+
+/// A finished step.
+#[derive(Debug, Clone, Copy)]
+pub struct StepEvent<'a> {
+    /// Zero-based.
+    pub index: usize,
+    /// Steps in all.
+    pub total: usize,
+    /// The timestep that was computed, 0 to 1000.
+    pub timestep: f64,
+    /// The noise level that the latents now have, 0 to 1.
+    pub sigma: f64,
+    /// The latents now, packed `[1, tokens, C]`, f32.
+    pub latents: &'a Tensor,
+    /// blake3 of the latents' little-endian bytes.
+    pub hash: [u8; 32],
+}
+
+/// Sees a run and may stop it. Every method does nothing by default.
+pub trait Observer {
+    /// A phase begins.
+    fn phase(&mut self, _phase: Phase) {}
+    /// A step is done.
+    fn step(&mut self, _event: &StepEvent<'_>) {}
+    /// A rough picture of what the clip becomes, one pixel a latent cell, one frame a latent frame.
+    fn preview(&mut self, _frames: &RgbFrames) {}
+    /// A state from which the run can be taken up again.
+    fn checkpoint(&mut self, _checkpoint: &Checkpoint) {}
+    /// Asked before every step and between the pieces of a decode; true ends the run with [`Error::Cancelled`].
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// An observer that does not look.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Observer for Silent {}
+
+/// What a run made.
+#[derive(Debug, Clone)]
+pub struct Generated {
+    /// The clip; empty where decoding was skipped.
+    pub frames: RgbFrames,
+    /// The latents that it was decoded from, normalised, `[1, C, F, H, W]`, f32, on the CPU.
+    pub latents: Tensor,
+    /// blake3 of the latents after each step, from the first on, those before a resume included.
+    pub step_hashes: Vec<[u8; 32]>,
+    /// Steps computed in this run, without those before a resume.
+    pub steps_done: usize,
+}
+
+/// Reads a JSON file into a value.
+///
+/// # Errors
+/// When the file cannot be read or does not have the form of `T`; both name the file.
+pub fn read_json<T: serde::de::DeserializeOwned>(file: &std::path::Path) -> Result<T, Error> {
+    let text = std::fs::read_to_string(file).map_err(|source| Error::Read { file: file.to_owned(), source })?;
+    serde_json::from_str(&text).map_err(|error| config_error(file, "", "not readable", error))
+}
+
+/// An error about a configuration value.
+pub(crate) fn config_error(
+    file: impl Into<PathBuf>,
+    key: &str,
+    value: impl ToString,
+    reason: impl ToString,
+) -> Error {
+    Error::Config { file: file.into(), key: key.to_owned(), value: value.to_string(), reason: reason.to_string() }
+}

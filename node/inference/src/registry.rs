@@ -1,0 +1,80 @@
+//! Which architectures there are, and how a model folder finds its own: by the class that `model_index.json` names.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::error::Error;
+use crate::models;
+use crate::pipeline::{LoadOptions, Pipeline, config_error, read_json};
+
+/// An architecture that can be loaded.
+pub struct Architecture {
+    /// Its name, as in [`crate::PipelineInfo::architecture`].
+    pub name: &'static str,
+    /// The pipeline classes that `model_index.json` may name.
+    pub classes: &'static [&'static str],
+    /// Reads a folder.
+    pub load: fn(&Path, &ModelIndex, &LoadOptions) -> Result<Box<dyn Pipeline>, Error>,
+}
+
+/// Every architecture. A further model is a folder under `models` and a line here.
+pub const ARCHITECTURES: &[Architecture] = &[models::ltx::ARCHITECTURE];
+
+/// `model_index.json`: the pipeline's class and each component's library and class.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelIndex {
+    /// The pipeline's class.
+    pub class: String,
+    fields: Map<String, Value>,
+}
+
+impl ModelIndex {
+    /// Reads a folder's index.
+    ///
+    /// # Errors
+    /// When it is not there, is not JSON, or names no class.
+    pub fn read(folder: &Path) -> Result<Self, Error> {
+        let file = folder.join("model_index.json");
+        let fields: Map<String, Value> = read_json(&file)?;
+        let class = fields.get("_class_name").and_then(Value::as_str).map(str::to_owned);
+        let class = class.ok_or_else(|| config_error(&file, "_class_name", "missing", "no pipeline class is named"))?;
+        Ok(Self { class, fields })
+    }
+
+    /// The class of a component, where the index names one.
+    #[must_use]
+    pub fn component(&self, name: &str) -> Option<&str> {
+        self.fields.get(name)?.get(1)?.as_str()
+    }
+
+    /// Checks that a component, where it is named, has one of the known classes.
+    ///
+    /// # Errors
+    /// Another class, by its name.
+    pub fn expect(&self, folder: &Path, component: &str, known: &[&str]) -> Result<(), Error> {
+        match self.component(component) {
+            Some(class) if !known.contains(&class) => {
+                let reason = format!("known are {}", known.join(", "));
+                Err(config_error(folder.join("model_index.json"), component, class, reason))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Loads a model folder in the published diffusers layout.
+///
+/// # Errors
+/// An unknown architecture, a configuration value that is not known, a missing or broken weight file, or a device
+/// without room; each names the file and what is wrong with it.
+pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, Error> {
+    let index = ModelIndex::read(folder)?;
+    let found = ARCHITECTURES.iter().find(|architecture| architecture.classes.contains(&index.class.as_str()));
+    let architecture = found.ok_or_else(|| Error::UnknownArchitecture {
+        class: index.class.clone(),
+        file: folder.join("model_index.json"),
+        known: ARCHITECTURES.iter().flat_map(|a| a.classes).copied().collect::<Vec<_>>().join(", "),
+    })?;
+    (architecture.load)(folder, &index, options)
+}

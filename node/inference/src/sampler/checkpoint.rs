@@ -1,0 +1,143 @@
+//! The state between two steps, as a tensor and as bytes, so that a run goes on elsewhere bit for bit.
+//!
+//! The bytes are one safetensors file: tensor `latents` (f32), and in its metadata the steps done, the sigmas, the
+//! request's digest and the hashes of the steps before.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+
+use crate::error::Error;
+
+/// The largest number of steps that a checkpoint may tell of.
+pub const MAX_STEPS: usize = 100_000;
+
+/// Where a run can be taken up again.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    /// Steps that are done.
+    pub steps_done: usize,
+    /// The schedule's noise levels.
+    pub sigmas: Vec<f32>,
+    /// Packed latents `[1, tokens, C]`, f32, on the CPU.
+    pub latents: Tensor,
+    /// blake3 of everything in the request that the result depends on.
+    pub request_digest: [u8; 32],
+    /// blake3 of the latents after each step that is done.
+    pub step_hashes: Vec<[u8; 32]>,
+}
+
+impl Checkpoint {
+    /// The bytes to store or to send.
+    ///
+    /// # Errors
+    /// When the latents cannot be read back.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
+        let bytes = latents_bytes(&self.latents)?;
+        let view = TensorView::new(Dtype::F32, self.latents.dims().to_vec(), &bytes).map_err(unreadable)?;
+        let sigmas: Vec<String> = self.sigmas.iter().map(|s| format!("{:08x}", s.to_bits())).collect();
+        let metadata = HashMap::from([
+            ("format".to_owned(), FORMAT.to_owned()),
+            ("steps_done".to_owned(), self.steps_done.to_string()),
+            ("sigmas".to_owned(), sigmas.join(",")),
+            ("request".to_owned(), to_hex(&self.request_digest)),
+            ("hashes".to_owned(), self.step_hashes.iter().map(|h| to_hex(h)).collect::<Vec<_>>().join(",")),
+        ]);
+        safetensors::serialize([(LATENTS, view)], Some(metadata)).map_err(unreadable)
+    }
+
+    /// Reads what [`Checkpoint::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for anything else.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(unreadable)?;
+        let metadata = header.metadata().as_ref().ok_or_else(|| fault("it has no metadata"))?;
+        let field = |key: &str| metadata.get(key).map(String::as_str).ok_or_else(|| fault(&format!("{key} is missing")));
+        if field("format")? != FORMAT {
+            return Err(fault("it has another format"));
+        }
+        let steps_done: usize = field("steps_done")?.parse().map_err(unreadable)?;
+        let sigmas = list(field("sigmas")?)
+            .map(|text| u32::from_str_radix(text, 16).map(f32::from_bits).map_err(unreadable))
+            .collect::<Result<Vec<_>, _>>()?;
+        let step_hashes = list(field("hashes")?).map(from_hex).collect::<Result<Vec<_>, _>>()?;
+        if sigmas.len() > MAX_STEPS + 1 || steps_done >= sigmas.len() || step_hashes.len() != steps_done {
+            return Err(fault("its counts of steps, sigmas and hashes do not fit"));
+        }
+        let tensors = SafeTensors::deserialize(bytes).map_err(unreadable)?;
+        let view = tensors.tensor(LATENTS).map_err(unreadable)?;
+        if view.dtype() != Dtype::F32 {
+            return Err(fault("its latents are not f32"));
+        }
+        let latents = Tensor::from_raw_buffer(view.data(), DType::F32, view.shape(), &Device::Cpu)?;
+        Ok(Self { steps_done, sigmas, latents, request_digest: from_hex(field("request")?)?, step_hashes })
+    }
+}
+
+const FORMAT: &str = "kinoflock-checkpoint-1";
+const LATENTS: &str = "latents";
+
+/// The little-endian f32 bytes of a tensor, in its order: what a step hash is taken over.
+///
+/// # Errors
+/// When the tensor cannot be read back from its device.
+pub fn latents_bytes(latents: &Tensor) -> Result<Vec<u8>, Error> {
+    let values = latents.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    Ok(values.iter().flat_map(|value| value.to_le_bytes()).collect())
+}
+
+fn fault(reason: &str) -> Error {
+    Error::Checkpoint { reason: reason.to_owned() }
+}
+
+fn unreadable(error: impl std::fmt::Display) -> Error {
+    fault(&error.to_string())
+}
+
+fn list(text: &str) -> impl Iterator<Item = &str> {
+    text.split(',').filter(|part| !part.is_empty())
+}
+
+fn to_hex(bytes: &[u8; 32]) -> String {
+    blake3::Hash::from_bytes(*bytes).to_hex().to_string()
+}
+
+fn from_hex(text: &str) -> Result<[u8; 32], Error> {
+    blake3::Hash::from_hex(text).map(|hash| *hash.as_bytes()).map_err(unreadable)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn sample() -> Checkpoint {
+        Checkpoint {
+            steps_done: 1,
+            sigmas: vec![1.0, 0.3, 0.0],
+            latents: Tensor::new(&[[[1.5f32, f32::MIN_POSITIVE]]], &Device::Cpu).unwrap(),
+            request_digest: [7; 32],
+            step_hashes: vec![[9; 32]],
+        }
+    }
+
+    #[test]
+    fn bytes_give_the_same_state_back_bit_for_bit() {
+        let bytes = sample().to_bytes().unwrap();
+        let back = Checkpoint::from_bytes(&bytes).unwrap();
+        assert_eq!(latents_bytes(&back.latents).unwrap(), latents_bytes(&sample().latents).unwrap());
+        assert_eq!(back.sigmas, sample().sigmas);
+        assert_eq!((back.steps_done, back.request_digest, back.step_hashes), (1, [7; 32], vec![[9; 32]]));
+    }
+
+    #[test]
+    fn cut_or_strange_bytes_are_refused_without_a_panic() {
+        let bytes = sample().to_bytes().unwrap();
+        for end in 0..bytes.len() {
+            assert!(Checkpoint::from_bytes(&bytes[..end]).is_err());
+        }
+        assert!(matches!(Checkpoint::from_bytes(b"hello"), Err(Error::Checkpoint { .. })));
+    }
+}

@@ -1,0 +1,97 @@
+//! This engine against the reference: every golden tensor of every folder in `tests/goldens`, and that the comparison
+//! itself fails where it must.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../examples/parity/harness.rs"]
+mod harness;
+
+use std::path::{Path, PathBuf};
+
+fn goldens(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+fn assert_parity(name: &str, rows: usize) {
+    let report = harness::check_folder(&goldens(name));
+    assert_eq!(report.bad(), 0, "{report}");
+    assert!(report.len() >= rows, "only {} rows\n{report}", report.len());
+}
+
+#[test]
+fn ltx_video_0_9_0_is_within_tolerance() {
+    assert_parity("ltx-video-0.9.0", 60);
+}
+
+#[test]
+fn ltx_video_0_9_1_is_within_tolerance() {
+    assert_parity("ltx-video-0.9.1", 3);
+}
+
+#[test]
+fn ltx_video_0_9_5_is_within_tolerance() {
+    assert_parity("ltx-video-0.9.5", 80);
+}
+
+/// A copy of the 0.9.0 folder whose manifest was changed.
+fn changed(change: impl FnOnce(&mut serde_json::Value)) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    copy(&goldens("ltx-video-0.9.0"), folder.path());
+    let file = folder.path().join("manifest.json");
+    let mut manifest = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    change(&mut manifest);
+    std::fs::write(&file, manifest.to_string()).unwrap();
+    folder
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            std::fs::create_dir_all(&target).unwrap();
+            copy(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+fn only(manifest: &mut serde_json::Value, name: &str) {
+    manifest["goldens"].as_object_mut().unwrap().retain(|key, _| key == name);
+}
+
+#[test]
+fn a_golden_of_an_unknown_kind_is_a_failing_row() {
+    let folder = changed(|manifest| {
+        only(manifest, "rope");
+        let golden = manifest["goldens"].as_object_mut().unwrap().remove("rope").unwrap();
+        manifest["goldens"]["brand_new"] = golden;
+    });
+    let report = harness::check_folder(folder.path());
+    assert_eq!(report.bad(), report.len());
+    assert!(report.to_string().contains("not compared"));
+}
+
+#[test]
+fn a_difference_above_the_tolerance_fails() {
+    let folder = changed(|manifest| {
+        only(manifest, "rope");
+        manifest["goldens"]["rope"]["tensors"]["out.cos"]["atol"] = serde_json::json!(-1.0);
+    });
+    assert_eq!(harness::check_folder(folder.path()).bad(), 1);
+}
+
+#[test]
+fn a_missing_golden_file_a_missing_tensor_and_an_empty_manifest_fail() {
+    let folder = changed(|manifest| {
+        only(manifest, "rope");
+        manifest["goldens"]["rope"]["tensors"]["out.extra"] = serde_json::json!({"atol": 1.0, "shape": [1]});
+    });
+    assert_eq!(harness::check_folder(folder.path()).bad(), 1);
+    std::fs::remove_file(folder.path().join("goldens/rope.safetensors")).unwrap();
+    assert_eq!(harness::check_folder(folder.path()).bad(), 1);
+    let empty = changed(|manifest| manifest["goldens"] = serde_json::json!({}));
+    assert_eq!(harness::check_folder(empty.path()).bad(), 1);
+    std::fs::remove_file(empty.path().join("manifest.json")).unwrap();
+    assert_eq!(harness::check_folder(empty.path()).bad(), 1);
+}

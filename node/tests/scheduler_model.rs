@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kinoflock_node::config::{PolicyConfig, QueueConfig};
 use kinoflock_node::policy::Class;
-use kinoflock_node::scheduler::{Admission, DeviceId, NewJob, Outcome, Stage};
+use kinoflock_node::scheduler::{Admission, DeviceId, NewJob, Outcome, Stage, invariants};
 use kinoflock_protocol::id::JobId;
 use proptest::prelude::*;
 
@@ -192,6 +192,7 @@ impl Model {
 
     /// Every admitted job is live, undone, or ended: never two of these, never none.
     fn check(&self) {
+        assert_eq!(invariants::violations(&self.world.scheduler), Vec::<String>::new());
         for (job, known) in &self.known {
             let stage = self.world.scheduler.stage(job);
             let ended = self.world.ended.contains_key(job);
@@ -231,7 +232,7 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
     fn no_job_is_lost_doubled_or_starved(ops in proptest::collection::vec(op(), 1..120)) {

@@ -130,19 +130,19 @@ impl Scheduler {
         now: Instant,
         stop_after_idle: bool,
     ) -> Vec<Planned> {
-        let mut candidates = BTreeMap::new();
         let mut waiting = Vec::new();
         for (id, job) in self.jobs.live.iter().filter(|(_, job)| self.is_planned(job, stop_after_idle)) {
-            candidates
-                .insert(*id, Candidate { wanted: job.wanted, bypassed: job.bypassed, avoid: job.avoid });
-            waiting.push(Waiting { job: *id, origin: job.origin, seq: job.seq, work: job.wanted.work.0 });
+            let candidate = Candidate { wanted: job.wanted, bypassed: job.bypassed, avoid: job.avoid };
+            let work = job.wanted.work.0;
+            waiting.push(Waiting { job: *id, origin: job.origin, seq: job.seq, work, candidate });
         }
         if let Some((id, origin, wanted)) = extra {
-            candidates.insert(id, Candidate { wanted: *wanted, bypassed: 0, avoid: None });
-            waiting.push(Waiting { job: id, origin: *origin, seq: NOT_YET, work: wanted.work.0 });
+            let candidate = Candidate { wanted: *wanted, bypassed: 0, avoid: None };
+            let work = wanted.work.0;
+            waiting.push(Waiting { job: id, origin: *origin, seq: NOT_YET, work, candidate });
         }
         let picker = Picker::new(&self.fairness, waiting.into_iter());
-        plan(&self.devices, picker, &candidates, now, stop_after_idle)
+        plan(&self.devices, picker, now, stop_after_idle)
     }
 
     /// For starting, only what can start counts; for telling, a job that waits for inputs or disk keeps its place.

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use kinoflock_protocol::id::{JobId, RequesterId};
 
 use super::origin::{GroupKey, Origin};
+use super::plan::Candidate;
 use crate::policy::Class;
 
 /// Most flows remembered that have nothing waiting; beyond it the ones served least are forgotten, to no harm.
@@ -131,6 +132,7 @@ pub(super) struct Waiting {
     pub(super) origin: Origin,
     pub(super) seq: u64,
     pub(super) work: u64,
+    pub(super) candidate: Candidate,
 }
 
 /// Waiting jobs in the order in which fairness would start them, given what came before.

@@ -47,7 +47,6 @@ struct Slot<'a> {
 pub(super) fn plan(
     devices: &BTreeMap<DeviceId, Device>,
     mut picker: Picker,
-    candidates: &BTreeMap<JobId, Candidate>,
     now: Instant,
     stop_after_idle: bool,
 ) -> Vec<Planned> {
@@ -58,20 +57,20 @@ pub(super) fn plan(
         if stop_after_idle && slots.iter().all(|slot| slot.free_at > now) {
             break;
         }
-        let Some(best) = best_slot(&slots, &candidates[&head.job]) else {
+        let Some(best) = best_slot(&slots, &head.candidate) else {
             // Unreachable for jobs that some open device fits; others must not stop those behind them.
             picker.start(&head);
             continue;
         };
-        let passed = candidates[&head.job].bypassed + passes.get(&head.job).copied().unwrap_or(0);
-        let younger = prefer_loaded(&slots[best], &picker, &head, passed, candidates);
+        let passed = head.candidate.bypassed + passes.get(&head.job).copied().unwrap_or(0);
+        let younger = prefer_loaded(&slots[best], &picker, &head, passed);
         if younger.is_some() {
             *passes.entry(head.job).or_default() += 1;
         }
         let job = younger.unwrap_or(head);
         picker.start(&job);
         let slot = &mut slots[best];
-        let wanted = &candidates[&job.job].wanted;
+        let wanted = &job.candidate.wanted;
         let starts = slot.free_at;
         let finishes = starts + bounded(slot.device.estimate(wanted, slot.loaded));
         slot.free_at = finishes.max(starts + Duration::from_millis(1));
@@ -101,19 +100,13 @@ fn best_slot(slots: &[Slot<'_>], candidate: &Candidate) -> Option<usize> {
     elsewhere.or_else(|| fitting().min_by_key(|(_, slot)| finish(slot))).map(|(index, _)| index)
 }
 
-fn prefer_loaded(
-    slot: &Slot<'_>,
-    picker: &Picker,
-    head: &Waiting,
-    passed: u8,
-    candidates: &BTreeMap<JobId, Candidate>,
-) -> Option<Waiting> {
+fn prefer_loaded(slot: &Slot<'_>, picker: &Picker, head: &Waiting, passed: u8) -> Option<Waiting> {
     let loaded = slot.loaded?;
-    if candidates[&head.job].wanted.model == loaded || passed >= MAX_BYPASSED {
+    if head.candidate.wanted.model == loaded || passed >= MAX_BYPASSED {
         return None;
     }
     picker.in_group_of(head, |job| {
-        let candidate = &candidates[&job.job];
+        let candidate = &job.candidate;
         candidate.wanted.model == loaded
             && candidate.avoid != Some(slot.id)
             && slot.device.fits(&candidate.wanted).is_ok()

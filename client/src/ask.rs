@@ -1,0 +1,212 @@
+//! What an artist asks for, and how it becomes a job: the model's defaults fill what was left open.
+//!
+//! Nothing is clamped. What the model's arithmetic cannot express is refused with the nearest that it can.
+
+use kinoflock_protocol::clip::BlobRef;
+use kinoflock_protocol::codec::{List, Text, TooLong};
+use kinoflock_protocol::job::{Audience, Op, OpValue, Returns};
+use kinoflock_protocol::limits::{MAX_NAME, MAX_OPS};
+use kinoflock_protocol::model::{ModelManifest, RuleError};
+use kinoflock_protocol::{JobShape, JobSpec, Micro, Millis, ModelId, Nonce, Prompt, UnixMillis};
+
+/// What an artist asks for.
+#[derive(Debug, Clone, Default)]
+pub struct Ask {
+    /// Name or id of the model; the only one offered if none is named.
+    pub model: Option<String>,
+    /// What is to be seen.
+    pub prompt: String,
+    /// What is not to be seen.
+    pub negative_prompt: String,
+    /// Seed; random if none is given.
+    pub seed: Option<u64>,
+    /// How long.
+    pub length: Option<Length>,
+    /// Width and height in pixels.
+    pub size: Option<(u32, u32)>,
+    /// Frames per second.
+    pub fps: Option<Micro>,
+    /// Number of denoising steps.
+    pub steps: Option<u32>,
+    /// Guidance scale.
+    pub guidance: Option<Micro>,
+    /// Further operations by name.
+    pub ops: Vec<(String, OpValue)>,
+    /// Latents to begin from: bytes of a safetensors file.
+    pub initial_latents: Option<Vec<u8>>,
+    /// Whether the final latents are wanted too.
+    pub latents: bool,
+    /// Whether small pictures of how it looks are wanted meanwhile.
+    pub previews: bool,
+    /// Name that the clip is to carry.
+    pub artist: Option<String>,
+    /// Licence that the clip is to carry.
+    pub licence: Option<String>,
+    /// Whether only nodes will do that neither train on what they see nor claim rights.
+    pub require_terms: bool,
+    /// Whether only the nodes that were named may run it.
+    pub pinned: bool,
+    /// After how long the result is of no more use.
+    pub deadline: Option<Millis>,
+}
+
+/// How long a clip is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Length {
+    /// So many frames, exactly.
+    Frames(u32),
+    /// About so many seconds: the nearest number of frames that the model can make.
+    Seconds(Micro),
+}
+
+/// Why it cannot become a job.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AskError {
+    /// A count or size of zero.
+    #[error("{what}: 0 is below the least possible, 1")]
+    Zero {
+        /// Which.
+        what: &'static str,
+    },
+    /// A number that must be above zero.
+    #[error("{what}: {given} is not above 0")]
+    NotPositive {
+        /// Which.
+        what: &'static str,
+        /// Value given.
+        given: Micro,
+    },
+    /// A text beyond the protocol's limit.
+    #[error("{what} of {given} bytes exceeds the limit of {limit} bytes")]
+    TooLong {
+        /// Which.
+        what: &'static str,
+        /// Most bytes.
+        limit: usize,
+        /// Bytes given.
+        given: usize,
+    },
+    /// Too many operations.
+    #[error("{given} operations exceed the limit of {limit}")]
+    TooManyOps {
+        /// Most operations.
+        limit: usize,
+        /// Operations given.
+        given: usize,
+    },
+    /// What the model cannot make.
+    #[error(transparent)]
+    Rule(#[from] RuleError),
+}
+
+impl AskError {
+    /// Stable name for `--json`.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Zero { .. } => "zero",
+            Self::NotPositive { .. } => "not_positive",
+            Self::TooLong { .. } => "too_long",
+            Self::TooManyOps { .. } => "too_many_operations",
+            Self::Rule(error) => error.code(),
+        }
+    }
+}
+
+impl Ask {
+    /// Checks what is wrong with any model, before anybody is asked.
+    ///
+    /// # Errors
+    /// Zeros, and texts beyond the protocol's limits.
+    pub fn check(&self) -> Result<(), AskError> {
+        let (width, height) = self.size.unwrap_or((1, 1));
+        let frames = match self.length {
+            Some(Length::Frames(frames)) => frames,
+            Some(Length::Seconds(given)) if given <= Micro::ZERO => {
+                return Err(AskError::NotPositive { what: "seconds", given });
+            }
+            _ => 1,
+        };
+        let counts =
+            [("frames", frames), ("width", width), ("height", height), ("steps", self.steps.unwrap_or(1))];
+        if let Some((what, _)) = counts.into_iter().find(|(_, value)| *value == 0) {
+            return Err(AskError::Zero { what });
+        }
+        if let Some(given) = self.fps.filter(|fps| *fps <= Micro::ZERO) {
+            return Err(AskError::NotPositive { what: "fps", given });
+        }
+        prompt("prompt", &self.prompt)?;
+        prompt("negative prompt", &self.negative_prompt)?;
+        name("artist", self.artist.as_deref())?;
+        name("licence", self.licence.as_deref())?;
+        self.ops().map(drop)
+    }
+
+    /// The job for a model. Signing time and addressee are set when a node was chosen.
+    ///
+    /// # Errors
+    /// As [`Ask::check`], and what the model cannot make.
+    pub fn to_spec(
+        &self,
+        model: ModelId,
+        manifest: &ModelManifest,
+        seed: u64,
+        nonce: Nonce,
+    ) -> Result<JobSpec, AskError> {
+        self.check()?;
+        let (rules, defaults) = (&manifest.rules, &manifest.defaults);
+        let (width, height) = self.size.unwrap_or((defaults.width, defaults.height));
+        let fps = self.fps.unwrap_or(defaults.fps);
+        let frames = match self.length {
+            None => defaults.frames,
+            Some(Length::Frames(frames)) => frames,
+            Some(Length::Seconds(seconds)) => {
+                let nearest = rules.nearest_frames(frames_of(seconds, fps));
+                nearest.first().copied().unwrap_or(defaults.frames)
+            }
+        };
+        rules.check(frames, width, height)?;
+        let guidance = self.guidance.unwrap_or(defaults.guidance);
+        let steps = self.steps.unwrap_or(defaults.steps);
+        let shape = JobShape { frames, width, height, steps, guided: guidance != Micro::ONE };
+        let words = prompt("prompt", &self.prompt)?;
+        let mut spec = JobSpec::generate(model, words, nonce, UnixMillis::default(), shape);
+        spec.negative_prompt = prompt("negative prompt", &self.negative_prompt)?;
+        spec.seed = seed;
+        spec.fps = fps;
+        spec.guidance = guidance;
+        spec.initial_latents = self.initial_latents.as_deref().map(BlobRef::of);
+        spec.returns =
+            Returns { latents: self.latents, previews: self.previews, ..Returns::default() };
+        spec.addressed_to = Audience::Anyone;
+        spec.ops = self.ops()?;
+        spec.artist = name("artist", self.artist.as_deref())?;
+        spec.licence = name("licence", self.licence.as_deref())?;
+        Ok(spec)
+    }
+
+    fn ops(&self) -> Result<List<Op, MAX_OPS>, AskError> {
+        let op = |(key, value): &(String, OpValue)| match name("operation", Some(key)) {
+            Ok(Some(name)) => Ok(Op { name, value: value.clone() }),
+            Ok(None) => Err(AskError::Zero { what: "length of an operation's name" }),
+            Err(error) => Err(error),
+        };
+        let ops: Vec<Op> = self.ops.iter().map(op).collect::<Result<_, _>>()?;
+        List::new(ops).map_err(|TooLong { limit, given, .. }| AskError::TooManyOps { limit, given })
+    }
+}
+
+fn frames_of(seconds: Micro, fps: Micro) -> u32 {
+    let frames = i128::from(seconds.0) * i128::from(fps.0) / 1_000_000;
+    u32::try_from((frames + 500_000) / 1_000_000).unwrap_or(u32::MAX).max(1)
+}
+
+fn prompt(what: &'static str, text: &str) -> Result<Prompt, AskError> {
+    Prompt::new(text).map_err(|TooLong { limit, given, .. }| AskError::TooLong { what, limit, given })
+}
+
+fn name(what: &'static str, text: Option<&str>) -> Result<Option<Text<MAX_NAME>>, AskError> {
+    let too_long = |TooLong { limit, given, .. }| AskError::TooLong { what, limit, given };
+    text.filter(|text| !text.is_empty()).map(|text| Text::new(text).map_err(too_long)).transpose()
+}

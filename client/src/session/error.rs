@@ -1,0 +1,185 @@
+//! What can go wrong between a prompt and a clip.
+
+use kinoflock_net::{FetchError, NetError};
+use kinoflock_protocol::{ClipId, EnvelopeError, JobId, Millis, NodeId, Refusal};
+
+use crate::ask::AskError;
+use crate::route::Declined;
+use crate::store::StoreError;
+use crate::verify::VerifyError;
+
+/// Why a session could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SessionError {
+    /// The network failed.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// What was asked cannot become a job.
+    #[error(transparent)]
+    Ask(#[from] AskError),
+    /// A statement could not be signed or was refused.
+    #[error(transparent)]
+    Envelope(#[from] EnvelopeError),
+    /// The system gave no random bytes.
+    #[error("no random bytes from the system: {0}")]
+    Random(getrandom::Error),
+    /// Nobody to ask.
+    #[error("no node found; paste a ticket: kinoflock join TICKET, or use this machine: kinoflockd try{}", tried(reasons))]
+    NoNode {
+        /// Each way that was tried, and why it led nowhere.
+        reasons: Vec<(String, String)>,
+    },
+    /// A model that nobody offers.
+    #[error("unknown model {given:?}: {}{}", offered(known), did_you_mean(nearest))]
+    UnknownModel {
+        /// What was asked for.
+        given: String,
+        /// Names of those offered.
+        known: Vec<String>,
+        /// The nearest of them, if any is near.
+        nearest: Option<String>,
+    },
+    /// No model was named and several are offered.
+    #[error("several models are offered, name one with --model: {}", known.join(", "))]
+    SeveralModels {
+        /// Names of those offered.
+        known: Vec<String>,
+    },
+    /// A model's manifest could not be had.
+    #[error("no node gave the manifest of model {model}: {reason}")]
+    NoManifest {
+        /// Which model.
+        model: String,
+        /// Why.
+        reason: String,
+    },
+    /// Nobody takes the job.
+    #[error("no node takes this job with model {model}:{}", lines(reasons))]
+    NoTaker {
+        /// Name of the model.
+        model: String,
+        /// Each node and its reason.
+        reasons: Vec<Declined>,
+    },
+    /// The node said no.
+    #[error("node ...{}: {refusal}", node.short())]
+    Refused {
+        /// Which node.
+        node: NodeId,
+        /// Why.
+        refusal: Box<Refusal>,
+    },
+    /// The node answered something else than was asked.
+    #[error("node ...{} answered {given} to {asked}", node.short())]
+    Unexpected {
+        /// Which node.
+        node: NodeId,
+        /// The question.
+        asked: &'static str,
+        /// The answer.
+        given: String,
+    },
+    /// The job failed at the node.
+    #[error("job {} failed at its node ({code}): {text}{}", job.short(), again(*retryable))]
+    Failed {
+        /// Which job.
+        job: JobId,
+        /// Stable name of the cause.
+        code: String,
+        /// The cause for people.
+        text: String,
+        /// Whether another try may succeed.
+        retryable: bool,
+    },
+    /// The job was stopped.
+    #[error("job {} was cancelled", job.short())]
+    Cancelled {
+        /// Which job.
+        job: JobId,
+    },
+    /// The node no longer knows the job.
+    #[error("node ...{} knows no job {} any more; order it again", node.short(), job.short())]
+    Lost {
+        /// Which job.
+        job: JobId,
+        /// Which node.
+        node: NodeId,
+    },
+    /// The node stayed out of reach.
+    #[error("node ...{} was out of reach for {waited}: {reason}; the job is kept, go on with: kinoflock wait {}", node.short(), job.short())]
+    OutOfReach {
+        /// Which job.
+        job: JobId,
+        /// Which node.
+        node: NodeId,
+        /// How long.
+        waited: Millis,
+        /// The last cause.
+        reason: String,
+    },
+    /// What came is not what was asked for.
+    #[error("{error}; the node was told so, do not use this clip")]
+    Disputed {
+        /// What is wrong.
+        error: VerifyError,
+    },
+    /// A clip could not be fetched.
+    #[error("clip {} could not be fetched: {error}", clip.short())]
+    Fetch {
+        /// Which clip.
+        clip: ClipId,
+        /// Why.
+        error: FetchError,
+    },
+}
+
+impl SessionError {
+    /// Stable name for `--json`.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Net(error) => error.code(),
+            Self::Store(error) => error.code(),
+            Self::Ask(error) => error.code(),
+            Self::Envelope(error) => error.code(),
+            Self::Random(_) => "random",
+            Self::NoNode { .. } => "no_node",
+            Self::UnknownModel { .. } => "unknown_model",
+            Self::SeveralModels { .. } => "several_models",
+            Self::NoManifest { .. } => "no_manifest",
+            Self::NoTaker { .. } => "no_taker",
+            Self::Refused { refusal, .. } => refusal.code(),
+            Self::Unexpected { .. } => "unexpected_answer",
+            Self::Failed { .. } => "job_failed",
+            Self::Cancelled { .. } => "job_cancelled",
+            Self::Lost { .. } => "job_lost",
+            Self::OutOfReach { .. } => "out_of_reach",
+            Self::Disputed { error } => error.code(),
+            Self::Fetch { .. } => "fetch",
+        }
+    }
+}
+
+fn tried(reasons: &[(String, String)]) -> String {
+    reasons.iter().map(|(way, why)| format!("\n  tried {way}: {why}")).collect()
+}
+
+fn lines(reasons: &[Declined]) -> String {
+    reasons.iter().map(|reason| format!("\n  {reason}")).collect()
+}
+
+fn offered(known: &[String]) -> String {
+    if known.is_empty() { "the nodes found serve none".to_owned() } else { format!("the nodes found serve {}", known.join(", ")) }
+}
+
+fn did_you_mean(nearest: &Option<String>) -> String {
+    nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean {name:?}?"))
+}
+
+fn again(retryable: bool) -> &'static str {
+    if retryable { "; another try may succeed" } else { "" }
+}

@@ -1,0 +1,302 @@
+//! Finding nodes: every way is tried at once, each node that answers is asked for its advert and for those it knows.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use futures::stream::{self, StreamExt};
+use kinoflock_net::Multiaddr;
+use kinoflock_protocol::limits::{MAX_CLOCK_SKEW_MS, MAX_NODES};
+use kinoflock_protocol::model::ModelManifest;
+use kinoflock_protocol::rpc::{FindNodes, Request, Response};
+use kinoflock_protocol::{BlobId, Millis, ModelId, NodeId};
+
+use super::{Client, Event, Events, SessionError, corrected};
+use crate::config::Config;
+use crate::local;
+use crate::route::{Candidate, read_advert};
+use crate::ticket::Way;
+
+/// Nodes that are asked at once.
+const AT_ONCE: usize = 8;
+/// Nodes that are tried at most, whatever tickets and lists name.
+const MAX_TARGETS: usize = 48;
+/// Nodes that are asked whom else they know.
+const ASKED_FOR_OTHERS: usize = 4;
+/// Time for a connection and an advert.
+const PROBE: Duration = Duration::from_secs(10);
+/// Time in which nodes of the local network must have answered, if nobody else did.
+const MDNS_WAIT: Duration = Duration::from_secs(2);
+
+/// A node that was found.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// The node and its advert.
+    pub candidate: Candidate,
+    /// Where it is reached.
+    pub addresses: Vec<Multiaddr>,
+    /// Whether it answered itself; else its advert came from another node.
+    pub direct: bool,
+    /// How far its clock is ahead in milliseconds, if that is more than an advert's age explains.
+    pub skew_ms: i64,
+}
+
+/// A model that nodes offer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Model {
+    /// Which model.
+    pub id: ModelId,
+    /// The name by which the nodes offer it.
+    pub name: String,
+}
+
+/// One node or address to be tried.
+struct Target {
+    label: String,
+    node: Option<NodeId>,
+    addresses: Vec<Multiaddr>,
+}
+
+impl Client {
+    /// The ways that a configuration knows: the daemon on this machine, joined networks, the list of nodes. A way that
+    /// cannot be read or leads to another network is told as an event.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn known_ways(&self, config: &Config, events: &Events) -> Result<Vec<Way>, SessionError> {
+        let mut ways = Vec::new();
+        if config.local {
+            let here = local::find(&local::folders());
+            ways.extend(here.iter().filter(|node| node.network == self.network).map(Way::local));
+        }
+        for text in self.store.tickets()?.iter().chain(&config.nodes) {
+            let way = text.parse::<Way>().and_then(|way| way.check_network(&self.network).map(|()| way));
+            match way {
+                Ok(way) => ways.push(way),
+                Err(error) => {
+                    let way = text.chars().take(24).collect();
+                    events.tell(Event::Unreachable { way, why: error.to_string() }).await;
+                }
+            }
+        }
+        Ok(ways)
+    }
+
+    /// Tries every way, and the local network if that is on. Nodes that answered come first.
+    ///
+    /// # Errors
+    /// `NoNode` with what was tried.
+    pub async fn find(&self, ways: &[Way], events: &Events) -> Result<Vec<Found>, SessionError> {
+        let mut reasons = Vec::new();
+        let mut found = self.probe_all(targets(ways), &mut reasons, events).await;
+        if self.mdns && (found.is_empty() || !self.found.borrow().is_empty()) {
+            let others = self.nearby(found.is_empty(), &found).await;
+            found.extend(self.probe_all(others, &mut reasons, events).await);
+        }
+        if found.is_empty() {
+            return Err(SessionError::NoNode { reasons });
+        }
+        self.ask_for_others(&mut found).await;
+        Ok(found)
+    }
+
+    async fn probe_all(
+        &self,
+        targets: Vec<Target>,
+        reasons: &mut Vec<(String, String)>,
+        events: &Events,
+    ) -> Vec<Found> {
+        let probes = targets.into_iter().map(|target| async move {
+            let probed = tokio::time::timeout(PROBE, self.probe(&target)).await;
+            let late = || format!("no answer within {} s", PROBE.as_secs());
+            (target.label, probed.map_err(|_| late()).and_then(|probed| probed.map_err(|error| error.to_string())))
+        });
+        let mut probes = stream::iter(probes).buffered(AT_ONCE);
+        let mut found: Vec<Found> = Vec::new();
+        while let Some((way, probed)) = probes.next().await {
+            match probed {
+                Ok(one) if found.iter().any(|known| known.candidate.node == one.candidate.node) => {}
+                Ok(one) => {
+                    let (node, name) = (one.candidate.node, one.candidate.capacity.name.to_string());
+                    events.tell(Event::Reached { node, name }).await;
+                    found.push(one);
+                }
+                Err(why) => {
+                    events.tell(Event::Unreachable { way: way.clone(), why: why.clone() }).await;
+                    reasons.push((way, why));
+                }
+            }
+        }
+        found
+    }
+
+    async fn probe(&self, target: &Target) -> Result<Found, SessionError> {
+        let node = match (target.node, target.addresses.first()) {
+            (None, Some(addr)) => self.net.dial(addr.clone()).await?,
+            (Some(node), _) => self.net.connect(node, target.addresses.clone()).await?,
+            (None, None) => return Err(SessionError::NoNode { reasons: Vec::new() }),
+        };
+        let asked_at = Instant::now();
+        let response = self.net.request_within(node, Request::Capacity, PROBE).await?;
+        let round_trip = Some(Millis::from(asked_at.elapsed()));
+        let Response::Capacity(envelope) = response else {
+            return Err(unexpected(node, "a question for its advert", response));
+        };
+        let (signer, capacity) = read_advert(&envelope, &self.network)?;
+        if signer != node {
+            let given = format!("with the advert of {signer}");
+            return Err(SessionError::Unexpected { node, asked: "a question for its advert", given });
+        }
+        // Just signed by whoever answers: what is beyond the limit is a clock that is wrong.
+        let ahead = i128::from(capacity.issued_at.0) - i128::from(crate::now().0);
+        let skew_ms = if ahead.unsigned_abs() > u128::from(MAX_CLOCK_SKEW_MS) { ahead as i64 } else { 0 };
+        let candidate = Candidate { node, capacity, round_trip };
+        Ok(Found { candidate, addresses: target.addresses.clone(), direct: true, skew_ms })
+    }
+
+    /// Nodes that mDNS found; waits for the first one if `wait`.
+    async fn nearby(&self, wait: bool, known: &[Found]) -> Vec<Target> {
+        let mut nearby = self.found.clone();
+        if wait {
+            // Nobody there is told as "no node found".
+            let _ = tokio::time::timeout(MDNS_WAIT, nearby.wait_for(|found| !found.is_empty())).await;
+        }
+        let is_known = |node: &NodeId| known.iter().any(|found| found.candidate.node == *node);
+        let found = nearby.borrow();
+        let target = |(node, addresses): (&NodeId, &Vec<Multiaddr>)| Target {
+            label: format!("{node} on the local network"),
+            node: Some(*node),
+            addresses: addresses.clone(),
+        };
+        found.iter().filter(|(node, _)| !is_known(node)).map(target).take(MAX_TARGETS).collect()
+    }
+
+    /// Adds the nodes whose adverts the first few know. One that does not answer is no loss.
+    async fn ask_for_others(&self, found: &mut Vec<Found>) {
+        let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32 };
+        let asked: Vec<_> = found.iter().take(ASKED_FOR_OTHERS).map(|f| (f.candidate.node, f.skew_ms)).collect();
+        let asking = asked.into_iter().map(|(node, skew_ms)| async move {
+            (skew_ms, self.net.request(node, Request::FindNodes(question)).await)
+        });
+        let mut answers = stream::iter(asking).buffered(ASKED_FOR_OTHERS);
+        let mut known: BTreeSet<NodeId> = found.iter().map(|found| found.candidate.node).collect();
+        while let Some((skew_ms, answer)) = answers.next().await {
+            let Ok(Response::Nodes(envelopes)) = answer else { continue };
+            for envelope in envelopes.iter() {
+                let Ok((node, capacity)) = read_advert(envelope, &self.network) else { continue };
+                let is_fresh = capacity.check(corrected(crate::now(), skew_ms), None).is_ok();
+                if !is_fresh || node == self.net.local_node() || !known.insert(node) {
+                    continue;
+                }
+                let addresses: Vec<_> = capacity.addresses.iter().filter_map(|a| a.parse().ok()).collect();
+                if self.net.add_addresses(node, addresses.clone()).await.is_ok() {
+                    let candidate = Candidate { node, capacity, round_trip: None };
+                    found.push(Found { candidate, addresses, direct: false, skew_ms });
+                }
+            }
+        }
+    }
+
+    /// The model that is meant: by id, by name, or the only one that is offered.
+    ///
+    /// # Errors
+    /// `UnknownModel`, `SeveralModels`.
+    pub fn choose_model(&self, wanted: Option<&str>, found: &[Found]) -> Result<Model, SessionError> {
+        let models = offered(found);
+        let names = || models.values().cloned().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>();
+        let model = |(id, name): (&ModelId, &String)| Model { id: *id, name: name.clone() };
+        let Some(wanted) = wanted else {
+            return match models.len() {
+                1 => Ok(models.iter().map(model).next().expect("invariant: there is one")),
+                0 => Err(SessionError::UnknownModel { given: String::new(), known: Vec::new(), nearest: None }),
+                _ => Err(SessionError::SeveralModels { known: names() }),
+            };
+        };
+        let is_wanted = |(id, name): &(&ModelId, &String)| {
+            *name == wanted || id.to_string() == wanted || (wanted.len() > 9 && id.to_string().starts_with(wanted))
+        };
+        let matching: Vec<Model> = models.iter().filter(is_wanted).map(model).collect();
+        match &matching[..] {
+            [only] => Ok(only.clone()),
+            [] => {
+                let known = names();
+                let near = known.iter().min_by_key(|name| strsim::damerau_levenshtein(name, wanted));
+                let near = near.filter(|name| strsim::damerau_levenshtein(name, wanted) <= 3).cloned();
+                Err(SessionError::UnknownModel { given: wanted.to_owned(), known, nearest: near })
+            }
+            several => {
+                let known = several.iter().map(|model| format!("{} ({})", model.id, model.name)).collect();
+                Err(SessionError::SeveralModels { known })
+            }
+        }
+    }
+
+    /// A model's manifest: from the store, or from a node that offers it. Its hash is the model's id.
+    ///
+    /// # Errors
+    /// `NoManifest`.
+    pub async fn manifest(&self, model: &Model, found: &[Found]) -> Result<ModelManifest, SessionError> {
+        let blob: BlobId = model.id.as_blob();
+        if let Some(manifest) =
+            self.store.read_blob(&blob).ok().and_then(|bytes| ModelManifest::decode(&bytes, &model.id).ok())
+        {
+            return Ok(manifest);
+        }
+        let mut reason = "no node that was found offers it".to_owned();
+        for found in found.iter().filter(|found| found.candidate.capacity.offer(&model.id).is_some()) {
+            let node = found.candidate.node;
+            match self.net.request(node, Request::Manifest(model.id)).await {
+                Ok(Response::Manifest(bytes)) => match ModelManifest::decode(&bytes, &model.id) {
+                    Ok(manifest) => {
+                        self.store.insert_blob(&bytes)?;
+                        return Ok(manifest);
+                    }
+                    Err(error) => reason = error.to_string(),
+                },
+                Ok(other) => reason = unexpected(node, "a question for a manifest", other).to_string(),
+                Err(error) => reason = error.to_string(),
+            }
+        }
+        Err(SessionError::NoManifest { model: model.name.clone(), reason })
+    }
+}
+
+/// Every model that is offered, with the name that the first node gave it.
+#[must_use]
+fn offered(found: &[Found]) -> BTreeMap<ModelId, String> {
+    let mut models = BTreeMap::new();
+    for offer in found.iter().flat_map(|found| found.candidate.capacity.models.iter()) {
+        models.entry(offer.model).or_insert_with(|| offer.name.to_string());
+    }
+    models
+}
+
+fn targets(ways: &[Way]) -> Vec<Target> {
+    let mut targets: Vec<Target> = Vec::new();
+    for way in ways {
+        let Some(nodes) = way.nodes() else {
+            if let Way::Address(addr) = way {
+                targets.push(Target { label: addr.to_string(), node: None, addresses: vec![addr.clone()] });
+            }
+            continue;
+        };
+        for (node, addresses) in nodes {
+            match targets.iter_mut().find(|target| target.node == Some(node)) {
+                Some(target) => target.addresses.extend(addresses),
+                None => targets.push(Target { label: node.to_string(), node: Some(node), addresses }),
+            }
+        }
+    }
+    targets.truncate(MAX_TARGETS);
+    targets
+}
+
+/// What a node answered that is no answer to the question, as an error.
+pub(super) fn unexpected(node: NodeId, asked: &'static str, response: Response) -> SessionError {
+    match response {
+        Response::Refused(refusal) => SessionError::Refused { node, refusal: Box::new(refusal) },
+        Response::Error { code, text } => {
+            SessionError::Unexpected { node, asked, given: format!("with an error ({code}): {text}") }
+        }
+        other => SessionError::Unexpected { node, asked, given: format!("with {}", other.name()) },
+    }
+}

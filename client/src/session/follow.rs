@@ -1,0 +1,271 @@
+//! Following a job to its end, over broken streams and restarted nodes.
+//!
+//! Each connection begins with the question how the job stands, for a node that restarted may count its events anew,
+//! and a job may have ended while nobody listened. Then the events are told from the next one wanted.
+
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use kinoflock_net::NetError;
+use kinoflock_protocol::job::JobSpec;
+use kinoflock_protocol::progress::{JobEvent, Progress};
+use kinoflock_protocol::query::QueryAction;
+use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
+use kinoflock_protocol::{JobId, Millis, NodeId, Reason, ValidJob};
+
+use super::find::unexpected;
+use super::submit::is_passing;
+use super::{Client, Delivered, Event, Events, SessionError};
+use crate::local;
+use crate::store::{JobRecord, RecordError, RecordState};
+use crate::ticket::parse_addresses;
+
+/// First pause before a broken connection is taken up again; it doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+
+impl Client {
+    /// Follows a job until its clip is here and checked. May be called again at any time, by any process.
+    ///
+    /// # Errors
+    /// `Failed`, `Cancelled`, `Lost`, `OutOfReach`, `Disputed`, and what the store or the fetch meets.
+    pub async fn follow(&self, job: &JobId, events: &Events) -> Result<Delivered, SessionError> {
+        let record = self.store.job(job)?;
+        self.serve_inputs(&record);
+        let mut heard = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let record = self.store.job(job)?;
+            if let Some(ended) = ended(&record) {
+                return Err(ended);
+            }
+            let outcome = match record.receipt {
+                Some(_) => self.deliver(&record, events).await,
+                None => match self.listen(&record, &mut heard, events).await {
+                    // The receipt is in the store now.
+                    Ok(()) => continue,
+                    Err(error) => Err(error),
+                },
+            };
+            let error = match outcome {
+                Err(error) if is_transient(&error) => error,
+                other => return other,
+            };
+            if heard.elapsed() < pause {
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            } else {
+                pause = FIRST_PAUSE;
+            }
+            let waited = heard.elapsed();
+            if waited + pause > self.patience {
+                let (job, node, reason) = (record.job, record.node, error.to_string());
+                return Err(SessionError::OutOfReach { job, node, waited: waited.into(), reason });
+            }
+            let lost = Event::Reconnecting { node: record.node, why: error.to_string(), after: pause.into() };
+            events.tell(lost).await;
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Asks a job's node how the job stands, and keeps what is new.
+    ///
+    /// # Errors
+    /// When the node cannot be asked, or knows no such job.
+    pub async fn status(&self, job: &JobId) -> Result<(JobRecord, JobStatus), SessionError> {
+        let record = self.store.job(job)?;
+        self.reach(&record).await?;
+        let status = self.ask_status(&record).await?;
+        Ok((self.note_status(&record, &status)?, status))
+    }
+
+    /// Stops a job.
+    ///
+    /// # Errors
+    /// When the node cannot be asked, or knows no such job.
+    pub async fn cancel(&self, job: &JobId) -> Result<JobRecord, SessionError> {
+        let record = self.store.job(job)?;
+        self.reach(&record).await?;
+        let query = self.query(&record, QueryAction::Cancel)?;
+        match self.net.request(record.node, Request::Cancel(query)).await? {
+            Response::Cancelled { .. } => self.update(job, |record| record.state = RecordState::Cancelled),
+            other => Err(unknown_job(&record, unexpected(record.node, "a cancel", other))),
+        }
+    }
+
+    /// Connects to the node that has a job, wherever it is now.
+    pub(super) async fn reach(&self, record: &JobRecord) -> Result<(), SessionError> {
+        let mut addresses = parse_addresses(&record.addresses);
+        // A daemon on this machine may have other ports since it restarted.
+        for here in local::find(&local::folders()).iter().filter(|here| here.node_id == record.node) {
+            addresses.extend(parse_addresses(&here.addresses));
+        }
+        if let Some(nearby) = self.found.borrow().get(&record.node) {
+            addresses.extend(nearby.iter().cloned());
+        }
+        self.net.connect(record.node, addresses).await?;
+        Ok(())
+    }
+
+    async fn listen(
+        &self,
+        record: &JobRecord,
+        heard: &mut Instant,
+        events: &Events,
+    ) -> Result<(), SessionError> {
+        self.reach(record).await?;
+        let status = self.ask_status(record).await?;
+        *heard = Instant::now();
+        let record = self.note_status(record, &status)?;
+        if status.state.is_final() {
+            return ended(&record).map_or(Ok(()), Err);
+        }
+        let wants_previews =
+            record.envelope.open::<JobSpec>(&self.network).is_ok_and(|job| job.value.returns.previews);
+        let action = if wants_previews { QueryAction::Previews } else { QueryAction::Progress };
+        let query = self.query(&record, action)?;
+        let stream = self.net.open_progress(record.node, query, record.next_seq).await;
+        let stream = stream.map_err(|error| match error {
+            NetError::Refused { node, refusal } => unknown_job(&record, SessionError::Refused { node, refusal }),
+            other => other.into(),
+        })?;
+        let mut stream = Box::pin(stream.into_stream());
+        while let Some(progress) = stream.next().await {
+            let progress = progress?;
+            *heard = Instant::now();
+            if progress.job == record.job {
+                self.note(&record.job, progress, events).await?;
+            }
+        }
+        ended(&self.store.job(&record.job)?).map_or(Ok(()), Err)
+    }
+
+    async fn ask_status(&self, record: &JobRecord) -> Result<JobStatus, SessionError> {
+        let query = self.query(record, QueryAction::Status)?;
+        match self.net.request(record.node, Request::Status(query)).await? {
+            Response::Status(status) if status.job == record.job => Ok(status),
+            Response::Busy { .. } => Err(NetError::Busy { node: record.node }.into()),
+            other => Err(unknown_job(record, unexpected(record.node, "a question for a job", other))),
+        }
+    }
+
+    fn note_status(&self, record: &JobRecord, status: &JobStatus) -> Result<JobRecord, SessionError> {
+        self.update(&record.job, |record| {
+            if status.seq.saturating_add(1) < record.next_seq {
+                record.next_seq = 0;
+            }
+            if record.state.is_final() {
+                return;
+            }
+            record.state = match status.state {
+                JobState::AwaitingInputs | JobState::Queued => RecordState::Queued,
+                JobState::Running => RecordState::Running,
+                JobState::Done => RecordState::Made,
+                JobState::Failed => RecordState::Failed,
+                JobState::Cancelled => RecordState::Cancelled,
+            };
+            if let Some(receipt) = &status.receipt {
+                record.receipt.get_or_insert_with(|| receipt.clone());
+            }
+            if let (JobState::Failed, None) = (status.state, &record.error) {
+                let text = status.error.as_ref().map_or_else(|| "no cause told".to_owned(), ToString::to_string);
+                record.error = Some(RecordError { code: "failed".to_owned(), text });
+            }
+        })
+    }
+
+    /// Keeps what a change of state says, and tells every event.
+    async fn note(&self, job: &JobId, progress: Progress, events: &Events) -> Result<(), SessionError> {
+        let next_seq = progress.seq.saturating_add(1);
+        let state = |state: RecordState| move |record: &mut JobRecord| {
+            record.state = state;
+            record.next_seq = next_seq;
+        };
+        match progress.event {
+            JobEvent::AwaitingInputs { missing } => {
+                events.tell(Event::AwaitingInputs { missing: missing.len() }).await;
+            }
+            JobEvent::Queued { position, eta } => events.tell(Event::Queued { position, eta }).await,
+            JobEvent::Loading => {
+                self.update(job, state(RecordState::Running))?;
+                events.tell(Event::Loading).await;
+            }
+            // Not worth a write to the disk: a stream that is taken up again tells the step again.
+            JobEvent::Step { done, total, eta } => events.tell(Event::Step { done, total, eta }).await,
+            JobEvent::Preview { step, png } => events.hint(Event::Preview { step, png: png.into_vec() }),
+            JobEvent::Checkpoint { .. } => {}
+            JobEvent::Encoding => events.tell(Event::Encoding).await,
+            JobEvent::Done { receipt } => {
+                self.update(job, |record| {
+                    record.state = RecordState::Made;
+                    record.next_seq = next_seq;
+                    record.receipt = Some(receipt);
+                })?;
+            }
+            JobEvent::Failed { code, text, retryable } => {
+                let error = RecordError { code: code.to_string(), text: text.to_string() };
+                self.update(job, |record| {
+                    state(RecordState::Failed)(record);
+                    record.error = Some(error);
+                })?;
+                let (code, text) = (code.to_string(), text.to_string());
+                return Err(SessionError::Failed { job: *job, code, text, retryable });
+            }
+            JobEvent::Cancelled => {
+                self.update(job, state(RecordState::Cancelled))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn serve_inputs(&self, record: &JobRecord) {
+        if let Ok(job) = ValidJob::parse_stored(&record.envelope, &record.network) {
+            self.inputs.serve(job.spec().inputs().iter().map(|blob| blob.id));
+        }
+    }
+}
+
+/// The error of a job that ended without a clip.
+fn ended(record: &JobRecord) -> Option<SessionError> {
+    let job = record.job;
+    match record.state {
+        RecordState::Cancelled => Some(SessionError::Cancelled { job }),
+        RecordState::Failed => {
+            let error = record.error.clone();
+            let (code, text) = error.map_or_else(Default::default, |error| (error.code, error.text));
+            Some(SessionError::Failed { job, code, text, retryable: false })
+        }
+        _ => None,
+    }
+}
+
+/// A node that knows no such job is told apart from other refusals.
+fn unknown_job(record: &JobRecord, error: SessionError) -> SessionError {
+    match error {
+        SessionError::Refused { node, refusal } if refusal.reason == Reason::JobUnknown => {
+            SessionError::Lost { job: record.job, node }
+        }
+        other => other,
+    }
+}
+
+fn is_transient(error: &SessionError) -> bool {
+    match error {
+        SessionError::Net(NetError::Refused { refusal, .. }) => is_passing(refusal.reason),
+        SessionError::Refused { refusal, .. } => is_passing(refusal.reason),
+        SessionError::Net(error) => error.is_transient() || matches!(error, NetError::NoAddress { .. }),
+        SessionError::Fetch { error, .. } => crate::fetch::is_transient(error),
+        _ => false,
+    }
+}
+
+impl SessionError {
+    /// How long a node was out of reach, and which.
+    #[must_use]
+    pub fn out_of_reach(&self) -> Option<(NodeId, Millis)> {
+        match self {
+            Self::OutOfReach { node, waited, .. } => Some((*node, *waited)),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! What the store remembers of a job and of a clip.
+
+use kinoflock_protocol::clip::BlobRef;
+use kinoflock_protocol::{ClipId, Envelope, JobId, ModelId, NetworkId, NodeId, UnixMillis};
+use serde::{Deserialize, Serialize};
+
+/// A job as the artist's machine knows it. Whatever is signed is kept as it was signed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// Which job.
+    pub job: JobId,
+    /// In which network.
+    pub network: NetworkId,
+    /// The signed job, with its prompt.
+    pub envelope: Envelope,
+    /// The signed order.
+    pub order: Option<Envelope>,
+    /// The node that has it.
+    pub node: NodeId,
+    /// The name that the node gave itself.
+    pub node_name: String,
+    /// Where the node was reached.
+    pub addresses: Vec<String>,
+    /// With which model.
+    pub model: ModelId,
+    /// The name by which the node offered it.
+    pub model_name: String,
+    /// When the record was made, by this machine's clock.
+    pub created_at: UnixMillis,
+    /// When it was last changed, by this machine's clock.
+    pub updated_at: UnixMillis,
+    /// How far the node's clock is ahead of this machine's, in milliseconds.
+    pub clock_skew_ms: i64,
+    /// How it stands.
+    pub state: RecordState,
+    /// Sequence number of the next event wanted.
+    pub next_seq: u64,
+    /// Why it failed.
+    pub error: Option<RecordError>,
+    /// The node's signed receipt.
+    pub receipt: Option<Envelope>,
+    /// The clip of the receipt.
+    pub clip: Option<BlobRef>,
+    /// The latents of the receipt.
+    pub latents: Option<BlobRef>,
+    /// The artist's signed answer to the receipt.
+    pub answer: Option<Envelope>,
+    /// Whether the node heard the answer.
+    pub answered: bool,
+}
+
+/// How a job stands, as far as this machine knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RecordState {
+    /// Signed; whether the node took it is not known.
+    Sent,
+    /// The node has it in its queue.
+    Queued,
+    /// The node computes.
+    Running,
+    /// The node is done; the clip is not here yet.
+    Made,
+    /// The clip is here and what was asked for.
+    Done,
+    /// The clip is not what was asked for; the node was told so.
+    Disputed,
+    /// It failed at the node.
+    Failed,
+    /// It was stopped.
+    Cancelled,
+}
+
+impl RecordState {
+    /// Whether nothing more is to be done.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Done | Self::Disputed | Self::Failed | Self::Cancelled)
+    }
+
+    /// Stable name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sent => "sent",
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Made => "made",
+            Self::Done => "done",
+            Self::Disputed => "disputed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// Why a job failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordError {
+    /// Stable name of the cause.
+    pub code: String,
+    /// The cause for people.
+    pub text: String,
+}
+
+/// A clip that came by a ticket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClipRecord {
+    /// Which clip.
+    pub clip: ClipId,
+    /// Its length in bytes.
+    pub len: u64,
+    /// When it came, by this machine's clock.
+    pub got_at: UnixMillis,
+    /// The ticket that it came by.
+    pub ticket: String,
+}

@@ -28,9 +28,13 @@ fn chain(epoch: u8) -> ChainId {
 }
 
 fn record(number: u8) -> JobRecord {
+    with_prompt(number, "a red circle")
+}
+
+fn with_prompt(number: u8, prompt: &str) -> JobRecord {
     let model = ModelId::from_bytes([9; 32]);
     let nonce = Nonce::from_bytes([number; 16]);
-    let prompt = Prompt::new("a red circle").unwrap();
+    let prompt = Prompt::new(prompt).unwrap();
     let spec = JobSpec::generate(model, prompt, nonce, UnixMillis(1_000), SHAPE);
     let job = Envelope::seal(&key(), &network(), &spec).unwrap();
     let id = JobId::of(&job, &network());
@@ -258,4 +262,48 @@ async fn writes_from_many_tasks_all_arrive() {
         done.unwrap().unwrap();
     }
     assert_eq!(queue.restore().unwrap().len(), 40);
+}
+
+/// Set for the child process of the test below: its folder.
+const CHILD: &str = "KINOFLOCK_TEST_FULL_DISK";
+
+#[test]
+fn a_full_disk_refuses_the_job_and_keeps_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    // A limit on file sizes fails a write as a full disk does, without needing a disk to fill.
+    let script = "trap '' XFSZ; ulimit -f 4096; exec \"$0\" --exact --ignored full_disk_child --nocapture";
+    let output = std::process::Command::new("bash")
+        .args(["-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .env(CHILD, dir.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("1 passed"), "{text}");
+}
+
+#[tokio::test]
+#[ignore = "run by a_full_disk_refuses_the_job_and_keeps_the_others in a process with a file size limit"]
+async fn full_disk_child() {
+    let dir = std::path::PathBuf::from(std::env::var_os(CHILD).unwrap());
+    let queue = open(&dir);
+    let long = "x".repeat(8_000);
+    let mut admitted = 0;
+    let error = loop {
+        let record = with_prompt(admitted, &long);
+        match queue.admit(JobRecord { order: with_prompt(250, &long).job, ..record }).await {
+            Ok(()) => admitted += 1,
+            Err(error) => break error,
+        }
+        assert!(admitted < 255, "the limit was never met");
+    };
+    assert_eq!(error.code(), "disk_full", "{error}");
+    assert_eq!(
+        queue.restore().unwrap().len(),
+        usize::from(admitted),
+        "nothing is lost and nothing half there"
+    );
+    let first = queue.restore().unwrap().remove(0);
+    assert_eq!(queue.find(&first.id).unwrap(), Some(first));
 }

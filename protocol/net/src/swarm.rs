@@ -1,12 +1,14 @@
 //! The one builder of swarms: TCP with Noise and Yamux, QUIC, DNS, and the sub-behaviours by the roles of
 //! the configuration.
 
+use std::net::IpAddr;
 use std::num::NonZeroUsize;
 
 use libp2p::connection_limits::ConnectionLimits;
 use libp2p::core::muxing::StreamMuxerBox;
 use libp2p::core::upgrade::Version;
 use libp2p::metrics::{BandwidthTransport, Metrics, Registry};
+use libp2p::multiaddr::Protocol;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     Multiaddr, PeerId, Swarm, Transport, connection_limits, core, dns, identify, identity, mdns,
@@ -177,11 +179,29 @@ fn lan(local: PeerId) -> Result<mdns::tokio::Behaviour, NetError> {
 /// Starts to listen; how many listeners will tell their addresses.
 fn listen(swarm: &mut Swarm<Behaviour>, addrs: &[Multiaddr]) -> Result<usize, NetError> {
     for addr in addrs {
-        swarm
-            .listen_on(addr.clone())
-            .map_err(|error| NetError::Listen { addr: addr.clone(), why: root_cause(&error) })?;
+        let failed = |error: &(dyn std::error::Error + 'static)| NetError::Listen {
+            addr: addr.clone(),
+            why: root_cause(error),
+        };
+        check_free(addr).map_err(|error| failed(&error))?;
+        swarm.listen_on(addr.clone()).map_err(|error| failed(&error))?;
     }
     Ok(addrs.len())
+}
+
+/// libp2p listens on TCP ports with `SO_REUSEPORT`, so that a second process would share a taken port and get
+/// half of its connections. A plain bind refuses it.
+fn check_free(addr: &Multiaddr) -> std::io::Result<()> {
+    let mut parts = addr.iter();
+    let ip: IpAddr = match parts.next() {
+        Some(Protocol::Ip4(ip)) => ip.into(),
+        Some(Protocol::Ip6(ip)) => ip.into(),
+        _ => return Ok(()),
+    };
+    match parts.next() {
+        Some(Protocol::Tcp(port)) if port != 0 => std::net::TcpListener::bind((ip, port)).map(drop),
+        _ => Ok(()),
+    }
 }
 
 fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {

@@ -318,8 +318,9 @@ async fn duplex(over: Over) {
     let first = holder(over, &one).await;
     let second = holder(over, &two).await;
     second.net.dial(first.addr()).await.unwrap();
+    let (from_first, from_second) = ([&first], [&second]);
     let (there, back) =
-        tokio::join!(fetch(&first.net, &two, &[&second]), fetch(&second.net, &one, &[&first]));
+        tokio::join!(fetch(&first.net, &two, &from_second), fetch(&second.net, &one, &from_first));
     assert_eq!(there.unwrap(), two);
     assert_eq!(back.unwrap(), one);
 }
@@ -329,9 +330,10 @@ async fn many_at_once(over: Over) {
     let node = holder(over, &content).await;
     let client = client_of(&node).await;
     let id = node.id();
+    let holders = [id];
     let fetches = (0..64).map(|_| async {
-        let fetched =
-            client.net.fetch_blob(BlobId::of(&content), &[id], MemorySink::new(), FetchOptions::default());
+        let (blob, sink) = (BlobId::of(&content), MemorySink::new());
+        let fetched = client.net.fetch_blob(blob, &holders, sink, FetchOptions::default());
         assert_eq!(fetched.await.unwrap().0.into_bytes(), content);
     });
     let Peer { net, events } = node;

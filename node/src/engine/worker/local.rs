@@ -1,0 +1,265 @@
+//! The engine with the models: `kinoflock_inference` on this machine's device. One model is loaded at a time.
+
+use std::path::Path;
+
+use kinoflock_inference::{
+    Checkpoint, DType, DecodeOptions, Device, Error, GenerateRequest, Generated, LoadOptions, Observer,
+    Pipeline, RgbFrames, StepEvent, Tensor, open_device,
+};
+use kinoflock_protocol::id::ModelId;
+
+use super::output::LATENTS;
+use super::{Context, Engine, LoadedModel, Made, Stop};
+use crate::engine::encode;
+use crate::engine::wire::{Failure, LoadRequest, Name, OpenRequest, Phase, RunRequest, WorkerInfo};
+
+/// Greatest file of latents or of a checkpoint that is read, bytes (1 GiB).
+const MAX_STATE_BYTES: u64 = 1 << 30;
+
+/// Models on one device.
+#[derive(Default)]
+pub struct LocalEngine {
+    device: Option<(Device, DType)>,
+    loaded: Option<(ModelId, Box<dyn Pipeline>)>,
+}
+
+impl Engine for LocalEngine {
+    fn open(&mut self, request: &OpenRequest) -> Result<WorkerInfo, Failure> {
+        let device = open_device(&request.device).map_err(|error| failure(&error))?;
+        let dtype = dtype(&request.dtype, &device)?;
+        let threads = candle_threads(request.threads);
+        self.device = Some((device, dtype));
+        Ok(WorkerInfo {
+            engine: Name::truncated("candle"),
+            version: Name::truncated(env!("CARGO_PKG_VERSION")),
+            device: request.device.clone(),
+            device_name: Name::truncated(&device_name(&request.device)),
+            threads,
+            pid: std::process::id(),
+        })
+    }
+
+    fn load(&mut self, request: &LoadRequest) -> Result<LoadedModel, Failure> {
+        let (device, dtype) = self.device.clone().ok_or_else(not_open)?;
+        let numbers = format!("{dtype:?}").to_lowercase();
+        if let Some((model, pipeline)) = &self.loaded
+            && *model == request.model
+        {
+            return Ok(LoadedModel {
+                architecture: pipeline.info().architecture.clone(),
+                dtype: numbers,
+                cached: true,
+            });
+        }
+        // The old weights go first: two models need not fit the device at once.
+        self.loaded = None;
+        let options = LoadOptions { device, dtype, ..LoadOptions::default() };
+        let pipeline = kinoflock_inference::load(Path::new(request.dir.as_str()), &options)
+            .map_err(|error| failure(&error))?;
+        let architecture = pipeline.info().architecture.clone();
+        self.loaded = Some((request.model, pipeline));
+        Ok(LoadedModel { architecture, dtype: numbers, cached: false })
+    }
+
+    fn run(&mut self, request: &RunRequest, context: &mut Context<'_>) -> Result<Made, Stop> {
+        // What cannot be encoded is not worth computing.
+        encode::check_size(request.width as usize, request.height as usize, request.fps)
+            .map_err(|error| Failure::new(error.code(), &error.to_string(), false))?;
+        let (_, pipeline) = self.loaded.as_mut().ok_or_else(not_open)?;
+        let generate = generate_request(request, pipeline.as_ref())?;
+        let mut watcher = Watcher { context, step_hash: [0; 32] };
+        match pipeline.generate(&generate, &mut watcher) {
+            Ok(generated) => Ok(made(generated)?),
+            Err(Error::Cancelled { .. }) => Err(Stop::Cancelled),
+            Err(error) => Err(failure(&error).into()),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.loaded = None;
+    }
+}
+
+/// Passes what a pipeline shows on to the daemon.
+struct Watcher<'a, 'b> {
+    context: &'a mut Context<'b>,
+    step_hash: [u8; 32],
+}
+
+impl Observer for Watcher<'_, '_> {
+    fn phase(&mut self, phase: kinoflock_inference::Phase) {
+        match phase {
+            kinoflock_inference::Phase::Text => self.context.phase(Phase::Text),
+            kinoflock_inference::Phase::Step => self.context.phase(Phase::Step),
+            kinoflock_inference::Phase::Decode => self.context.phase(Phase::Decode),
+            // The load is over before a run begins.
+            _ => {}
+        }
+    }
+
+    fn step(&mut self, event: &StepEvent<'_>) {
+        self.step_hash = event.hash;
+        self.context.step(event.index as u32 + 1, event.total as u32);
+    }
+
+    fn preview(&mut self, frames: &RgbFrames) {
+        self.context.preview(frames);
+    }
+
+    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
+        // A state that cannot be read back from the device is no reason to fail the job.
+        if let Ok(bytes) = checkpoint.to_bytes() {
+            self.context.checkpoint(&bytes, self.step_hash);
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.context.cancelled()
+    }
+}
+
+fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<GenerateRequest, Failure> {
+    let extra = &request.extra;
+    let base = GenerateRequest::new(request.prompt.as_str(), &pipeline.info().defaults);
+    let initial_latents = match &extra.initial_latents {
+        Some(path) => Some(read_latents(path)?),
+        None => None,
+    };
+    let resume = match &extra.resume {
+        Some(path) => Some(Checkpoint::from_bytes(&read_state(path)?).map_err(|error| failure(&error))?),
+        None => None,
+    };
+    Ok(GenerateRequest {
+        negative_prompt: request.negative.as_str().to_owned(),
+        seed: request.seed,
+        frames: request.frames as usize,
+        width: request.width as usize,
+        height: request.height as usize,
+        fps: request.fps,
+        steps: request.steps as usize,
+        guidance: request.guidance,
+        guidance_rescale: extra.guidance_rescale.unwrap_or(base.guidance_rescale),
+        timesteps: extra.timesteps.clone().map(|list| list.into_vec()),
+        initial_latents,
+        decode: DecodeOptions {
+            tile: extra.decode_tile.map(|pixels| pixels as usize),
+            chunk: extra.decode_chunk.map(|frames| frames as usize),
+            ..base.decode
+        },
+        decode_timestep: extra.decode_timestep.unwrap_or(base.decode_timestep),
+        decode_noise_scale: extra.decode_noise_scale.or(base.decode_noise_scale),
+        truncate_prompt: extra.truncate_prompt,
+        checkpoint_every: if request.output.checkpoint.is_some() {
+            request.checkpoint_every as usize
+        } else {
+            0
+        },
+        preview_every: request.preview_every as usize,
+        resume,
+        ..base
+    })
+}
+
+fn made(generated: Generated) -> Result<Made, Failure> {
+    let values = generated.latents.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
+    let latents = values.map_err(|error| failure(&Error::from(error)))?;
+    Ok(Made {
+        latents_shape: generated.latents.dims().to_vec(),
+        latents,
+        frames: generated.frames,
+        step_hashes: generated.step_hashes,
+        steps_done: generated.steps_done as u32,
+    })
+}
+
+fn read_state(path: &str) -> Result<Vec<u8>, Failure> {
+    let fault =
+        |error: std::io::Error| Failure::new("input", &format!("an input cannot be read: {error}"), true);
+    let len = std::fs::metadata(path).map_err(fault)?.len();
+    if len > MAX_STATE_BYTES {
+        let text = format!("an input of {len} bytes exceeds the limit of {MAX_STATE_BYTES} bytes");
+        return Err(Failure::new("input_too_large", &text, false));
+    }
+    std::fs::read(path).map_err(fault)
+}
+
+fn read_latents(path: &str) -> Result<Tensor, Failure> {
+    let fault =
+        |reason: String| Failure::new("initial_latents", &format!("initial latents: {reason}"), false);
+    let bytes = read_state(path)?;
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).map_err(|error| fault(error.to_string()))?;
+    let view = tensors.tensor(LATENTS).map_err(|_| fault(format!("the file has no tensor {LATENTS:?}")))?;
+    if view.dtype() != safetensors::Dtype::F32 {
+        return Err(fault(format!("the tensor is {:?}, F32 is needed", view.dtype())));
+    }
+    Tensor::from_raw_buffer(view.data(), DType::F32, view.shape(), &Device::Cpu)
+        .map_err(|error| fault(error.to_string()))
+}
+
+fn failure(error: &Error) -> Failure {
+    // Another try, or another node, may have the memory, the device or the file; it has not another arithmetic.
+    let (code, retryable) = match error {
+        Error::OutOfMemory { .. } => ("out_of_memory", true),
+        Error::Read { .. } | Error::Device { .. } | Error::Weights(_) | Error::Tensor(_) => {
+            (error.code(), true)
+        }
+        _ => (error.code(), false),
+    };
+    Failure::new(code, &error.to_string(), retryable)
+}
+
+fn not_open() -> Failure {
+    Failure::new("worker_order", "the worker was told to work before it had a device and a model", false)
+}
+
+fn dtype(name: &str, device: &Device) -> Result<DType, Failure> {
+    match name {
+        "f32" => Ok(DType::F32),
+        "bf16" => Ok(DType::BF16),
+        "f16" => Ok(DType::F16),
+        // Half of the memory and of the traffic, with the exponents of f32, where the hardware has it.
+        "auto" if device.is_cuda() => Ok(DType::BF16),
+        "auto" => Ok(DType::F32),
+        _ => Err(Failure::new(
+            "dtype",
+            &format!("number format {name:?} is not known: auto, f32, bf16 or f16"),
+            false,
+        )),
+    }
+}
+
+fn candle_threads(asked: u32) -> u32 {
+    match asked {
+        0 => std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
+        asked => asked,
+    }
+}
+
+/// The name that the system gives the processor or GPU; the device's own where it gives none.
+fn device_name(device: &str) -> String {
+    let found = match device.split_once(':').unwrap_or((device, "0")) {
+        ("cpu", _) => processor_name(),
+        ("cuda", index) => index.parse().ok().and_then(gpu_name),
+        _ => None,
+    };
+    found.unwrap_or_else(|| device.to_owned())
+}
+
+fn processor_name() -> Option<String> {
+    field(&std::fs::read_to_string("/proc/cpuinfo").ok()?, "model name")
+}
+
+fn gpu_name(index: usize) -> Option<String> {
+    let mut folders: Vec<_> = std::fs::read_dir("/proc/driver/nvidia/gpus")
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    // By bus address, as CUDA counts with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    folders.sort();
+    field(&std::fs::read_to_string(folders.get(index)?.join("information")).ok()?, "Model")
+}
+
+fn field(text: &str, key: &str) -> Option<String> {
+    let line = text.lines().find(|line| line.split(':').next().is_some_and(|name| name.trim() == key))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}

@@ -1,0 +1,316 @@
+//! The command line: commands, flags, and help written for artists.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use kinoflock_protocol::Micro;
+use kinoflock_protocol::job::OpValue;
+
+/// Make videos from words on other people's machines, without a company in the middle.
+#[derive(Debug, Parser)]
+#[command(name = "kinoflock", version, propagate_version = true, after_help = EXAMPLES)]
+pub struct Cli {
+    /// Flags of every command.
+    #[command(flatten)]
+    pub common: Common,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+First steps:
+  kinoflock join kfnode1...                      a ticket from somebody who runs a node
+  kinoflock generate \"a red circle drifts left\" -o clip.mp4
+  kinoflock verify clip.mp4                      who made it, and is it unchanged?
+
+Exit codes: 0 done, 1 other error, 2 wrong use, 3 configuration or key, 4 no node, 5 the job failed at the node,
+6 refused by a rule of the node, 7 verification failed, 8 took too long, 130 Ctrl-C (the job goes on; its id is printed)";
+
+const GENERATE_EXAMPLES: &str = "\
+Examples:
+  kinoflock generate \"a red circle drifts left over a blue field\" -o clip.mp4
+  kinoflock generate \"a paper boat in the rain\" --seconds 4 --size 768x512 --steps 40
+  kinoflock generate --prompt-file prompt.txt --seed 7          the same seed draws the same picture
+  kinoflock generate \"night train\" --detach                     prints the job; later: kinoflock wait JOB
+
+The node that makes the clip reads your prompt and sees the frames. Which node that is, and what it promises, is shown
+before anything is sent. The prompt goes into the file only with --with-prompt.";
+
+/// Flags of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Common {
+    /// Records for programs: one line of JSON each, on standard output
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Only data and errors
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Tell more about what happens inside (twice: everything)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Configuration file [default: config.toml in the configuration folder]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Folder of jobs and clips
+    #[arg(long, global = true, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// File of your key
+    #[arg(long, global = true, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a clip from words
+    #[command(visible_alias = "run", after_help = GENERATE_EXAMPLES)]
+    Generate(Box<Generate>),
+    /// Jobs under way
+    Ps {
+        /// Finished ones too
+        #[arg(short, long)]
+        all: bool,
+    },
+    /// How a job stands
+    Status {
+        /// Its id, or the beginning of it
+        job: String,
+    },
+    /// Wait for a job and fetch its clip
+    Wait {
+        /// Its id, or the beginning of it
+        job: String,
+        /// Give up waiting after so many seconds; the job goes on
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u64>,
+        /// How the clip is saved.
+        #[command(flatten)]
+        save: Save,
+    },
+    /// Stop a job
+    Cancel {
+        /// Its id, or the beginning of it
+        job: String,
+    },
+    /// Your clips
+    Ls,
+    /// Save a clip as a file: one of yours, or one that you have a ticket for
+    Get {
+        /// A clip's or job's id or the beginning of it, or a ticket (kfclip1...)
+        clip: String,
+        /// How the clip is saved.
+        #[command(flatten)]
+        save: Save,
+    },
+    /// Print a ticket for a clip: whoever has it can fetch the clip
+    Share {
+        /// Its id, or the beginning of it
+        clip: String,
+    },
+    /// Remove clips or jobs from this machine
+    Rm {
+        /// Ids of clips or jobs, or the beginnings of them
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+    /// What is known of a clip: how it was made and with what
+    Show {
+        /// A file, or a clip's or job's id
+        what: String,
+    },
+    /// Check a file by itself: which node made it, with which model, for whom, and whether it was changed
+    Verify {
+        /// The file
+        file: PathBuf,
+    },
+    /// Nodes that can be reached
+    Nodes {
+        /// Which nodes to ask.
+        #[command(flatten)]
+        node: Where,
+    },
+    /// Models that nodes offer
+    Models {
+        /// Which nodes to ask.
+        #[command(flatten)]
+        node: Where,
+    },
+    /// Remember a node or a network by its ticket or address
+    Join {
+        /// The ticket (kfnode1...) or address
+        ticket: String,
+    },
+    /// Your key: who you are to nodes and on your clips
+    Key {
+        /// What to do with it.
+        #[command(subcommand)]
+        command: Key,
+    },
+    /// Print a script that completes commands in your shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which nodes to ask.
+#[derive(Debug, Clone, Args)]
+pub struct Where {
+    /// Only this node: a ticket, an address, or a node id
+    #[arg(long, value_name = "ADDR|TICKET", env = "KINOFLOCK_NODE")]
+    pub node: Option<String>,
+}
+
+/// How a clip is saved.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Save {
+    /// Where to save the clip; - for standard output [default: kinoflock-XXXXXXXX.mp4 here]
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Write the prompt into the file, with the signed job that proves it
+    #[arg(long)]
+    pub with_prompt: bool,
+    /// Save the bytes as the node signed them, without provenance
+    #[arg(long, conflicts_with = "with_prompt")]
+    pub bare: bool,
+}
+
+/// A clip from words.
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// What is to be seen
+    #[arg(required_unless_present = "prompt_file", conflicts_with = "prompt_file")]
+    pub prompt: Option<String>,
+    /// Read the prompt from a file; - for standard input
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: Option<PathBuf>,
+    /// Model: a name or an id [default: the only one offered]
+    #[arg(short, long)]
+    pub model: Option<String>,
+    /// What is not to be seen
+    #[arg(short, long, value_name = "TEXT", default_value = "")]
+    pub negative: String,
+    /// Number from which the picture grows; the same number, the same picture [default: random]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Number of frames
+    #[arg(long, conflicts_with = "seconds")]
+    pub frames: Option<u32>,
+    /// About how many seconds: the nearest length that the model can make
+    #[arg(long, value_parser = number)]
+    pub seconds: Option<Micro>,
+    /// Size in pixels, such as 768x512
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    pub size: Option<(u32, u32)>,
+    /// Frames per second
+    #[arg(long, value_parser = number)]
+    pub fps: Option<Micro>,
+    /// Number of denoising steps: more is slower and often better
+    #[arg(long)]
+    pub steps: Option<u32>,
+    /// How closely to follow the prompt; 1 is not at all forced
+    #[arg(long, value_parser = number, allow_negative_numbers = true)]
+    pub guidance: Option<Micro>,
+    /// Image that the clip begins with (not there yet)
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+    /// Image that the clip ends with (not there yet)
+    #[arg(long, value_name = "FILE")]
+    pub end_image: Option<PathBuf>,
+    /// Latents to begin from instead of noise: a safetensors file
+    #[arg(long, value_name = "FILE")]
+    pub init_latents: Option<PathBuf>,
+    /// Clip to go on from (not there yet)
+    #[arg(long, value_name = "CLIP")]
+    pub extend: Option<String>,
+    /// Adapter and its weight, such as blob1...@0.8 (not there yet)
+    #[arg(long, value_name = "ID@WEIGHT")]
+    pub lora: Vec<String>,
+    /// A further operation by name; a node that does not know it says so
+    #[arg(long, value_name = "K=V", value_parser = operation)]
+    pub set: Vec<(String, OpValue)>,
+    /// Which node is to make it.
+    #[command(flatten)]
+    pub at: Where,
+    /// Only nodes of this collective (not there yet)
+    #[arg(long, value_name = "ID")]
+    pub collective: Option<String>,
+    /// Save the final latents too, beside the clip
+    #[arg(long)]
+    pub latents: bool,
+    /// Licence that the clip is to carry, such as CC-BY-4.0
+    #[arg(long)]
+    pub licence: Option<String>,
+    /// Only nodes that promise to keep nothing beyond a week, not to train on it, and to claim no rights
+    #[arg(long)]
+    pub require_terms: bool,
+    /// Hand the job over, print its id, and leave
+    #[arg(long)]
+    pub detach: bool,
+    /// Give up waiting after so many seconds; the job goes on
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+    /// How the clip is saved.
+    #[command(flatten)]
+    pub save: Save,
+}
+
+/// What to do with your key.
+#[derive(Debug, Subcommand)]
+pub enum Key {
+    /// Make a key
+    New,
+    /// Print the public key, by which nodes know you
+    Show,
+    /// Copy the key to a file that only you can read
+    Export {
+        /// The file; it must not exist yet
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+    },
+    /// Take a key from a file
+    Import {
+        /// The file
+        file: PathBuf,
+    },
+    /// Print the key as 24 words to write on paper
+    Backup,
+    /// Make the key again from its 24 words
+    #[command(after_help = "Without words they are read from standard input, so that they do not stay in your shell's history.")]
+    Restore {
+        /// The words
+        words: Vec<String>,
+    },
+}
+
+fn number(text: &str) -> Result<Micro, String> {
+    text.parse::<Micro>().map_err(|error| error.to_string())
+}
+
+fn size(text: &str) -> Result<(u32, u32), String> {
+    let parse = |side: &str| side.trim().parse::<u32>().ok();
+    let sides = text.split_once(['x', 'X', '×']).and_then(|(w, h)| parse(w).zip(parse(h)));
+    sides.ok_or_else(|| "a size is width x height in pixels, such as 768x512".to_owned())
+}
+
+/// `K=V`: true and false, whole numbers, numbers, lists of numbers with commas; everything else is text.
+fn operation(text: &str) -> Result<(String, OpValue), String> {
+    let (key, value) = text.split_once('=').ok_or("an operation is NAME=VALUE")?;
+    if key.is_empty() {
+        return Err("an operation is NAME=VALUE, the name is missing".to_owned());
+    }
+    let too_long = |error: kinoflock_protocol::codec::TooLong| error.to_string();
+    let numbers: Option<Vec<Micro>> = value.split(',').map(|part| part.trim().parse().ok()).collect();
+    let value = match (value, numbers) {
+        ("true", _) => OpValue::Flag(true),
+        ("false", _) => OpValue::Flag(false),
+        (text, _) if text.parse::<i64>().is_ok() => OpValue::Whole(text.parse().unwrap_or_default()),
+        (_, Some(numbers)) if numbers.len() > 1 => {
+            OpValue::Numbers(kinoflock_protocol::List::new(numbers).map_err(too_long)?)
+        }
+        (_, Some(numbers)) if numbers.len() == 1 => OpValue::Number(numbers[0]),
+        (text, _) => OpValue::Text(kinoflock_protocol::Text::new(text).map_err(too_long)?),
+    };
+    Ok((key.to_owned(), value))
+}

@@ -1,0 +1,83 @@
+//! What every command needs: configuration, store, key, network, output.
+
+use std::path::PathBuf;
+
+use kinoflock_protocol::Keypair;
+
+use super::args::{Common, Where};
+use super::failure::Failure;
+use crate::config::{Config, environment};
+use crate::keys;
+use crate::output::Output;
+use crate::session::{Client, ClientOptions, Events};
+use crate::store::Store;
+use crate::ticket::Way;
+
+/// What every command needs.
+pub(super) struct Context<'a> {
+    pub(super) config: Config,
+    pub(super) out: &'a Output,
+}
+
+impl<'a> Context<'a> {
+    pub(super) fn load(common: &Common, out: &'a Output) -> Result<Self, Failure> {
+        let mut config = Config::load(common.config.as_deref(), &environment())?;
+        let over = |place: &mut PathBuf, flag: &Option<PathBuf>| {
+            if let Some(flag) = flag {
+                place.clone_from(flag);
+            }
+        };
+        over(&mut config.store, &common.store);
+        over(&mut config.key, &common.key);
+        Ok(Self { config, out })
+    }
+
+    pub(super) fn store(&self) -> Result<Store, Failure> {
+        Ok(Store::open(&self.config.store)?)
+    }
+
+    /// The artist's key; made on its first use.
+    pub(super) fn key(&self) -> Result<Keypair, Failure> {
+        let (key, made) = keys::load_or_create(&self.config.key)?;
+        if made {
+            let path = self.config.key.display();
+            self.out.words(&format!(
+                "made your key at {path}; to be able to restore it, write down the words of: kinoflock key backup"
+            ));
+        }
+        Ok(key)
+    }
+
+    pub(super) async fn client(&self) -> Result<Client, Failure> {
+        // Key and store first: what is wrong with them should not wait for the network.
+        let (key, store) = (self.key()?, self.store()?);
+        let mut options = ClientOptions::new(self.config.network);
+        options.mdns = self.config.mdns;
+        Ok(Client::start(options, key, store).await?)
+    }
+
+    /// A client that only answers for a job that is known: it looks for nobody else.
+    pub(super) async fn quiet_client(&self) -> Result<Client, Failure> {
+        let (key, store) = (self.key()?, self.store()?);
+        Ok(Client::start(ClientOptions::new(self.config.network), key, store).await?)
+    }
+
+    /// The ways to nodes, and whether they were named for this command alone.
+    pub(super) async fn ways(
+        &self,
+        client: &Client,
+        at: &Where,
+        events: &Events,
+    ) -> Result<(Vec<Way>, bool), Failure> {
+        match &at.node {
+            Some(text) => Ok((vec![self.way(text)?], true)),
+            None => Ok((client.known_ways(&self.config, events).await?, false)),
+        }
+    }
+
+    pub(super) fn way(&self, text: &str) -> Result<Way, Failure> {
+        let way: Way = text.parse()?;
+        way.check_network(&self.config.network)?;
+        Ok(way)
+    }
+}

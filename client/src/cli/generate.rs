@@ -1,0 +1,211 @@
+//! `kinoflock generate`: from words to a file.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use kinoflock_protocol::limits::MAX_PROMPT;
+use kinoflock_protocol::{ClipId, JobId};
+use serde::Serialize;
+
+use super::args::{Generate, Save};
+use super::context::Context;
+use super::failure::Failure;
+use super::follow;
+use crate::ask::{Ask, Length};
+use crate::provenance::{self, Statement};
+use crate::session::{Client, Delivered};
+use crate::store::JobRecord;
+
+/// Greatest file of latents that is read, in bytes (1 GiB).
+const MAX_LATENTS: u64 = 1 << 30;
+
+#[derive(Serialize)]
+struct Saved<'a> {
+    event: &'static str,
+    job: JobId,
+    clip: ClipId,
+    file: Option<&'a Path>,
+    latents: Option<&'a Path>,
+    seed: String,
+}
+
+#[derive(Serialize)]
+struct Handed {
+    event: &'static str,
+    job: JobId,
+}
+
+pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Failure> {
+    refuse_what_is_not_there(&args)?;
+    let ask = ask(&args, context)?;
+    ask.check()?;
+    let client = context.client().await?;
+    let record = submit(&args, ask, context, &client).await?;
+    if args.detach {
+        context.out.words(&format!("handed over; fetch the clip with: kinoflock wait {}", record.job.short()));
+        context.out.line(&record.job.to_string());
+        context.out.record(&Handed { event: "detached", job: record.job });
+        client.stop().await;
+        return Ok(());
+    }
+    let delivered = follow::job(context, &client, record.job, args.timeout).await?;
+    client.stop().await;
+    save(&delivered, &client, &args.save, context)
+}
+
+/// Saves a delivered clip, and its latents if they came, and says where.
+pub(super) fn save(
+    delivered: &Delivered,
+    client: &Client,
+    save: &Save,
+    context: &Context<'_>,
+) -> Result<(), Failure> {
+    let bare = client.store().read_blob(&delivered.clip.into())?;
+    let record = &delivered.record;
+    let file = write(&bare, Some(record), delivered.clip, save, context)?;
+    let latents = match (client.latents_path(record), &file) {
+        (Some(from), Some(file)) => {
+            let to = file.with_extension("latents.safetensors");
+            std::fs::copy(&from, &to).map_err(|error| Failure::file("write", &to, &error))?;
+            context.out.words(&format!("latents: {}", to.display()));
+            Some(to)
+        }
+        _ => None,
+    };
+    let (job, clip) = (record.job, delivered.clip);
+    let seed = delivered.receipt.receipt().seed.to_string();
+    let (file, latents) = (file.as_deref(), latents.as_deref());
+    context.out.record(&Saved { event: "saved", job, clip, file, latents, seed });
+    Ok(())
+}
+
+/// Writes a clip where the flags say; with its provenance, if its job is known. Prints the file's name.
+pub(super) fn write(
+    bare: &[u8],
+    record: Option<&JobRecord>,
+    clip: ClipId,
+    save: &Save,
+    context: &Context<'_>,
+) -> Result<Option<PathBuf>, Failure> {
+    let exported = match record.and_then(|record| Some((record, record.receipt.as_ref()?))) {
+        Some((record, receipt)) if !save.bare => {
+            let statement = Statement {
+                network: record.network,
+                receipt,
+                answer: record.answer.as_ref(),
+                job: &record.envelope,
+                model_name: &record.model_name,
+                with_prompt: save.with_prompt,
+            };
+            Some(provenance::export(bare, &statement)?)
+        }
+        _ => None,
+    };
+    let bytes = exported.as_deref().unwrap_or(bare);
+    if save.output.as_deref() == Some(Path::new("-")) {
+        if context.out.is_json() {
+            return Err(Failure::usage("-o - and --json both want standard output; give a file name"));
+        }
+        context.out.bytes(bytes);
+        return Ok(None);
+    }
+    let path = save.output.clone().unwrap_or_else(|| PathBuf::from(crate::file_name(&clip)));
+    write_file(&path, bytes)?;
+    context.out.line(&path.display().to_string());
+    Ok(Some(path))
+}
+
+/// Beside its place first, so that a full disk does not leave half a clip under its name.
+fn write_file(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}", crate::store::unique()));
+    let temporary = path.with_file_name(name);
+    let written = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));
+    written.map_err(|error| {
+        // What could not be written is of no use.
+        let _ = std::fs::remove_file(&temporary);
+        Failure::file("write", path, &error)
+    })
+}
+
+async fn submit(
+    args: &Generate,
+    mut ask: Ask,
+    context: &Context<'_>,
+    client: &Client,
+) -> Result<JobRecord, Failure> {
+    let (events, told) = Client::events();
+    let mut progress = context.out.progress();
+    let (ways, pinned) = context.ways(client, &args.at, &events).await?;
+    ask.pinned = pinned;
+    follow::show_while(client.submit(&ask, &ways, &events), told, &mut progress).await
+}
+
+fn refuse_what_is_not_there(args: &Generate) -> Result<(), Failure> {
+    let flags = [
+        ("--image", args.image.is_some(), "images as the beginning of a clip"),
+        ("--end-image", args.end_image.is_some(), "images as the end of a clip"),
+        ("--extend", args.extend.is_some(), "going on from a clip"),
+        ("--lora", !args.lora.is_empty(), "adapters"),
+        ("--collective", args.collective.is_some(), "collectives"),
+    ];
+    match flags.into_iter().find(|(_, given, _)| *given) {
+        Some((flag, _, what)) => {
+            let text = format!("{flag} is not there yet: this release does not know {what}; nothing was sent");
+            Err(Failure::new(super::Exit::Usage, "not_there_yet", text))
+        }
+        None => Ok(()),
+    }
+}
+
+fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure> {
+    let prompt = match (&args.prompt, &args.prompt_file) {
+        (Some(prompt), _) => prompt.clone(),
+        (None, Some(path)) => read_prompt(path)?,
+        (None, None) => return Err(Failure::usage("a prompt is missing")),
+    };
+    let length = args.frames.map(Length::Frames).or(args.seconds.map(Length::Seconds));
+    let initial_latents = args.init_latents.as_deref().map(read_latents).transpose()?;
+    Ok(Ask {
+        model: args.model.clone().or_else(|| context.config.model.clone()),
+        prompt,
+        negative_prompt: args.negative.clone(),
+        seed: args.seed,
+        length,
+        size: args.size,
+        fps: args.fps,
+        steps: args.steps,
+        guidance: args.guidance,
+        ops: args.set.clone(),
+        initial_latents,
+        latents: args.latents,
+        artist: context.config.artist.clone(),
+        licence: args.licence.clone().or_else(|| context.config.licence.clone()),
+        require_terms: args.require_terms,
+        ..Ask::default()
+    })
+}
+
+/// A prompt from a file; one line's end at the end is the editor's, not the artist's.
+fn read_prompt(path: &Path) -> Result<String, Failure> {
+    let mut text = String::new();
+    let limit = MAX_PROMPT as u64 + 2;
+    let read = if path == Path::new("-") {
+        std::io::stdin().take(limit).read_to_string(&mut text)
+    } else {
+        std::fs::File::open(path).and_then(|file| file.take(limit).read_to_string(&mut text))
+    };
+    read.map_err(|error| Failure::file("read the prompt from", path, &error))?;
+    let text = text.strip_suffix('\n').map_or(text.as_str(), |text| text.strip_suffix('\r').unwrap_or(text));
+    Ok(text.to_owned())
+}
+
+fn read_latents(path: &Path) -> Result<Vec<u8>, Failure> {
+    let fault = |error: std::io::Error| Failure::file("read", path, &error);
+    let given = std::fs::metadata(path).map_err(fault)?.len();
+    if given > MAX_LATENTS {
+        return Err(Failure::usage(format!("{} has {given} bytes, latents may have {MAX_LATENTS}", path.display())));
+    }
+    std::fs::read(path).map_err(fault)
+}
+

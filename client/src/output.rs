@@ -1,0 +1,208 @@
+//! Everything that the command prints, in one place: data on standard output, words on standard error.
+//!
+//! On a terminal a job's progress is one line that moves; in a pipe it is plain lines. With `--json` each record is one
+//! line of JSON on standard output that begins `{"schema":1`.
+#![expect(clippy::print_stderr, reason = "this module is where words are printed")]
+
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use crate::session::Event;
+
+/// The version of every JSON record.
+pub const SCHEMA: u32 = 1;
+/// Share of the steps, in percent, after which a plain line tells of them again.
+const PLAIN_STEP_PERCENT: u32 = 10;
+
+/// Where and how things are printed.
+#[derive(Debug)]
+pub struct Output {
+    json: bool,
+    quiet: bool,
+    colour: bool,
+    moving: bool,
+}
+
+impl Output {
+    /// Output as the flags and the terminal say. `NO_COLOR` is heeded.
+    #[must_use]
+    pub fn new(json: bool, quiet: bool) -> Self {
+        let terminal = io::stderr().is_terminal();
+        let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        Self { json, quiet, colour: terminal && !plain, moving: terminal && !json && !quiet && !dumb }
+    }
+
+    /// Whether records are JSON.
+    #[must_use]
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// A line of data: to standard output, unless that is JSON.
+    pub fn line(&self, text: &str) {
+        if !self.json {
+            self.bytes(format!("{text}\n").as_bytes());
+        }
+    }
+
+    /// A record for programs: one line of JSON, if that was asked for.
+    pub fn record<T: Serialize>(&self, value: &T) {
+        if !self.json {
+            return;
+        }
+        let mut record = serde_json::Map::from_iter([("schema".to_owned(), SCHEMA.into())]);
+        match serde_json::to_value(value) {
+            Ok(serde_json::Value::Object(fields)) => record.extend(fields),
+            Ok(other) => drop(record.insert("value".to_owned(), other)),
+            Err(error) => drop(record.insert("error".to_owned(), error.to_string().into())),
+        }
+        self.bytes(format!("{}\n", serde_json::Value::Object(record)).as_bytes());
+    }
+
+    /// Bytes to standard output. A reader that has gone is no error: there is nobody to tell.
+    pub fn bytes(&self, bytes: &[u8]) {
+        let mut out = io::stdout().lock();
+        let _ = out.write_all(bytes).and_then(|()| out.flush());
+    }
+
+    /// Words for people.
+    pub fn words(&self, text: &str) {
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    /// What went wrong.
+    pub fn error(&self, text: &str) {
+        let (red, plain) = if self.colour { ("\u{1b}[31m", "\u{1b}[0m") } else { ("", "") };
+        eprintln!("{red}error:{plain} {text}");
+    }
+
+    /// A question on the terminal, without a line's end.
+    pub fn ask(&self, text: &str) {
+        eprint!("{text} ");
+        let _ = io::stderr().flush();
+    }
+
+    /// Whether somebody can be asked.
+    #[must_use]
+    pub fn can_ask(&self) -> bool {
+        !self.json && io::stdin().is_terminal() && io::stderr().is_terminal()
+    }
+
+    /// What renders a job's events.
+    #[must_use]
+    pub fn progress(&self) -> Progress<'_> {
+        let bar = self.moving.then(|| {
+            let bar = ProgressBar::new(0);
+            bar.enable_steady_tick(Duration::from_millis(120));
+            bar.set_style(waiting());
+            bar
+        });
+        Progress { out: self, bar, told_percent: 0 }
+    }
+}
+
+/// Renders a job's events.
+#[derive(Debug)]
+pub struct Progress<'a> {
+    out: &'a Output,
+    bar: Option<ProgressBar>,
+    told_percent: u32,
+}
+
+impl Progress<'_> {
+    /// Shows an event.
+    pub fn show(&mut self, event: &Event) {
+        if self.out.json {
+            self.out.record(event);
+        }
+        match &self.bar {
+            Some(bar) => move_bar(bar, event),
+            // With JSON on standard output, words about progress would only say it twice.
+            None if self.out.json => {}
+            None => self.tell(event),
+        }
+    }
+
+    /// Takes the moving line away.
+    pub fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Runs this while the moving line is hidden.
+    pub fn aside(&self, print: impl FnOnce()) {
+        match &self.bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+
+    fn tell(&mut self, event: &Event) {
+        match event {
+            Event::Preview { .. } => return,
+            Event::Transfer { done, len } if done < len => return,
+            Event::Step { done, total, .. } => {
+                let percent = done * 100 / (*total).max(1);
+                let is_news = percent >= self.told_percent + PLAIN_STEP_PERCENT || done == total;
+                if !is_news {
+                    return;
+                }
+                self.told_percent = percent;
+            }
+            _ => {}
+        }
+        self.out.words(&event.to_string());
+    }
+}
+
+impl Drop for Progress<'_> {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+fn move_bar(bar: &ProgressBar, event: &Event) {
+    match event {
+        Event::Step { done, total, eta } => {
+            bar.set_style(counting("steps"));
+            bar.set_length(u64::from(*total));
+            bar.set_position(u64::from(*done));
+            bar.set_message(format!("about {eta} left"));
+        }
+        Event::Transfer { done, len } => {
+            bar.set_style(transferring());
+            bar.set_length(*len);
+            bar.set_position(*done);
+            bar.set_message("");
+        }
+        Event::Queued { .. } | Event::Loading | Event::Encoding | Event::AwaitingInputs { .. } => {
+            bar.set_style(waiting());
+            bar.set_message(event.to_string());
+        }
+        Event::Preview { .. } => {}
+        other => bar.println(other.to_string()),
+    }
+}
+
+fn waiting() -> ProgressStyle {
+    style("{spinner} {msg}")
+}
+
+fn counting(what: &str) -> ProgressStyle {
+    style(&format!("{{wide_bar}} {{pos}}/{{len}} {what} {{msg}}"))
+}
+
+fn transferring() -> ProgressStyle {
+    style("{wide_bar} {bytes}/{total_bytes} {bytes_per_sec}")
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::sync::RwLock;
+use std::sync::{Arc, RwLock};
 
 use kinoflock_protocol::clip::{ChunkHasher, ClipError, Outline};
 use kinoflock_protocol::{BlobId, limits::CHUNK_BYTES};
@@ -88,7 +88,7 @@ impl BlobReader for FileReader {
 /// Blobs in memory: the inputs of a job while it is being submitted, and tests.
 #[derive(Debug, Default)]
 pub struct MemoryBlobs {
-    blobs: RwLock<HashMap<BlobId, (Outline, std::sync::Arc<[u8]>)>>,
+    blobs: RwLock<HashMap<BlobId, MemoryReader>>,
 }
 
 impl MemoryBlobs {
@@ -102,11 +102,14 @@ impl MemoryBlobs {
     ///
     /// # Errors
     /// Beyond the protocol's greatest blob.
-    pub fn insert(&self, bytes: impl Into<std::sync::Arc<[u8]>>) -> Result<BlobId, ClipError> {
+    pub fn insert(&self, bytes: impl Into<Arc<[u8]>>) -> Result<BlobId, ClipError> {
         let bytes = bytes.into();
         let outline = Outline::of(&bytes)?;
         let id = BlobId::of(&bytes);
-        self.blobs.write().expect("invariant: no panic while the lock is held").insert(id, (outline, bytes));
+        self.blobs
+            .write()
+            .expect("invariant: no panic while the lock is held")
+            .insert(id, MemoryReader { outline, bytes });
         Ok(id)
     }
 
@@ -119,16 +122,14 @@ impl MemoryBlobs {
 impl BlobSource for MemoryBlobs {
     fn open(&self, id: &BlobId) -> io::Result<Option<Box<dyn BlobReader>>> {
         let blobs = self.blobs.read().expect("invariant: no panic while the lock is held");
-        Ok(blobs.get(id).map(|(outline, bytes)| {
-            let reader = MemoryReader { outline: outline.clone(), bytes: bytes.clone() };
-            Box::new(reader) as Box<dyn BlobReader>
-        }))
+        Ok(blobs.get(id).map(|blob| Box::new(blob.clone()) as Box<dyn BlobReader>))
     }
 }
 
+#[derive(Debug, Clone)]
 struct MemoryReader {
     outline: Outline,
-    bytes: std::sync::Arc<[u8]>,
+    bytes: Arc<[u8]>,
 }
 
 impl BlobReader for MemoryReader {

@@ -10,6 +10,7 @@ use crate::limits;
 
 /// The transport key of a process.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one per process")]
 pub enum Identity {
     /// A node: its signing key is its transport key.
     Key(Keypair),

@@ -138,9 +138,9 @@ impl Peer {
     }
 }
 
-/// Asks until the answer is not `Busy`.
+/// Asks, with patience for a machine that has other things to do, and hears `Acknowledged`.
 pub(crate) async fn acknowledged(client: &NetHandle, node: NodeId) {
-    let response = client.request(node, Request::Capacity).await.unwrap();
+    let response = client.request_within(node, Request::Capacity, PATIENCE).await.unwrap();
     assert_eq!(response, Response::Acknowledged);
 }
 

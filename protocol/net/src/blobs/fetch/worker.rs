@@ -37,11 +37,8 @@ impl<S: BlobSink> Shared<S> {
             }
             // A stream that brought something before it broke earns its holder fresh tries.
             tries = if self.given_by(node) > before { TRIES } else { tries - 1 };
-            let again = match &fault {
-                HolderFault::Busy => true,
-                HolderFault::Net(NetError::ConnectionLost { .. }) => true,
-                _ => false,
-            };
+            let again =
+                matches!(fault, HolderFault::Busy | HolderFault::Net(NetError::ConnectionLost { .. }));
             if !again || tries == 0 {
                 return Err(fault);
             }

@@ -177,8 +177,7 @@ impl Ask {
         spec.fps = fps;
         spec.guidance = guidance;
         spec.initial_latents = self.initial_latents.as_deref().map(BlobRef::of);
-        spec.returns =
-            Returns { latents: self.latents, previews: self.previews, ..Returns::default() };
+        spec.returns = Returns { latents: self.latents, previews: self.previews, ..Returns::default() };
         spec.addressed_to = Audience::Anyone;
         spec.ops = self.ops()?;
         spec.artist = name("artist", self.artist.as_deref())?;

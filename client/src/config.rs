@@ -169,10 +169,7 @@ impl Folders {
             return Ok(Self { config: home.clone(), data: home });
         }
         let base = directories::BaseDirs::new().ok_or(ConfigError::NoHome)?;
-        Ok(Self {
-            config: base.config_dir().join("kinoflock"),
-            data: base.data_dir().join("kinoflock"),
-        })
+        Ok(Self { config: base.config_dir().join("kinoflock"), data: base.data_dir().join("kinoflock") })
     }
 }
 
@@ -194,7 +191,10 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
         let text = Some(value.clone());
         match key.as_str() {
             "network" => values.network = text,
-            "nodes" => values.nodes = Some(value.split([',', ' ']).map(str::to_owned).filter(|n| !n.is_empty()).collect()),
+            "nodes" => {
+                values.nodes =
+                    Some(value.split([',', ' ']).map(str::to_owned).filter(|n| !n.is_empty()).collect())
+            }
             "model" => values.model = text,
             "mdns" => values.mdns = Some(flag(name, value)?),
             "local" => values.local = Some(flag(name, value)?),
@@ -202,7 +202,7 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
             "key" => values.key = Some(value.into()),
             "artist" => values.artist = text,
             "licence" => values.licence = text,
-            "home" | "config" | "log" => {}
+            "home" | "config" | "log" | "node" => {}
             // Other programs may have names of their own; only what looks mistyped is refused.
             other if nearest(other).is_some() => return Err(unknown("the environment", name, other)),
             _ => {}

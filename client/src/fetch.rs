@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use kinoflock_net::{FetchError, FetchOptions, FetchProgress, FileSink, HolderFault};
+use kinoflock_protocol::NodeId;
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::names::ClipTicket;
-use kinoflock_protocol::NodeId;
 use tokio::sync::watch;
 
 use crate::session::{Client, Event, Events, SessionError};
@@ -45,7 +45,8 @@ impl Client {
         if self.store.read_blob(&blob.id).is_ok() {
             return Ok(self.store.blob_path(&blob.id));
         }
-        let fetched = match self.fetch_to(blob, holders, self.store.fetch_path(&blob.id, false), events).await {
+        let fetched = match self.fetch_to(blob, holders, self.store.fetch_path(&blob.id, false), events).await
+        {
             // Another process fetches the same: both may, each for itself.
             Err(FetchError::Sink { error, .. }) if error.kind() == std::io::ErrorKind::ResourceBusy => {
                 self.fetch_to(blob, holders, self.store.fetch_path(&blob.id, true), events).await

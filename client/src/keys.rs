@@ -183,9 +183,8 @@ pub fn save(path: &Path, seed: &Seed) -> Result<(), KeyError> {
     let temporary = folder.join(format!(".key-{}", unique()));
     let written = (|| {
         let mut options = OpenOptions::new();
-        let mut file = access::private(options.write(true).create_new(true))
-            .open(&temporary)
-            .map_err(io("write"))?;
+        let mut file =
+            access::private(options.write(true).create_new(true)).open(&temporary).map_err(io("write"))?;
         access::close(&temporary)?;
         file.write_all(seed.as_slice()).map_err(io("write"))?;
         file.sync_all().map_err(io("write"))?;

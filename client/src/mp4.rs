@@ -76,7 +76,9 @@ fn check_table(bytes: &[u8], found: &Mp4Box) -> Result<(), String> {
         let word = content.get(offset..offset + 4).and_then(|word| word.try_into().ok());
         word.map(u32::from_be_bytes).map(|n| n as usize)
     };
-    let too_many = |given: usize| format!("box {:?} claims {given} entries in {} bytes", text(&found.name), content.len());
+    let too_many = |given: usize| {
+        format!("box {:?} claims {given} entries in {} bytes", text(&found.name), content.len())
+    };
     if &found.name == b"stsz" {
         let (each, count) = number(4).zip(number(8)).ok_or_else(|| too_many(0))?;
         // With one size for all samples the table is empty: then the samples must fit the file.

@@ -54,13 +54,10 @@ impl Output {
         if !self.json {
             return;
         }
-        let mut record = serde_json::Map::from_iter([("schema".to_owned(), SCHEMA.into())]);
-        match serde_json::to_value(value) {
-            Ok(serde_json::Value::Object(fields)) => record.extend(fields),
-            Ok(other) => drop(record.insert("value".to_owned(), other)),
-            Err(error) => drop(record.insert("error".to_owned(), error.to_string().into())),
-        }
-        self.bytes(format!("{}\n", serde_json::Value::Object(record)).as_bytes());
+        let json = serde_json::to_string(value).expect("invariant: records have text keys");
+        let fields = json.strip_prefix('{').expect("invariant: a record is an object");
+        let comma = if fields == "}" { "" } else { "," };
+        self.bytes(format!("{{\"schema\":{SCHEMA}{comma}{fields}\n").as_bytes());
     }
 
     /// Bytes to standard output. A reader that has gone is no error: there is nobody to tell.
@@ -146,7 +143,7 @@ impl Progress<'_> {
 
     fn tell(&mut self, event: &Event) {
         match event {
-            Event::Preview { .. } => return,
+            event if is_for_programs(event) => return,
             Event::Transfer { done, len } if done < len => return,
             Event::Step { done, total, .. } => {
                 let percent = done * 100 / (*total).max(1);
@@ -186,9 +183,17 @@ fn move_bar(bar: &ProgressBar, event: &Event) {
             bar.set_style(waiting());
             bar.set_message(event.to_string());
         }
-        Event::Preview { .. } => {}
+        event if is_for_programs(event) => {}
         other => bar.println(other.to_string()),
     }
+}
+
+/// What a person need not read: pictures, and reasons that the error at the end repeats if it comes to one.
+fn is_for_programs(event: &Event) -> bool {
+    matches!(
+        event,
+        Event::Preview { .. } | Event::Unreachable { .. } | Event::Reached { .. } | Event::Declined { .. }
+    )
 }
 
 fn waiting() -> ProgressStyle {

@@ -21,9 +21,8 @@ mod xmp;
 pub use xmp::Facts;
 
 /// The UUID of a box with XMP (Adobe XMP specification, part 3).
-pub const XMP_UUID: [u8; 16] = [
-    0xBE, 0x7A, 0xCF, 0xCB, 0x97, 0xA9, 0x42, 0xE8, 0x9C, 0x71, 0x99, 0x94, 0x91, 0xE3, 0xAF, 0xAC,
-];
+pub const XMP_UUID: [u8; 16] =
+    [0xBE, 0x7A, 0xCF, 0xCB, 0x97, 0xA9, 0x42, 0xE8, 0x9C, 0x71, 0x99, 0x94, 0x91, 0xE3, 0xAF, 0xAC];
 /// IPTC's name for what a model made from words.
 pub const SOURCE_TYPE: &str = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia";
 /// IPTC's name for what a model made from words and another's picture.
@@ -43,10 +42,14 @@ pub enum ProvenanceError {
         reason: String,
     },
     /// No box of ours.
-    #[error("the file carries no Kinoflock receipt: it was not exported by kinoflock, or its provenance was taken out or changed")]
+    #[error(
+        "the file carries no Kinoflock receipt: it was not exported by kinoflock, or its provenance was taken out or changed"
+    )]
     None,
     /// Something stands behind the box.
-    #[error("the file was changed: {given} bytes stand behind its provenance, which ends every exported file")]
+    #[error(
+        "the file was changed: {given} bytes stand behind its provenance, which ends every exported file"
+    )]
     Behind {
         /// How many.
         given: usize,
@@ -213,7 +216,8 @@ fn check_bytes(bare: &[u8], expected: &ClipId) -> Result<(), ProvenanceError> {
 
 fn check_answer(envelope: &Envelope, network: &NetworkId, receipt: &ValidReceipt) -> Result<Verdict, String> {
     let answer = envelope.open::<ReceiptAnswer>(network).map_err(|error| error.to_string())?;
-    if RequesterId::from(answer.signer) != receipt.receipt().requester || answer.value.receipt != receipt.id() {
+    if RequesterId::from(answer.signer) != receipt.receipt().requester || answer.value.receipt != receipt.id()
+    {
         return Err("the answer in it is not the requester's answer to this receipt".to_owned());
     }
     Ok(answer.value.verdict)

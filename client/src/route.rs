@@ -8,8 +8,8 @@ use std::fmt;
 
 use kinoflock_protocol::capacity::{Capacity, NodeState, Terms};
 use kinoflock_protocol::limits::JOB_LIFE_MS;
-use kinoflock_protocol::{EnvelopeError, JobShape, Millis, ModelId, NetworkId, NodeId, Work};
 use kinoflock_protocol::{Envelope, Refusal};
+use kinoflock_protocol::{EnvelopeError, JobShape, Millis, ModelId, NetworkId, NodeId, Work};
 
 /// Speed that is assumed of a node that tells none, in work units a second.
 const UNKNOWN_SPEED: u64 = 1;
@@ -106,7 +106,9 @@ impl fmt::Display for Why {
             Self::OtherModels(models) if models.is_empty() => f.write_str("serves no model now"),
             Self::OtherModels(models) => write!(f, "serves {} only", models.join(", ")),
             Self::Closed(state) => f.write_str(state),
-            Self::TooLarge { what, limit, given } => write!(f, "takes at most {limit} {what}, this job has {given}"),
+            Self::TooLarge { what, limit, given } => {
+                write!(f, "takes at most {limit} {what}, this job has {given}")
+            }
             Self::Terms(terms) => write!(f, "its terms are not those you require: {terms}"),
             Self::Refused(refusal) => refusal.fmt(f),
             Self::Failed(error) => f.write_str(error),

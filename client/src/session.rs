@@ -11,7 +11,9 @@ use std::time::Duration;
 use kinoflock_net::blobs::FileReader;
 use kinoflock_net::{BlobReader, BlobSource, Multiaddr, NetConfig, NetEvent, NetEvents, NetHandle};
 use kinoflock_protocol::query::{JobQuery, QueryAction};
-use kinoflock_protocol::{BlobId, Envelope, JobId, Keypair, NetworkId, NodeId, Nonce, RequesterId, UnixMillis};
+use kinoflock_protocol::{
+    BlobId, Envelope, JobId, Keypair, NetworkId, NodeId, Nonce, RequesterId, UnixMillis,
+};
 use tokio::sync::{mpsc, watch};
 
 use crate::store::{JobRecord, Store};

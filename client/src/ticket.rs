@@ -36,13 +36,17 @@ pub enum WayError {
     #[error("that is a ticket for a clip; fetch it with: kinoflock get TICKET")]
     ClipTicket,
     /// None of the forms.
-    #[error("{given:?} is no node: give a ticket (kfnode1...), an address (/ip4/192.0.2.7/tcp/4001 or 192.0.2.7:4001) or a node id (12D3Koo...)")]
+    #[error(
+        "{given:?} is no node: give a ticket (kfnode1...), an address (/ip4/192.0.2.7/tcp/4001 or 192.0.2.7:4001) or a node id (12D3Koo...)"
+    )]
     Unknown {
         /// The text.
         given: String,
     },
     /// A ticket for another network.
-    #[error("that ticket leads to network {given}, this client is in {here}; set network = \"{given}\" in the configuration, or KINOFLOCK_NETWORK, to go there")]
+    #[error(
+        "that ticket leads to network {given}, this client is in {here}; set network = \"{given}\" in the configuration, or KINOFLOCK_NETWORK, to go there"
+    )]
     OtherNetwork {
         /// The ticket's network.
         given: NetworkId,

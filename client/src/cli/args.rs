@@ -219,7 +219,7 @@ pub struct Generate {
     #[arg(long, value_name = "FILE")]
     pub end_image: Option<PathBuf>,
     /// Latents to begin from instead of noise: a safetensors file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     pub init_latents: Option<PathBuf>,
     /// Clip to go on from (not there yet)
     #[arg(long, value_name = "CLIP")]
@@ -277,7 +277,9 @@ pub enum Key {
     /// Print the key as 24 words to write on paper
     Backup,
     /// Make the key again from its 24 words
-    #[command(after_help = "Without words they are read from standard input, so that they do not stay in your shell's history.")]
+    #[command(
+        after_help = "Without words they are read from standard input, so that they do not stay in your shell's history."
+    )]
     Restore {
         /// The words
         words: Vec<String>,

@@ -189,7 +189,8 @@ fn refuse_under_way(record: &JobRecord) -> Result<(), Failure> {
         return Ok(());
     }
     let job = record.job.short();
-    let text = format!("job {job} is under way ({}); stop it first: kinoflock cancel {job}", record.state.name());
+    let text =
+        format!("job {job} is under way ({}); stop it first: kinoflock cancel {job}", record.state.name());
     Err(Failure::new(Exit::Usage, "job_under_way", text))
 }
 
@@ -211,7 +212,8 @@ pub(super) fn verify(file: &Path, context: &Context<'_>) -> Result<(), Failure> 
 fn verify_bare(bytes: &[u8], context: &Context<'_>) -> Result<(), Failure> {
     // Without a store there is nothing to compare with.
     let known = context.store().ok().and_then(|store| store.job_of_clip(&ClipId::of(bytes)).ok().flatten());
-    let Some((record, facts)) = known.and_then(|record| of_record(&record).map(|facts| (record, facts))) else {
+    let Some((record, facts)) = known.and_then(|record| of_record(&record).map(|facts| (record, facts)))
+    else {
         return Err(ProvenanceError::None.into());
     };
     context.out.words(&format!(
@@ -247,7 +249,8 @@ fn read_file(file: &Path) -> Result<Vec<u8>, Failure> {
     let fault = |error: std::io::Error| Failure::file("read", file, &error);
     let given = std::fs::metadata(file).map_err(fault)?.len();
     if given > MAX_CLIP_BYTES {
-        let text = format!("{} has {given} bytes, clips of at most {MAX_CLIP_BYTES} are read", file.display());
+        let text =
+            format!("{} has {given} bytes, clips of at most {MAX_CLIP_BYTES} are read", file.display());
         return Err(Failure::new(Exit::Verify, "clip_too_large", text));
     }
     std::fs::read(file).map_err(fault)
@@ -288,8 +291,7 @@ fn of_file(verified: &Verified) -> Facts {
         Verdict::Accept => "accepted",
         Verdict::Dispute { .. } => "disputed",
     });
-    let mut facts =
-        of_receipt(verified.receipt.receipt(), network_name(&verified.network), &told.model_name);
+    let mut facts = of_receipt(verified.receipt.receipt(), network_name(&verified.network), &told.model_name);
     facts.frames = Some(verified.info.frames);
     facts.width = Some(verified.info.width);
     facts.height = Some(verified.info.height);

@@ -9,7 +9,7 @@ use super::failure::Failure;
 use crate::config::{Config, environment};
 use crate::keys;
 use crate::output::Output;
-use crate::session::{Client, ClientOptions, Events};
+use crate::session::{Client, ClientOptions};
 use crate::store::Store;
 use crate::ticket::Way;
 
@@ -63,16 +63,15 @@ impl<'a> Context<'a> {
     }
 
     /// The ways to nodes, and whether they were named for this command alone.
-    pub(super) async fn ways(
-        &self,
-        client: &Client,
-        at: &Where,
-        events: &Events,
-    ) -> Result<(Vec<Way>, bool), Failure> {
-        match &at.node {
-            Some(text) => Ok((vec![self.way(text)?], true)),
-            None => Ok((client.known_ways(&self.config, events).await?, false)),
+    pub(super) fn ways(&self, client: &Client, at: &Where) -> Result<(Vec<Way>, bool), Failure> {
+        if let Some(text) = &at.node {
+            return Ok((vec![self.way(text)?], true));
         }
+        let (ways, wrong) = client.known_ways(&self.config)?;
+        for (way, error) in wrong {
+            self.out.words(&format!("{way}...: {error}"));
+        }
+        Ok((ways, false))
     }
 
     pub(super) fn way(&self, text: &str) -> Result<Way, Failure> {

@@ -93,7 +93,9 @@ impl From<SessionError> for Failure {
             E::Store(error) => store_exit(error),
             E::Ask(_) | E::SeveralModels { .. } => Exit::Usage,
             E::NoNode { .. } | E::UnknownModel { .. } | E::NoManifest { .. } => Exit::NoNode,
-            E::NoTaker { reasons, .. } if reasons.iter().any(|declined| declined.why.is_policy()) => Exit::Refused,
+            E::NoTaker { reasons, .. } if reasons.iter().any(|declined| declined.why.is_policy()) => {
+                Exit::Refused
+            }
             E::NoTaker { .. } => Exit::NoNode,
             E::Refused { .. } => Exit::Refused,
             E::Failed { .. } | E::Cancelled { .. } | E::Lost { .. } => Exit::Failed,

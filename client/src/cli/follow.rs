@@ -25,6 +25,7 @@ pub(super) async fn show_while<T>(
     progress: &mut Progress<'_>,
 ) -> Result<T, Failure> {
     let mut work = std::pin::pin!(work);
+    let mut interrupt = std::pin::pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
             biased;
@@ -35,7 +36,7 @@ pub(super) async fn show_while<T>(
                 }
                 return Ok(done?);
             }
-            _ = tokio::signal::ctrl_c() => {
+            _ = &mut interrupt => {
                 let text = "stopped; if a job was already on its way, kinoflock ps shows it";
                 return Err(Failure::new(Exit::Interrupted, "interrupted", text));
             }
@@ -56,6 +57,8 @@ pub(super) async fn job(
     let mut deadline = std::pin::pin!(sleep_or_never(timeout));
     let (answers, mut answered) = mpsc::channel(1);
     let mut asked = false;
+    // Listens all the time: a second one must not be missed while the first is dealt with.
+    let mut interrupt = Box::pin(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
             biased;
@@ -75,7 +78,8 @@ pub(super) async fn job(
                 );
                 return Err(Failure::new(Exit::Timeout, "timeout", text));
             }
-            _ = tokio::signal::ctrl_c() => {
+            _ = &mut interrupt => {
+                interrupt = Box::pin(tokio::signal::ctrl_c());
                 if asked || !context.out.can_ask() {
                     return Err(leave(context, &progress, job));
                 }

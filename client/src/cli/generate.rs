@@ -42,7 +42,9 @@ pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Fai
     let client = context.client().await?;
     let record = submit(&args, ask, context, &client).await?;
     if args.detach {
-        context.out.words(&format!("handed over; fetch the clip with: kinoflock wait {}", record.job.short()));
+        context
+            .out
+            .words(&format!("handed over; fetch the clip with: kinoflock wait {}", record.job.short()));
         context.out.line(&record.job.to_string());
         context.out.record(&Handed { event: "detached", job: record.job });
         client.stop().await;
@@ -136,7 +138,7 @@ async fn submit(
 ) -> Result<JobRecord, Failure> {
     let (events, told) = Client::events();
     let mut progress = context.out.progress();
-    let (ways, pinned) = context.ways(client, &args.at, &events).await?;
+    let (ways, pinned) = context.ways(client, &args.at)?;
     ask.pinned = pinned;
     follow::show_while(client.submit(&ask, &ways, &events), told, &mut progress).await
 }
@@ -151,7 +153,8 @@ fn refuse_what_is_not_there(args: &Generate) -> Result<(), Failure> {
     ];
     match flags.into_iter().find(|(_, given, _)| *given) {
         Some((flag, _, what)) => {
-            let text = format!("{flag} is not there yet: this release does not know {what}; nothing was sent");
+            let text =
+                format!("{flag} is not there yet: this release does not know {what}; nothing was sent");
             Err(Failure::new(super::Exit::Usage, "not_there_yet", text))
         }
         None => Ok(()),
@@ -204,8 +207,10 @@ fn read_latents(path: &Path) -> Result<Vec<u8>, Failure> {
     let fault = |error: std::io::Error| Failure::file("read", path, &error);
     let given = std::fs::metadata(path).map_err(fault)?.len();
     if given > MAX_LATENTS {
-        return Err(Failure::usage(format!("{} has {given} bytes, latents may have {MAX_LATENTS}", path.display())));
+        return Err(Failure::usage(format!(
+            "{} has {given} bytes, latents may have {MAX_LATENTS}",
+            path.display()
+        )));
     }
     std::fs::read(path).map_err(fault)
 }
-

@@ -40,13 +40,20 @@ pub(super) fn ps(all: bool, context: &Context<'_>) -> Result<(), Failure> {
     let jobs = context.store()?.jobs()?;
     let shown: Vec<_> = jobs.iter().filter(|job| all || !job.state.is_final()).collect();
     if shown.is_empty() {
-        context.out.words(if all { "no jobs" } else { "no jobs under way; finished ones: kinoflock ps --all" });
+        context.out.words(if all {
+            "no jobs"
+        } else {
+            "no jobs under way; finished ones: kinoflock ps --all"
+        });
     }
     for job in shown {
         context.out.record(&Row { job });
         let clip = job.clip.map_or_else(|| "-".to_owned(), |clip| clip.short());
         let (id, when, state) = (job.job.short(), short_time(job.created_at), job.state.name());
-        context.out.line(&format!("{id}  {when}  {state:<9}  {:<16}  {:<16}  {clip}", job.model_name, job.node_name));
+        context.out.line(&format!(
+            "{id}  {when}  {state:<9}  {:<16}  {:<16}  {clip}",
+            job.model_name, job.node_name
+        ));
     }
     Ok(())
 }

@@ -48,8 +48,11 @@ pub(super) fn run(command: Key, context: &Context<'_>) -> Result<(), Failure> {
             let words = words::of(&seed);
             out.words("write these words on paper, in order; whoever has them can sign as you");
             for (row, four) in words.chunks(4).enumerate() {
-                let numbered: Vec<String> =
-                    four.iter().enumerate().map(|(i, word)| format!("{:>2}. {word:<9}", row * 4 + i + 1)).collect();
+                let numbered: Vec<String> = four
+                    .iter()
+                    .enumerate()
+                    .map(|(i, word)| format!("{:>2}. {word:<9}", row * 4 + i + 1))
+                    .collect();
                 out.line(numbered.join(" ").trim_end());
             }
             out.record(&Words { words: &words });

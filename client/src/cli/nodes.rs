@@ -11,7 +11,7 @@ use super::context::Context;
 use super::failure::{Exit, Failure};
 use super::follow;
 use crate::route::terms_sentence;
-use crate::session::{Client, Found, SessionError};
+use crate::session::{Client, Found};
 use crate::ticket::Way;
 
 #[derive(Serialize)]
@@ -58,7 +58,10 @@ pub(super) async fn nodes(at: &Where, context: &Context<'_>) -> Result<(), Failu
         context.out.line(&format!("{node}  {name}"));
         let wait = capacity.queue.wait;
         let jobs = capacity.queue.jobs;
-        context.out.line(&format!("  {state}; {}; {jobs} jobs, about {wait} until the next begins", models.join(", ")));
+        context.out.line(&format!(
+            "  {state}; {}; {jobs} jobs, about {wait} until the next begins",
+            models.join(", ")
+        ));
         context.out.line(&format!("  {}", terms_sentence(&capacity.terms)));
         if capacity.content_rules {
             context.out.line("  its operator has rules about content");
@@ -128,8 +131,12 @@ pub(super) async fn join(text: &str, context: &Context<'_>) -> Result<(), Failur
         Err(failure) => return Err(failure),
     };
     match reached {
-        0 => context.out.words("remembered, but nobody there answers now; it is tried again with every command"),
-        _ => context.out.words(&format!("joined: {reached} nodes known; make a clip with: kinoflock generate \"PROMPT\"")),
+        0 => context
+            .out
+            .words("remembered, but nobody there answers now; it is tried again with every command"),
+        _ => context.out.words(&format!(
+            "joined: {reached} nodes known; make a clip with: kinoflock generate \"PROMPT\""
+        )),
     }
     context.out.record(&Joined { event: "joined", reached });
     Ok(())
@@ -139,12 +146,8 @@ async fn find(at: &Where, context: &Context<'_>) -> Result<Vec<Found>, Failure> 
     let client = context.client().await?;
     let (events, told) = Client::events();
     let mut progress = context.out.progress();
-    let (ways, _) = context.ways(&client, at, &events).await?;
-    let finding = async {
-        let found = client.find(&ways, &events).await?;
-        Ok::<_, SessionError>(found)
-    };
-    let found = follow::show_while(finding, told, &mut progress).await?;
+    let (ways, _) = context.ways(&client, at)?;
+    let found = follow::show_while(client.find(&ways, &events), told, &mut progress).await?;
     client.stop().await;
     Ok(found)
 }

@@ -33,12 +33,13 @@ pub fn to_seed(text: &str) -> Result<Seed, KeyError> {
         return Err(refuse(format!("word {} ({word:?}) is not in the list{near}", index + 1)));
     }
     let joined = Zeroizing::new(words.join(" "));
-    let mnemonic = Mnemonic::parse_in_normalized(Language::English, &joined).map_err(|error| match error {
-        bip39::Error::InvalidChecksum => {
-            refuse("a word is wrong or in the wrong place (the checksum does not match)".to_owned())
-        }
-        other => refuse(other.to_string()),
-    })?;
+    let mnemonic =
+        Mnemonic::parse_in_normalized(Language::English, &joined).map_err(|error| match error {
+            bip39::Error::InvalidChecksum => {
+                refuse("a word is wrong or in the wrong place (the checksum does not match)".to_owned())
+            }
+            other => refuse(other.to_string()),
+        })?;
     let (entropy, len) = mnemonic.to_entropy_array();
     let entropy = Zeroizing::new(entropy);
     let mut seed = Zeroizing::new([0; SEED_BYTES]);

@@ -190,8 +190,10 @@ pub(super) fn read(bytes: &[u8]) -> Result<Packet, String> {
         return Err(format!("its checksum is {}..., it should be {}...", &given[..12], &check[..12]));
     }
     let need = |name: &'static str| value(text, name).ok_or_else(|| format!("it has no {name}"));
-    let number = |name: &'static str| need(name)?.parse::<u32>().map_err(|_| format!("its {name} is no number"));
-    let micro = |name: &'static str| need(name)?.parse::<Micro>().map_err(|_| format!("its {name} is no number"));
+    let number =
+        |name: &'static str| need(name)?.parse::<u32>().map_err(|_| format!("its {name} is no number"));
+    let micro =
+        |name: &'static str| need(name)?.parse::<Micro>().map_err(|_| format!("its {name} is no number"));
     let envelope = |text: String| -> Result<Envelope, String> {
         let bytes = BASE64.decode(text.as_bytes()).map_err(|error| error.to_string())?;
         Envelope::decode(&bytes).map_err(|error| error.to_string())

@@ -30,7 +30,11 @@ pub struct Delivered {
 impl Client {
     /// Fetches and checks the clip of a job whose receipt is in the record, and answers the receipt. A clip that is
     /// here already is checked again, and an answer that the node has not heard is sent again.
-    pub(super) async fn deliver(&self, record: &JobRecord, events: &Events) -> Result<Delivered, SessionError> {
+    pub(super) async fn deliver(
+        &self,
+        record: &JobRecord,
+        events: &Events,
+    ) -> Result<Delivered, SessionError> {
         let job = ValidJob::parse_stored(&record.envelope, &record.network).map_err(|error| {
             let path = self.store.job_path(&record.job);
             StoreError::Record { path, reason: error.to_string() }
@@ -137,10 +141,8 @@ impl Client {
         };
         let record = self.update(&record.job, |record| {
             record.state = RecordState::Disputed;
-            record.error = Some(crate::store::RecordError {
-                code: error.code().to_owned(),
-                text: error.to_string(),
-            });
+            record.error =
+                Some(crate::store::RecordError { code: error.code().to_owned(), text: error.to_string() });
             record.answer = answer;
         })?;
         self.send_answer(&record, &Events::none()).await?;
@@ -154,7 +156,8 @@ impl Client {
         verdict: Verdict,
     ) -> Result<Envelope, SessionError> {
         let answered_at = corrected(crate::now(), record.clock_skew_ms);
-        let answer = ReceiptAnswer { receipt: receipt.id(), job: receipt.receipt().job, verdict, answered_at };
+        let answer =
+            ReceiptAnswer { receipt: receipt.id(), job: receipt.receipt().job, verdict, answered_at };
         Ok(Envelope::seal(&self.key, &self.network, &answer)?)
     }
 

@@ -28,7 +28,10 @@ pub enum SessionError {
     #[error("no random bytes from the system: {0}")]
     Random(getrandom::Error),
     /// Nobody to ask.
-    #[error("no node found; paste a ticket: kinoflock join TICKET, or use this machine: kinoflockd try{}", tried(reasons))]
+    #[error(
+        "no node found; paste a ticket: kinoflock join TICKET, or use this machine: kinoflockd try{}",
+        tried(reasons)
+    )]
     NoNode {
         /// Each way that was tried, and why it led nowhere.
         reasons: Vec<(String, String)>,
@@ -173,7 +176,11 @@ fn lines(reasons: &[Declined]) -> String {
 }
 
 fn offered(known: &[String]) -> String {
-    if known.is_empty() { "the nodes found serve none".to_owned() } else { format!("the nodes found serve {}", known.join(", ")) }
+    if known.is_empty() {
+        "the nodes found serve none".to_owned()
+    } else {
+        format!("the nodes found serve {}", known.join(", "))
+    }
 }
 
 fn did_you_mean(nearest: &Option<String>) -> String {

@@ -159,7 +159,10 @@ impl fmt::Display for Event {
             Self::Reached { node, name } => write!(f, "reached node {name} (...{})", node.short()),
             Self::Declined { node, name, why } => write!(f, "node {name} (...{}): {why}", node.short()),
             Self::Chosen { node, name, model, position, eta, seed, sees, terms, content_rules } => {
-                write!(f, "node {name} ({node}) will make it with {model}, seed {seed}: {position} ahead, about {eta}\n")?;
+                write!(
+                    f,
+                    "node {name} ({node}) will make it with {model}, seed {seed}: {position} ahead, about {eta}\n"
+                )?;
                 write!(f, "that node will see {sees}; {}", terms_sentence(terms))?;
                 if *content_rules {
                     write!(f, "\nits operator has rules about content")?;
@@ -167,8 +170,13 @@ impl fmt::Display for Event {
                 Ok(())
             }
             Self::ClockSkew { node, ahead_ms, limit } => {
-                let (by, which) = (Millis(ahead_ms.unsigned_abs()), if *ahead_ms > 0 { "behind" } else { "ahead of" });
-                write!(f, "this machine's clock is {by} {which} that of node ...{} (limit {limit}): ", node.short())?;
+                let (by, which) =
+                    (Millis(ahead_ms.unsigned_abs()), if *ahead_ms > 0 { "behind" } else { "ahead of" });
+                write!(
+                    f,
+                    "this machine's clock is {by} {which} that of node ...{} (limit {limit}): ",
+                    node.short()
+                )?;
                 f.write_str("set the clock; this job's times go by the node's")
             }
             Self::Accepted { job, position, eta } => {
@@ -189,7 +197,9 @@ impl fmt::Display for Event {
                 write!(f, "verified: {frames} frames, {width}x{height}, the bytes that the node signed")
             }
             Self::Answered => f.write_str("the node knows that you have the clip"),
-            Self::NotAnswered { why } => write!(f, "the node could not be told that you have the clip: {why}"),
+            Self::NotAnswered { why } => {
+                write!(f, "the node could not be told that you have the clip: {why}")
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use super::{Client, Event, Events, SessionError, corrected};
 use crate::config::Config;
 use crate::local;
 use crate::route::{Candidate, read_advert};
-use crate::ticket::Way;
+use crate::ticket::{Way, WayError};
 
 /// Nodes that are asked at once.
 const AT_ONCE: usize = 8;
@@ -57,13 +57,13 @@ struct Target {
 }
 
 impl Client {
-    /// The ways that a configuration knows: the daemon on this machine, joined networks, the list of nodes. A way that
-    /// cannot be read or leads to another network is told as an event.
+    /// The ways that a configuration knows: the daemon on this machine, joined networks, the list of nodes; and those
+    /// of them that cannot be read or lead to another network, each with its reason.
     ///
     /// # Errors
     /// When the store cannot be read.
-    pub async fn known_ways(&self, config: &Config, events: &Events) -> Result<Vec<Way>, SessionError> {
-        let mut ways = Vec::new();
+    pub fn known_ways(&self, config: &Config) -> Result<(Vec<Way>, Vec<(String, WayError)>), SessionError> {
+        let (mut ways, mut wrong) = (Vec::new(), Vec::new());
         if config.local {
             let here = local::find(&local::folders());
             ways.extend(here.iter().filter(|node| node.network == self.network).map(Way::local));
@@ -72,13 +72,10 @@ impl Client {
             let way = text.parse::<Way>().and_then(|way| way.check_network(&self.network).map(|()| way));
             match way {
                 Ok(way) => ways.push(way),
-                Err(error) => {
-                    let way = text.chars().take(24).collect();
-                    events.tell(Event::Unreachable { way, why: error.to_string() }).await;
-                }
+                Err(error) => wrong.push((text.chars().take(24).collect(), error)),
             }
         }
-        Ok(ways)
+        Ok((ways, wrong))
     }
 
     /// Tries every way, and the local network if that is on. Nodes that answered come first.
@@ -108,7 +105,10 @@ impl Client {
         let probes = targets.into_iter().map(|target| async move {
             let probed = tokio::time::timeout(PROBE, self.probe(&target)).await;
             let late = || format!("no answer within {} s", PROBE.as_secs());
-            (target.label, probed.map_err(|_| late()).and_then(|probed| probed.map_err(|error| error.to_string())))
+            (
+                target.label,
+                probed.map_err(|_| late()).and_then(|probed| probed.map_err(|error| error.to_string())),
+            )
         });
         let mut probes = stream::iter(probes).buffered(AT_ONCE);
         let mut found: Vec<Found> = Vec::new();
@@ -173,7 +173,8 @@ impl Client {
     /// Adds the nodes whose adverts the first few know. One that does not answer is no loss.
     async fn ask_for_others(&self, found: &mut Vec<Found>) {
         let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32 };
-        let asked: Vec<_> = found.iter().take(ASKED_FOR_OTHERS).map(|f| (f.candidate.node, f.skew_ms)).collect();
+        let asked: Vec<_> =
+            found.iter().take(ASKED_FOR_OTHERS).map(|f| (f.candidate.node, f.skew_ms)).collect();
         let asking = asked.into_iter().map(|(node, skew_ms)| async move {
             (skew_ms, self.net.request(node, Request::FindNodes(question)).await)
         });
@@ -207,12 +208,16 @@ impl Client {
         let Some(wanted) = wanted else {
             return match models.len() {
                 1 => Ok(models.iter().map(model).next().expect("invariant: there is one")),
-                0 => Err(SessionError::UnknownModel { given: String::new(), known: Vec::new(), nearest: None }),
+                0 => {
+                    Err(SessionError::UnknownModel { given: String::new(), known: Vec::new(), nearest: None })
+                }
                 _ => Err(SessionError::SeveralModels { known: names() }),
             };
         };
         let is_wanted = |(id, name): &(&ModelId, &String)| {
-            *name == wanted || id.to_string() == wanted || (wanted.len() > 9 && id.to_string().starts_with(wanted))
+            *name == wanted
+                || id.to_string() == wanted
+                || (wanted.len() > 9 && id.to_string().starts_with(wanted))
         };
         let matching: Vec<Model> = models.iter().filter(is_wanted).map(model).collect();
         match &matching[..] {

@@ -16,9 +16,10 @@ use kinoflock_protocol::{JobId, Millis, NodeId, Reason, ValidJob};
 use super::find::unexpected;
 use super::submit::is_passing;
 use super::{Client, Delivered, Event, Events, SessionError};
+use crate::ask::Ask;
 use crate::local;
 use crate::store::{JobRecord, RecordError, RecordState};
-use crate::ticket::parse_addresses;
+use crate::ticket::{Way, parse_addresses};
 
 /// First pause before a broken connection is taken up again; it doubles.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -36,7 +37,7 @@ impl Client {
         let mut heard = Instant::now();
         let mut pause = FIRST_PAUSE;
         loop {
-            let record = self.store.job(job)?;
+            let (record, before) = (self.store.job(job)?, heard);
             if let Some(ended) = ended(&record) {
                 return Err(ended);
             }
@@ -52,11 +53,7 @@ impl Client {
                 Err(error) if is_transient(&error) => error,
                 other => return other,
             };
-            if heard.elapsed() < pause {
-                pause = (pause * 2).min(LONGEST_PAUSE);
-            } else {
-                pause = FIRST_PAUSE;
-            }
+            pause = if heard > before { FIRST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
             let waited = heard.elapsed();
             if waited + pause > self.patience {
                 let (job, node, reason) = (record.job, record.node, error.to_string());
@@ -66,6 +63,20 @@ impl Client {
             events.tell(lost).await;
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// [`Client::submit`], then [`Client::follow`].
+    ///
+    /// # Errors
+    /// Those of both.
+    pub async fn generate(
+        &self,
+        ask: &Ask,
+        ways: &[Way],
+        events: &Events,
+    ) -> Result<Delivered, SessionError> {
+        let record = self.submit(ask, ways, events).await?;
+        self.follow(&record.job, events).await
     }
 
     /// Asks a job's node how the job stands, and keeps what is new.
@@ -117,8 +128,11 @@ impl Client {
         let status = self.ask_status(record).await?;
         *heard = Instant::now();
         let record = self.note_status(record, &status)?;
-        if status.state.is_final() {
-            return ended(&record).map_or(Ok(()), Err);
+        if record.receipt.is_some() {
+            return Ok(());
+        }
+        if let Some(ended) = ended(&record) {
+            return Err(ended);
         }
         let wants_previews =
             record.envelope.open::<JobSpec>(&self.network).is_ok_and(|job| job.value.returns.previews);
@@ -126,7 +140,9 @@ impl Client {
         let query = self.query(&record, action)?;
         let stream = self.net.open_progress(record.node, query, record.next_seq).await;
         let stream = stream.map_err(|error| match error {
-            NetError::Refused { node, refusal } => unknown_job(&record, SessionError::Refused { node, refusal }),
+            NetError::Refused { node, refusal } => {
+                unknown_job(&record, SessionError::Refused { node, refusal })
+            }
             other => other.into(),
         })?;
         let mut stream = Box::pin(stream.into_stream());
@@ -168,7 +184,8 @@ impl Client {
                 record.receipt.get_or_insert_with(|| receipt.clone());
             }
             if let (JobState::Failed, None) = (status.state, &record.error) {
-                let text = status.error.as_ref().map_or_else(|| "no cause told".to_owned(), ToString::to_string);
+                let text =
+                    status.error.as_ref().map_or_else(|| "no cause told".to_owned(), ToString::to_string);
                 record.error = Some(RecordError { code: "failed".to_owned(), text });
             }
         })
@@ -177,9 +194,11 @@ impl Client {
     /// Keeps what a change of state says, and tells every event.
     async fn note(&self, job: &JobId, progress: Progress, events: &Events) -> Result<(), SessionError> {
         let next_seq = progress.seq.saturating_add(1);
-        let state = |state: RecordState| move |record: &mut JobRecord| {
-            record.state = state;
-            record.next_seq = next_seq;
+        let state = |state: RecordState| {
+            move |record: &mut JobRecord| {
+                record.state = state;
+                record.next_seq = next_seq;
+            }
         };
         match progress.event {
             JobEvent::AwaitingInputs { missing } => {

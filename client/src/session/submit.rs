@@ -141,7 +141,9 @@ impl Client {
                 let skew = quote.skew(crate::now());
                 Ok((quote, if skew.unsigned_abs() > SKEW_IGNORED_MS { skew } else { 0 }))
             }
-            Ok(Response::Busy { retry_after }) => Err(Why::Failed(format!("is busy, ask again in {retry_after}"))),
+            Ok(Response::Busy { retry_after }) => {
+                Err(Why::Failed(format!("is busy, ask again in {retry_after}")))
+            }
             Ok(other) => Err(failed(unexpected(node, "a question for a quote", other))),
             Err(error) => Err(Why::Failed(error.to_string())),
         }
@@ -239,7 +241,8 @@ impl Client {
     ) -> JobRecord {
         let Found { candidate, addresses, .. } = offer.found;
         let advertised = candidate.capacity.addresses.iter().map(|address| address.to_string());
-        let mut addresses: Vec<String> = addresses.iter().map(ToString::to_string).chain(advertised).collect();
+        let mut addresses: Vec<String> =
+            addresses.iter().map(ToString::to_string).chain(advertised).collect();
         addresses.dedup();
         JobRecord {
             job,

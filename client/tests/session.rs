@@ -1,0 +1,182 @@
+//! The way of a job on the artist's side, against peers that answer by a script.
+#![allow(clippy::unwrap_used)]
+
+#[path = "support/peer.rs"]
+mod peer;
+#[path = "support/home.rs"]
+mod support;
+
+use kinoflock_client::ask::{Ask, Length};
+use kinoflock_client::provenance;
+use kinoflock_client::session::{Client, ClientOptions, Event, Events, SessionError};
+use kinoflock_client::store::{RecordState, Store};
+use kinoflock_client::ticket::Way;
+use kinoflock_protocol::ClipId;
+use kinoflock_protocol::receipt::Verdict;
+use peer::{Peer, Script};
+use support::{CLIP, Home, artist, network, text};
+
+async fn client(home: &Home) -> Client {
+    let store = Store::open(home.path().join("client")).unwrap();
+    Client::start(ClientOptions::new(network()), artist(), store).await.unwrap()
+}
+
+fn way(peer: &Peer) -> Way {
+    peer.address().parse().unwrap()
+}
+
+fn ask() -> Ask {
+    Ask { prompt: support::PROMPT.to_owned(), seed: Some(7), ..Ask::default() }
+}
+
+#[tokio::test]
+async fn a_prompt_becomes_a_verified_clip_over_a_broken_stream() {
+    let home = Home::new();
+    let mut peer = peer::start(11, Script { breaks: 2, ..Script::default() }).await;
+    let client = client(&home).await;
+    let (events, mut told) = Client::events();
+    let delivered = client.generate(&ask(), &[way(&peer)], &events).await.unwrap();
+    drop(events);
+    assert_eq!(delivered.clip, ClipId::of(CLIP));
+    assert_eq!(std::fs::read(&delivered.path).unwrap(), CLIP);
+    assert_eq!(peer.answers.recv().await, Some(Verdict::Accept));
+    let record = client.store().job(&delivered.record.job).unwrap();
+    assert_eq!((record.state, record.answered), (RecordState::Done, true));
+    let mut seen = Vec::new();
+    while let Some(event) = told.recv().await {
+        seen.push(event);
+    }
+    let at = |wanted: fn(&Event) -> bool| seen.iter().position(wanted).unwrap();
+    let chosen = at(|event| matches!(event, Event::Chosen { .. }));
+    let accepted = at(|event| matches!(event, Event::Accepted { .. }));
+    assert!(chosen < accepted, "who will see it is told before it is sent");
+    assert!(seen[chosen].to_string().contains("will see your prompt and the frames"), "{}", seen[chosen]);
+    assert_eq!(seen.iter().filter(|event| matches!(event, Event::Reconnecting { .. })).count(), 2);
+    assert!(seen.iter().any(|event| matches!(event, Event::Step { done: 4, .. })));
+    assert!(matches!(seen.last(), Some(Event::Answered)));
+    // Again, by another process, with nobody to ask: everything is here.
+    peer.handle.shutdown().await;
+    let again = client.follow(&delivered.record.job, &Events::none()).await.unwrap();
+    assert_eq!(again.clip, delivered.clip);
+}
+
+#[tokio::test]
+async fn a_receipt_for_something_else_is_disputed() {
+    let home = Home::new();
+    let mut peer = peer::start(12, Script { wrong_seed: true, ..Script::default() }).await;
+    let client = client(&home).await;
+    let error = client.generate(&ask(), &[way(&peer)], &Events::none()).await.unwrap_err();
+    assert!(matches!(error, SessionError::Disputed { .. }), "{error}");
+    assert!(error.to_string().contains("the receipt says seed 8, the job says 7"), "{error}");
+    assert!(matches!(peer.answers.recv().await, Some(Verdict::Dispute { .. })));
+}
+
+#[tokio::test]
+async fn a_clip_of_another_shape_than_asked_is_disputed() {
+    let home = Home::new();
+    let mut peer = peer::start(13, Script::default()).await;
+    let client = client(&home).await;
+    let longer = Ask { length: Some(Length::Frames(25)), ..ask() };
+    let error = client.generate(&longer, &[way(&peer)], &Events::none()).await.unwrap_err();
+    assert!(error.to_string().contains("the clip has frames 17, the job asked for 25"), "{error}");
+    assert!(matches!(peer.answers.recv().await, Some(Verdict::Dispute { .. })));
+}
+
+#[tokio::test]
+async fn what_the_model_cannot_make_is_refused_here_with_the_nearest_that_it_can() {
+    let home = Home::new();
+    let peer = peer::start(14, Script::default()).await;
+    let client = client(&home).await;
+    let odd = Ask { length: Some(Length::Frames(20)), ..ask() };
+    let error = client.submit(&odd, &[way(&peer)], &Events::none()).await.unwrap_err();
+    assert!(error.to_string().contains("are 17 and 25") || error.to_string().contains("17"), "{error}");
+    let odd = Ask { size: Some((70, 64)), ..ask() };
+    let error = client.submit(&odd, &[way(&peer)], &Events::none()).await.unwrap_err();
+    assert!(error.to_string().contains("64x64"), "{error}");
+    let unknown = Ask { model: Some("motiv".to_owned()), ..ask() };
+    let error = client.submit(&unknown, &[way(&peer)], &Events::none()).await.unwrap_err();
+    assert!(error.to_string().contains("did you mean \"motif\"?"), "{error}");
+    assert!(client.store().jobs().unwrap().is_empty(), "nothing was sent");
+}
+
+#[tokio::test]
+async fn when_one_node_refuses_the_other_takes_it_and_when_all_do_each_reason_is_told() {
+    let home = Home::new();
+    let refusing = peer::start(15, Script { refuses: true, ..Script::default() }).await;
+    let taking = peer::start(16, Script::default()).await;
+    let client = client(&home).await;
+    let ways = [way(&refusing), way(&taking)];
+    let record = client.submit(&ask(), &ways, &Events::none()).await.unwrap();
+    assert_eq!(record.node, taking.handle.local_node());
+    let error = client.submit(&ask(), &ways[..1], &Events::none()).await.unwrap_err();
+    assert!(error.to_string().contains("(rule max_frames): 17 is beyond the limit of 9"), "{error}");
+    let mut command = home.command(&["generate", "x", "--node", &refusing.address()]);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert_eq!(output.status.code(), Some(6), "{}", text(&output.stderr));
+}
+
+#[tokio::test]
+async fn a_clock_that_is_an_hour_off_is_told_and_the_job_done_by_the_nodes_clock() {
+    for ahead_ms in [3_600_000, -3_600_000] {
+        let home = Home::new();
+        let peer = peer::start(17, Script { ahead_ms, ..Script::default() }).await;
+        let client = client(&home).await;
+        let (events, mut told) = Client::events();
+        client.submit(&ask(), &[way(&peer)], &events).await.unwrap();
+        drop(events);
+        let mut skew = None;
+        while let Some(event) = told.recv().await {
+            if let Event::ClockSkew { .. } = event {
+                skew = Some(event.to_string());
+            }
+        }
+        let skew = skew.unwrap();
+        let which = if ahead_ms > 0 { "behind" } else { "ahead of" };
+        assert!(skew.contains(which) && skew.contains("limit 5 min"), "{skew}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_saves_a_file_that_verifies_and_tells_of_failed_jobs() {
+    let home = Home::new();
+    std::fs::create_dir_all(home.path().join("keys")).unwrap();
+    let good = peer::start(18, Script::default()).await;
+    let run = |address: String, more: &'static [&'static str]| {
+        let arguments =
+            [&["generate", support::PROMPT, "--seed", "7", "--node", address.as_str()], more].concat();
+        let mut command = home.command(&arguments);
+        async move { tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap() }
+    };
+    kinoflock_client::keys::save(
+        &home.path().join("keys").join("artist.key"),
+        &kinoflock_client::keys::Seed::new([1; 32]),
+    )
+    .unwrap();
+    let output = run(good.address(), &["-o", "clip.mp4"]).await;
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "clip.mp4\n", "data on standard output, words elsewhere");
+    let words = text(&output.stderr);
+    for line in ["will see your prompt and the frames", "seed 7", "step 4 of 4", "verified: 17 frames"] {
+        assert!(words.contains(line), "{line:?} in {words}");
+    }
+    let file = std::fs::read(home.path().join("clip.mp4")).unwrap();
+    assert_eq!(provenance::check(&file).unwrap().clip, ClipId::of(CLIP));
+
+    let output = run(good.address(), &["--detach", "--json"]).await;
+    let last = text(&output.stdout).lines().last().unwrap().to_owned();
+    let record: serde_json::Value = serde_json::from_str(&last).unwrap();
+    assert_eq!((record["schema"].as_u64(), record["event"].as_str()), (Some(1), Some("detached")));
+    let job = record["job"].as_str().unwrap().to_owned();
+    let mut wait = home.command(&["wait", &job[..16]]);
+    let output = tokio::task::spawn_blocking(move || wait.output().unwrap()).await.unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+
+    let bad = peer::start(19, Script { fails: true, ..Script::default() }).await;
+    let output = run(bad.address(), &[]).await;
+    assert_eq!(output.status.code(), Some(5), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("(out_of_memory): device memory is full"),
+        "{}",
+        text(&output.stderr)
+    );
+}

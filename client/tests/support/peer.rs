@@ -1,0 +1,233 @@
+//! A peer that answers by a script, over loopback: enough of a node to see what the client makes of its answers.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use kinoflock_net::blobs::MemoryBlobs;
+use kinoflock_net::{NetConfig, NetEvent, NetEvents, NetHandle, ProgressSink};
+use kinoflock_protocol::capacity::{Capacity, Offer, OfferLimits, QueueState, SelfTest, Serves, Terms};
+use kinoflock_protocol::model::{ModelDefaults, ModelFile, ModelManifest, ModelRules};
+use kinoflock_protocol::order::{Quote, QuoteRequest, ValidOrder};
+use kinoflock_protocol::progress::{JobEvent, Progress};
+use kinoflock_protocol::query::ValidQuery;
+use kinoflock_protocol::receipt::{ReceiptAnswer, Verdict};
+use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
+use kinoflock_protocol::work::WorkModel;
+use kinoflock_protocol::*;
+use tokio::sync::mpsc;
+
+use crate::support::{CLIP, network, receipt};
+
+/// How the peer behaves.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Script {
+    /// Its clock is so far ahead, in milliseconds.
+    pub ahead_ms: i64,
+    /// It refuses every quote.
+    pub refuses: bool,
+    /// It ends the first so many progress streams after one event.
+    pub breaks: u32,
+    /// Its receipt names another seed.
+    pub wrong_seed: bool,
+    /// Its jobs fail.
+    pub fails: bool,
+}
+
+/// A peer and what it heard.
+pub struct Peer {
+    pub handle: NetHandle,
+    pub answers: mpsc::Receiver<Verdict>,
+}
+
+impl Peer {
+    pub fn address(&self) -> String {
+        self.handle.dialable_addrs()[0].to_string()
+    }
+}
+
+pub fn manifest() -> ModelManifest {
+    ModelManifest {
+        architecture: Text::new("ltx-video").unwrap(),
+        files: List::first_of([ModelFile {
+            path: Text::new("model.safetensors").unwrap(),
+            len: 1,
+            blake3: BlobId::of(b"x"),
+        }]),
+        rules: ModelRules { size_multiple: 32, frames_multiple: 8, frames_offset: 1, max_prompt_tokens: 128 },
+        defaults: ModelDefaults {
+            frames: 17,
+            width: 64,
+            height: 64,
+            fps: Micro::whole(8),
+            steps: 4,
+            guidance: Micro::whole(3),
+        },
+        work: WorkModel::ltx_2b(),
+    }
+}
+
+/// Starts a peer with this key that does as the script says.
+pub async fn start(seed: u8, script: Script) -> Peer {
+    let key = Keypair::from_seed(&[seed; 32]);
+    let config = NetConfig::node(key.clone(), network(), 0).on_loopback();
+    let (handle, events) = kinoflock_net::start(config).await.unwrap();
+    let blobs = MemoryBlobs::new();
+    blobs.insert(CLIP.to_vec()).unwrap();
+    handle.serve_blobs(Arc::new(blobs));
+    let (heard, answers) = mpsc::channel(8);
+    let state = State { key, script, job: None, streams: Arc::new(AtomicU32::new(0)), heard };
+    tokio::spawn(state.serve(events));
+    Peer { handle, answers }
+}
+
+struct State {
+    key: Keypair,
+    script: Script,
+    job: Option<Envelope>,
+    streams: Arc<AtomicU32>,
+    heard: mpsc::Sender<Verdict>,
+}
+
+impl State {
+    async fn serve(mut self, mut events: NetEvents) {
+        while let Some(event) = events.recv().await {
+            match event {
+                NetEvent::Request { request, responder, .. } => {
+                    let response = self.answer(*request);
+                    responder.send(response).unwrap();
+                }
+                NetEvent::Progress { query, from_seq, sink, .. } => {
+                    let node = self.key.node_id();
+                    ValidQuery::parse(&query, &network(), self.now(), &node).unwrap();
+                    self.tell(sink, from_seq);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn now(&self) -> UnixMillis {
+        UnixMillis(kinoflock_client::now().0.saturating_add_signed(self.script.ahead_ms))
+    }
+
+    fn seal<T: Message>(&self, value: &T) -> Envelope {
+        Envelope::seal(&self.key, &network(), value).unwrap()
+    }
+
+    fn answer(&mut self, request: Request) -> Response {
+        match request {
+            Request::Capacity => Response::Capacity(self.seal(&self.capacity())),
+            Request::FindNodes(_) => Response::Nodes(List::empty()),
+            Request::Manifest(_) => Response::Manifest(Bytes::new(manifest().encode()).unwrap()),
+            Request::Quote(_) if self.script.refuses => {
+                Response::Refused(Refusal::new(Reason::TooLarge, "max_frames").limit(9, 17))
+            }
+            Request::Quote(request) => Response::Quote(self.seal(&self.quote(&request))),
+            Request::Submit { order, job } => self.take(&order, job),
+            Request::Status(query) => {
+                let job =
+                    ValidQuery::parse(&query, &network(), self.now(), &self.key.node_id()).unwrap().query.job;
+                if self.job.is_none() {
+                    return Response::Refused(Refusal::new(Reason::JobUnknown, ""));
+                }
+                let (state, seq, position) = (JobState::Running, 0, 0);
+                let (eta, receipt, replicas, error) = (Millis(1), None, List::empty(), None);
+                Response::Status(JobStatus { job, state, seq, position, eta, receipt, replicas, error })
+            }
+            Request::Answer(envelope) => {
+                let answer = envelope.open::<ReceiptAnswer>(&network()).unwrap();
+                self.heard.try_send(answer.value.verdict).unwrap();
+                Response::Acknowledged
+            }
+            Request::Cancel(query) => {
+                let query = ValidQuery::parse(&query, &network(), self.now(), &self.key.node_id()).unwrap();
+                Response::Cancelled { job: query.query.job }
+            }
+            _ => Response::Acknowledged,
+        }
+    }
+
+    fn take(&mut self, order: &Envelope, job: Envelope) -> Response {
+        let valid = match ValidJob::parse(&job, &network(), self.now(), None) {
+            Ok(valid) => valid,
+            Err(error) => return Response::error(error.code(), &error.to_string()),
+        };
+        if let Err(error) = ValidOrder::parse(order, &network(), self.now(), &self.key.node_id(), &valid) {
+            return Response::error(error.code(), &error.to_string());
+        }
+        self.job = Some(job);
+        Response::Accepted { job: valid.id(), position: 0, eta: Millis(1000) }
+    }
+
+    fn quote(&self, request: &QuoteRequest) -> Quote {
+        Quote {
+            request: request.hash(),
+            requester: request.requester,
+            lease: LeaseId::from_bytes([1; 16]),
+            issued_at: self.now(),
+            expires_at: self.now().plus(Millis(15_000)),
+            position: 0,
+            eta: Millis(1000),
+            work: request.work,
+            speed: 1000,
+            max_input_bytes: 0,
+        }
+    }
+
+    fn tell(&self, sink: ProgressSink, from_seq: u64) {
+        let Some(job) = self.job.clone() else {
+            return sink.refuse(Refusal::new(Reason::JobUnknown, ""));
+        };
+        let breaks = self.streams.fetch_add(1, Ordering::SeqCst) < self.script.breaks;
+        let mut made = receipt(&job);
+        made.node = self.key.node_id();
+        if self.script.wrong_seed {
+            made.seed += 1;
+        }
+        let last = if self.script.fails {
+            let (code, text) =
+                (Text::new("out_of_memory").unwrap(), Text::new("device memory is full").unwrap());
+            JobEvent::Failed { code, text, retryable: true }
+        } else {
+            JobEvent::Done { receipt: self.seal(&made) }
+        };
+        let step = |done| JobEvent::Step { done, total: 4, eta: Millis(1) };
+        let events = [JobEvent::Loading, step(1), step(2), step(3), step(4), JobEvent::Encoding, last];
+        let sender = sink.accept();
+        tokio::spawn(async move {
+            for (seq, event) in (0..).zip(events).filter(|(seq, _)| *seq >= from_seq) {
+                let told = sender.send(Progress { job: made.job, seq, event }).await;
+                if told.is_err() || breaks {
+                    return;
+                }
+            }
+        });
+    }
+
+    fn capacity(&self) -> Capacity {
+        Capacity {
+            issued_at: self.now(),
+            sequence: 1,
+            name: Text::new("attic").unwrap(),
+            addresses: List::empty(),
+            models: List::first_of([Offer {
+                model: manifest().id(),
+                name: Text::new("motif").unwrap(),
+                architecture: Text::new("ltx-video").unwrap(),
+                speed: 1000,
+                devices: 1,
+                loaded: true,
+                self_test: SelfTest::Unreferenced { at: UnixMillis(1) },
+            }]),
+            devices: List::empty(),
+            limits: OfferLimits::default(),
+            queue: QueueState::default(),
+            state: Default::default(),
+            serves: Serves { public_bps: 2500, ..Serves::default() },
+            terms: Terms::default(),
+            content_rules: false,
+            protocol_versions: List::empty(),
+            engine: Text::default(),
+        }
+    }
+}

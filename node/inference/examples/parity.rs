@@ -24,6 +24,10 @@ fn main() -> ExitCode {
         bad += report.bad();
         let _ = writeln!(out, "{folder}\n{report}");
     }
-    let _ = writeln!(out, "{}", if bad == 0 { "all within tolerance".to_owned() } else { format!("{bad} rows fail") });
+    let _ = writeln!(
+        out,
+        "{}",
+        if bad == 0 { "all within tolerance".to_owned() } else { format!("{bad} rows fail") }
+    );
     ExitCode::from(u8::from(bad > 0))
 }

@@ -33,7 +33,9 @@ pub enum Error {
         nearest: usize,
     },
     /// A number of frames that is not of the model's form.
-    #[error("{given} frames cannot be made: the count must be {multiple}k+{offset}; the nearest is {nearest}")]
+    #[error(
+        "{given} frames cannot be made: the count must be {multiple}k+{offset}; the nearest is {nearest}"
+    )]
     Frames {
         /// What was asked for.
         given: usize,
@@ -112,7 +114,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The device has no memory left for this request.
-    #[error("out of device memory while {during}: ask for fewer frames, a smaller size, or a tiled decode ({detail})")]
+    #[error(
+        "out of device memory while {during}: ask for fewer frames, a smaller size, or a tiled decode ({detail})"
+    )]
     OutOfMemory {
         /// The phase.
         during: &'static str,
@@ -178,7 +182,10 @@ impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         let text = error.to_string();
         let lower = text.to_lowercase();
-        if lower.contains("out of memory") || lower.contains("out_of_memory") || lower.contains("cannot allocate") {
+        if lower.contains("out of memory")
+            || lower.contains("out_of_memory")
+            || lower.contains("cannot allocate")
+        {
             return Self::OutOfMemory { during: "computing", detail: text };
         }
         Self::Tensor(error)

@@ -10,6 +10,7 @@
 pub mod error;
 pub mod frames;
 pub mod models;
+pub mod motif;
 pub mod nn;
 pub mod pipeline;
 pub mod registry;
@@ -24,7 +25,7 @@ pub use candle_core::{DType, Device, Tensor};
 pub use crate::error::Error;
 pub use crate::frames::RgbFrames;
 pub use crate::pipeline::{
-    Checkpoint, DecodeOptions, Defaults, FrameRule, GenerateRequest, Generated, LoadOptions, Observer, Phase, Pipeline,
-    PipelineInfo, Silent, StepEvent, WorkConfig, open_device,
+    Checkpoint, DecodeOptions, Defaults, FrameRule, GenerateRequest, Generated, LoadOptions, Observer, Phase,
+    Pipeline, PipelineInfo, Silent, StepEvent, WorkConfig, open_device,
 };
 pub use crate::registry::load;

@@ -70,7 +70,11 @@ pub trait Pipeline: Send {
     ///
     /// # Errors
     /// What [`Pipeline::check`] finds, a cancel, or what the device reports.
-    fn generate(&mut self, request: &GenerateRequest, observer: &mut dyn Observer) -> Result<Generated, Error>;
+    fn generate(
+        &mut self,
+        request: &GenerateRequest,
+        observer: &mut dyn Observer,
+    ) -> Result<Generated, Error>;
 }
 
 /// Facts about a loaded model.
@@ -317,7 +321,8 @@ pub struct Generated {
 /// # Errors
 /// When the file cannot be read or does not have the form of `T`; both name the file.
 pub fn read_json<T: serde::de::DeserializeOwned>(file: &std::path::Path) -> Result<T, Error> {
-    let text = std::fs::read_to_string(file).map_err(|source| Error::Read { file: file.to_owned(), source })?;
+    let text =
+        std::fs::read_to_string(file).map_err(|source| Error::Read { file: file.to_owned(), source })?;
     serde_json::from_str(&text).map_err(|error| config_error(file, "", "not readable", error))
 }
 
@@ -328,5 +333,10 @@ pub(crate) fn config_error(
     value: impl ToString,
     reason: impl ToString,
 ) -> Error {
-    Error::Config { file: file.into(), key: key.to_owned(), value: value.to_string(), reason: reason.to_string() }
+    Error::Config {
+        file: file.into(),
+        key: key.to_owned(),
+        value: value.to_string(),
+        reason: reason.to_string(),
+    }
 }

@@ -38,7 +38,8 @@ impl ModelIndex {
         let file = folder.join("model_index.json");
         let fields: Map<String, Value> = read_json(&file)?;
         let class = fields.get("_class_name").and_then(Value::as_str).map(str::to_owned);
-        let class = class.ok_or_else(|| config_error(&file, "_class_name", "missing", "no pipeline class is named"))?;
+        let class = class
+            .ok_or_else(|| config_error(&file, "_class_name", "missing", "no pipeline class is named"))?;
         Ok(Self { class, fields })
     }
 
@@ -70,7 +71,8 @@ impl ModelIndex {
 /// without room; each names the file and what is wrong with it.
 pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, Error> {
     let index = ModelIndex::read(folder)?;
-    let found = ARCHITECTURES.iter().find(|architecture| architecture.classes.contains(&index.class.as_str()));
+    let found =
+        ARCHITECTURES.iter().find(|architecture| architecture.classes.contains(&index.class.as_str()));
     let architecture = found.ok_or_else(|| Error::UnknownArchitecture {
         class: index.class.clone(),
         file: folder.join("model_index.json"),

@@ -93,7 +93,10 @@ mod tests {
     #[test]
     fn philox_gives_the_published_answers() {
         assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        assert_eq!(
+            philox([u32::MAX; 4], [u32::MAX; 2]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
         assert_eq!(
             philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
@@ -105,7 +108,10 @@ mod tests {
     fn one_seed_means_these_numbers_for_ever() {
         let near = |ours: &[f32], golden: &[f32]| {
             assert_eq!(ours.len(), golden.len());
-            assert!(ours.iter().zip(golden).all(|(a, b)| (a - b).abs() <= 1e-7 * b.abs()), "{ours:?} {golden:?}");
+            assert!(
+                ours.iter().zip(golden).all(|(a, b)| (a - b).abs() <= 1e-7 * b.abs()),
+                "{ours:?} {golden:?}"
+            );
         };
         let golden = [-0.970_189_8, 0.194_018_96, -1.235_620_7, 1.923_926_7, -0.073_181_51, 0.139_137_5];
         near(&normals(42, Stream::Initial, 6), &golden);

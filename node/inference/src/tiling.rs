@@ -1,13 +1,14 @@
-//! Decoding in tiles and runs of frames, so that memory has a bound.
+//! Decoding in tiles and runs of frames, so that memory has a bound, with the very values of the whole decode.
 //!
-//! Latents are cut along time, height and width into overlapping tiles, each is decoded alone, and the results are
-//! added up with weights that come to one everywhere. A tile knows nothing beyond its edges, so there its pixels
-//! differ most from the whole decode: of an overlap the outer quarters are thrown away on either side and the weight
-//! goes linearly from one tile to the next over the half between. Peak memory is the finished video plus one tile.
+//! The first, small part of a decoder runs over the whole clip; what follows, where positions multiply and the memory
+//! goes, runs tile by tile. A convolution sees a few positions around its own, and everything else in these decoders
+//! looks at one position alone; so a tile that is cut with a margin as wide as all of its convolutions see together
+//! has in its core exactly the values that the whole would have. The margins are thrown away: there is no seam, and
+//! the price is that margins are computed more than once.
+//!
+//! Peak memory is the finished video, the activations of the part that runs whole, and one tile with its margins.
 
-use std::ops::Range;
-
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::nn::cpu::View;
@@ -15,31 +16,47 @@ use crate::nn::cpu::View;
 /// How to cut.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tiling {
-    /// Side of a tile, pixels; `None` leaves pictures whole.
+    /// Side of a tile's core, pixels; `None` leaves pictures whole.
     pub tile: Option<usize>,
-    /// Frames in a run; `None` leaves the clip whole.
+    /// Frames in a run's core; `None` leaves the clip whole.
     pub chunk: Option<usize>,
 }
 
-/// Pixels along a side of a latent cell, and frames in a latent frame after the first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ratio {
-    /// Pixels.
-    pub space: usize,
-    /// Frames.
-    pub time: usize,
+impl Tiling {
+    /// Whether everything stays whole.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.tile.is_none() && self.chunk.is_none()
+    }
 }
 
-/// Where latents are cut.
+/// What a position of an activation becomes: frames and pixels along a side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ratio {
+    /// Frames of every position but the first, which becomes one frame.
+    pub time: usize,
+    /// Pixels.
+    pub space: usize,
+}
+
+/// Positions around a tile's core that its values depend on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Margin {
+    /// Frames of the activation.
+    pub time: usize,
+    /// Rows and columns of the activation.
+    pub space: usize,
+}
+
+/// Where an activation is cut.
 #[derive(Debug, Clone)]
 pub struct Plan {
     axes: [Vec<Segment>; 3],
     ratio: Ratio,
-    /// Latent frames, rows, columns.
     size: [usize; 3],
 }
 
-/// A tile's place, latent frames, rows and columns.
+/// A tile's place with its margins, in positions of the activation: time, height, width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     /// Where it begins.
@@ -50,28 +67,31 @@ pub struct Place {
     pub whole: [usize; 3],
 }
 
-/// A piece of one axis, in latent cells, with its overlaps.
+/// A piece of one axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Segment {
-    start: usize,
-    len: usize,
-    /// Cells shared with the segment before and after; none at an edge.
-    before: usize,
-    after: usize,
+    core: (usize, usize),
+    outer: (usize, usize),
 }
 
-/// The fewest cells in a tile and in the overlap of two.
-const LEAST_CELLS: usize = 4;
-const LEAST_OVERLAP: usize = 2;
+impl Segment {
+    fn len(&self) -> usize {
+        self.outer.1 - self.outer.0
+    }
+}
 
 impl Plan {
-    /// A plan for latents of `size` frames, rows and columns; `None` where the whole fits in one tile.
+    /// A plan for an activation of `size` frames, rows and columns.
     #[must_use]
-    pub fn new(tiling: Tiling, ratio: Ratio, size: [usize; 3]) -> Option<Self> {
-        let side = tiling.tile.map(|pixels| (pixels / ratio.space).max(LEAST_CELLS));
-        let run = tiling.chunk.map(|frames| (frames.saturating_sub(1) / ratio.time + 1).max(LEAST_CELLS));
-        let axes = [cut(size[0], run), cut(size[1], side), cut(size[2], side)];
-        axes.iter().any(|axis| axis.len() > 1).then_some(Self { axes, ratio, size })
+    pub fn new(tiling: Tiling, ratio: Ratio, margin: Margin, size: [usize; 3]) -> Self {
+        let side = tiling.tile.map(|pixels| (pixels / ratio.space).max(1));
+        let run = tiling.chunk.map(|frames| (frames / ratio.time).max(1));
+        let axes = [
+            cut(size[0], run, margin.time),
+            cut(size[1], side, margin.space),
+            cut(size[2], side, margin.space),
+        ];
+        Self { axes, ratio, size }
     }
 
     /// How many tiles there are.
@@ -80,101 +100,62 @@ impl Plan {
         self.axes.iter().map(Vec::len).product()
     }
 
-    /// Decodes `z`, `(batch, channels, time, height, width)`, tile by tile with `decode`, which turns `n` latent
-    /// frames into `(n - 1) time + 1` frames, and joins the results.
+    /// How many times as many positions are computed as there are.
+    #[must_use]
+    pub fn overhead(&self) -> f64 {
+        let computed = |axis: &Vec<Segment>| axis.iter().map(Segment::len).sum::<usize>() as f64;
+        self.axes.iter().zip(self.size).map(|(axis, size)| computed(axis) / size.max(1) as f64).product()
+    }
+
+    /// Runs `decode` on every tile of `x`, `(batch, time, height, width, channels)`, and joins the cores of the
+    /// results, `(batch, channels, frames, height, width)`.
     ///
     /// # Errors
     /// What `decode` or the device reports.
-    pub fn decode(&self, z: &Tensor, mut decode: impl FnMut(&Tensor, Place) -> Result<Tensor>) -> Result<Tensor> {
-        let frames = (self.size[0] - 1) * self.ratio.time + 1;
-        let shape = [frames, self.size[1] * self.ratio.space, self.size[2] * self.ratio.space];
+    pub fn decode(
+        &self,
+        x: &Tensor,
+        mut decode: impl FnMut(&Tensor, Place) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let mut canvas: Option<Canvas> = None;
         for t in &self.axes[0] {
-            for y in &self.axes[1] {
-                for x in &self.axes[2] {
-                    let place = Place { start: [t.start, y.start, x.start], len: [t.len, y.len, x.len], whole: self.size };
-                    let tile = z.narrow(2, t.start, t.len)?.narrow(3, y.start, y.len)?.narrow(4, x.start, x.len)?;
+            for h in &self.axes[1] {
+                for w in &self.axes[2] {
+                    let segments = [*t, *h, *w];
+                    let place = Place {
+                        start: segments.map(|s| s.outer.0),
+                        len: segments.map(|s| s.len()),
+                        whole: self.size,
+                    };
+                    let mut tile = x.clone();
+                    for (axis, segment) in segments.iter().enumerate() {
+                        tile = tile.narrow(axis + 1, segment.outer.0, segment.len())?;
+                    }
                     let out = decode(&tile.contiguous()?, place)?;
-                    let weights = [
-                        t.frame_weights(self.ratio.time),
-                        y.pixel_weights(self.ratio.space),
-                        x.pixel_weights(self.ratio.space),
-                    ];
-                    let at = [t.start * self.ratio.time, y.start * self.ratio.space, x.start * self.ratio.space];
                     match &mut canvas {
-                        Some(canvas) => canvas.add(&out, at, &weights)?,
-                        None => canvas.insert(Canvas::new(&out, shape)?).add(&out, at, &weights)?,
+                        Some(canvas) => canvas.put(&out, segments)?,
+                        None => canvas.insert(Canvas::new(&out, self)?).put(&out, segments)?,
                     }
                 }
             }
         }
         match canvas {
-            Some(canvas) => canvas.finish(z),
-            None => candle_core::bail!("a plan without tiles"),
+            Some(canvas) => canvas.finish(x),
+            None => candle_core::bail!("an activation of size {:?} has no tiles", self.size),
         }
     }
 }
 
-/// Segments of at most `most` cells that overlap by a quarter, at least [`LEAST_OVERLAP`]; the last is moved back to
-/// keep its size.
-fn cut(size: usize, most: Option<usize>) -> Vec<Segment> {
-    let Some(len) = most.filter(|&most| most < size) else {
-        return vec![Segment { start: 0, len: size, before: 0, after: 0 }];
-    };
-    let overlap = (len / 4).max(LEAST_OVERLAP);
-    let step = len - overlap;
-    let count = (size - overlap).div_ceil(step);
-    let mut segments: Vec<Segment> =
-        (0..count).map(|i| Segment { start: i * step, len, before: overlap, after: overlap }).collect();
-    for segment in &mut segments {
-        segment.len = segment.len.min(size - segment.start);
-    }
-    let last = count - 1;
-    segments[0].before = 0;
-    segments[last].after = 0;
-    segments
-}
-
-/// The weight of the later of two segments at `at` of `span` positions of their overlap.
-fn rise(at: f32, span: f32) -> f32 {
-    (2.0 * at / span - 0.5).clamp(0.0, 1.0)
-}
-
-impl Segment {
-    fn pixel_weights(&self, ratio: usize) -> Vec<f32> {
-        let (len, before, after) = (self.len * ratio, self.before * ratio, self.after * ratio);
-        (0..len)
-            .map(|i| {
-                let mut weight = 1.0;
-                if i < before {
-                    weight = rise(i as f32 + 0.5, before as f32);
-                }
-                if i >= len - after {
-                    weight = 1.0 - rise((i - (len - after)) as f32 + 0.5, after as f32);
-                }
-                weight
-            })
-            .collect()
-    }
-
-    /// A latent frame after a run's first makes `ratio` frames, the first makes one: overlaps of `n` latent frames
-    /// share `(n - 1) ratio + 1` frames.
-    fn frame_weights(&self, ratio: usize) -> Vec<f32> {
-        let frames = |latents: usize| if latents == 0 { 0 } else { (latents - 1) * ratio + 1 };
-        let (len, before, after) = (frames(self.len), frames(self.before), frames(self.after));
-        (0..len)
-            .map(|i| {
-                let mut weight = 1.0;
-                if i < before {
-                    weight = rise(i as f32 + 0.5, before as f32);
-                }
-                if i >= len - after {
-                    weight = 1.0 - rise((i - (len - after)) as f32 + 0.5, after as f32);
-                }
-                weight
-            })
-            .collect()
-    }
+/// Cores of `len` positions side by side, each with a margin where there is room.
+fn cut(size: usize, len: Option<usize>, margin: usize) -> Vec<Segment> {
+    let len = len.unwrap_or(size).max(1);
+    (0..size)
+        .step_by(len)
+        .map(|start| {
+            let end = (start + len).min(size);
+            Segment { core: (start, end), outer: (start.saturating_sub(margin), (end + margin).min(size)) }
+        })
+        .collect()
 }
 
 /// The video as it comes together, f32 in the machine's memory.
@@ -182,48 +163,94 @@ struct Canvas {
     data: Vec<f32>,
     planes: [usize; 2],
     size: [usize; 3],
+    ratio: Ratio,
+    dtype: DType,
 }
 
 impl Canvas {
-    fn new(tile: &Tensor, size: [usize; 3]) -> Result<Self> {
+    fn new(tile: &Tensor, plan: &Plan) -> Result<Self> {
         let (batch, channels, ..) = tile.dims5()?;
+        let ratio = plan.ratio;
+        let size =
+            [(plan.size[0] - 1) * ratio.time + 1, plan.size[1] * ratio.space, plan.size[2] * ratio.space];
         let data = vec![0f32; batch * channels * size.iter().product::<usize>()];
-        Ok(Self { data, planes: [batch, channels], size })
+        Ok(Self { data, planes: [batch, channels], size, ratio, dtype: tile.dtype() })
     }
 
-    fn add(&mut self, tile: &Tensor, at: [usize; 3], weights: &[Vec<f32>; 3]) -> Result<()> {
-        let (_, _, t, h, w) = tile.dims5()?;
-        if [t, h, w] != [weights[0].len(), weights[1].len(), weights[2].len()] {
-            candle_core::bail!("a tile decoded to {:?}, not to the size planned", tile.shape());
+    /// Copies a tile's core. Position `g > 0` in time becomes frames `(g - 1) time + 1` to `g time`.
+    fn put(&mut self, tile: &Tensor, [t, h, w]: [Segment; 3]) -> Result<()> {
+        let (_, _, frames, rows, columns) = tile.dims5()?;
+        let ratio = self.ratio;
+        let needed = [(t.len() - 1) * ratio.time + 1, h.len() * ratio.space, w.len() * ratio.space];
+        if [frames, rows, columns] != needed {
+            candle_core::bail!("a tile decoded to {:?}, planned was {needed:?}", tile.shape());
         }
-        let tile = tile.to_device(&candle_core::Device::Cpu)?.to_dtype(candle_core::DType::F32)?.contiguous()?;
+        let tile = tile.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
         let view = View::new(&tile)?;
         let source = view.slice()?;
-        let [frames, height, width] = self.size;
-        let columns: Range<usize> = at[2]..at[2] + w;
+        let [whole_frames, height, width] = self.size;
+        let first = |position: usize| if position == 0 { 0 } else { (position - 1) * ratio.time + 1 };
+        let range = first(t.core.0)..first(t.core.1);
+        let offset = t.outer.0 * ratio.time;
+        let across = (w.core.0 * ratio.space)..(w.core.1 * ratio.space);
+        let left = across.start - w.outer.0 * ratio.space;
         self.data.par_chunks_mut(height * width).enumerate().for_each(|(index, plane)| {
-            let (frame, volume) = (index % frames, index / frames);
-            let Some(local) = frame.checked_sub(at[0]).filter(|&f| f < t) else { return };
-            for y in 0..h {
-                let weight = weights[0][local] * weights[1][y];
-                if weight == 0.0 {
-                    continue;
-                }
-                let row = &source[((volume * t + local) * h + y) * w..][..w];
-                let out = &mut plane[(at[1] + y) * width..][columns.clone()];
-                for ((o, x), across) in out.iter_mut().zip(row).zip(&weights[2]) {
-                    *o += x * (weight * across);
-                }
+            let (frame, volume) = (index % whole_frames, index / whole_frames);
+            if !range.contains(&frame) {
+                return;
+            }
+            let local = volume * frames + (frame - offset);
+            for y in h.core.0 * ratio.space..h.core.1 * ratio.space {
+                let row = (local * rows + (y - h.outer.0 * ratio.space)) * columns + left;
+                plane[y * width..][across.clone()].copy_from_slice(&source[row..row + across.len()]);
             }
         });
         Ok(())
     }
 
     fn finish(self, like: &Tensor) -> Result<Tensor> {
-        let [batch, channels] = self.planes;
-        let [frames, height, width] = self.size;
-        Tensor::from_vec(self.data, (batch, channels, frames, height, width), &candle_core::Device::Cpu)?
+        let ([batch, channels], [frames, height, width]) = (self.planes, self.size);
+        Tensor::from_vec(self.data, (batch, channels, frames, height, width), &Device::Cpu)?
             .to_device(like.device())?
-            .to_dtype(like.dtype())
+            .to_dtype(self.dtype)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Every position becomes `ratio` frames and pixels that hold its own value.
+    fn grow(x: &Tensor, ratio: Ratio) -> Tensor {
+        let (b, t, h, w, c) = x.dims5().unwrap();
+        let x = x.permute((0, 4, 1, 2, 3)).unwrap().contiguous().unwrap();
+        let r = ratio.space;
+        let x = x.reshape(vec![b, c, t, 1, h, 1, w, 1]).unwrap();
+        let x = x.broadcast_as(vec![b, c, t, ratio.time, h, r, w, r]).unwrap().contiguous().unwrap();
+        let x = x.reshape((b, c, t * ratio.time, h * r, w * r)).unwrap();
+        x.narrow(2, ratio.time - 1, (t - 1) * ratio.time + 1).unwrap().contiguous().unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn tiles_of_a_local_decoder_join_to_the_whole(
+            (t, h, w) in (1usize..6, 1usize..6, 1usize..6),
+            (tile, chunk) in (prop::option::of(1usize..12), prop::option::of(1usize..12)),
+            (time, space, margin) in (1usize..3, 1usize..4, 0usize..3),
+        ) {
+            let ratio = Ratio { time, space };
+            // A tile's first frame stands for a whole position only where a margin lies before it.
+            let margin = Margin { time: margin + 1, space: margin };
+            let x = Tensor::randn(0f32, 1.0, (2, t, h, w, 3), &Device::Cpu).unwrap();
+            let plan = Plan::new(Tiling { tile, chunk }, ratio, margin, [t, h, w]);
+            let joined = plan.decode(&x, |tile, _| Ok(grow(tile, ratio))).unwrap();
+            let whole = grow(&x, ratio);
+            prop_assert_eq!(joined.dims(), whole.dims());
+            let difference = (joined - whole).unwrap().abs().unwrap().sum_all().unwrap();
+            prop_assert_eq!(difference.to_scalar::<f32>().unwrap(), 0.0);
+            prop_assert!(plan.overhead() >= 1.0);
+        }
     }
 }

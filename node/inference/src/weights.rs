@@ -203,7 +203,8 @@ impl Weights {
 
     fn file_names(&self) -> String {
         const SHOWN: usize = 2;
-        let mut names: Vec<String> = self.files.iter().take(SHOWN).map(|file| file.display().to_string()).collect();
+        let mut names: Vec<String> =
+            self.files.iter().take(SHOWN).map(|file| file.display().to_string()).collect();
         if self.files.len() > SHOWN {
             names.push(format!("{} more", self.files.len() - SHOWN));
         }
@@ -295,10 +296,10 @@ fn check_file(file: &Path) -> Result<Vec<(String, Vec<usize>)>, WeightsError> {
     if LENGTH_BYTES + header > has {
         return Err(short(LENGTH_BYTES + header));
     }
-    let mut bytes = length.to_vec();
+    let mut bytes = Vec::new();
     opened.take(header).read_to_end(&mut bytes).map_err(unreadable)?;
-    let (_, metadata) =
-        safetensors::SafeTensors::read_metadata(&bytes).map_err(|error| corrupt(error.to_string()))?;
+    let metadata: safetensors::tensor::Metadata =
+        serde_json::from_slice(&bytes).map_err(|error| corrupt(error.to_string()))?;
     let needs = LENGTH_BYTES + header + metadata.data_len() as u64;
     if has < needs {
         return Err(short(needs));
@@ -309,14 +310,17 @@ fn check_file(file: &Path) -> Result<Vec<(String, Vec<usize>)>, WeightsError> {
     Ok(metadata.tensors().into_iter().map(|(name, info)| (name, info.shape.clone())).collect())
 }
 
-#[expect(unsafe_code, reason = "weights are memory-mapped, so that gigabytes are neither copied nor read ahead")]
+#[expect(
+    unsafe_code,
+    reason = "weights are memory-mapped, so that gigabytes are neither copied nor read ahead"
+)]
 fn map(files: &[PathBuf]) -> Result<MmapedSafetensors, WeightsError> {
     // SAFETY: the mapping is sound as long as nobody shortens or rewrites the files while it lives. Model folders are
     // written once under a temporary name and renamed, never changed in place; tensors are copied out of the mapping
     // when they are loaded, and the mapping ends with the `Weights` and its builders.
     let mapped = unsafe { MmapedSafetensors::multi(files) };
-    mapped.map_err(|error| WeightsError::Load {
-        file: files.first().map(|file| file.display().to_string()).unwrap_or_default(),
+    mapped.map_err(|error| WeightsError::Corrupt {
+        file: files.first().cloned().unwrap_or_default(),
         reason: error.to_string(),
     })
 }

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use kinoflock_inference::{
-    Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, RgbFrames, Silent,
-    StepEvent, Tensor, load,
+    Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, RgbFrames,
+    Silent, StepEvent, Tensor, load,
 };
 
 fn golden(name: &str) -> PathBuf {
@@ -153,7 +153,8 @@ fn a_run_goes_on_from_any_checkpoint_bit_for_bit() {
         GenerateRequest { prompt: "a blue dog".to_owned(), ..request.clone() },
         GenerateRequest { steps: 5, ..request.clone() },
     ] {
-        let error = pipeline.generate(&GenerateRequest { resume: resume.clone(), ..other }, &mut Silent).unwrap_err();
+        let error =
+            pipeline.generate(&GenerateRequest { resume: resume.clone(), ..other }, &mut Silent).unwrap_err();
         assert_eq!(error.code(), "checkpoint");
     }
 }
@@ -171,9 +172,18 @@ fn what_cannot_be_made_is_refused_with_the_nearest_that_can() {
         refused(&|r| r.width = 100),
         "width 100 cannot be made: it must be a multiple of 32; the nearest is 96"
     );
-    assert_eq!(refused(&|r| r.height = 0), "height 0 cannot be made: it must be a multiple of 32; the nearest is 32");
-    assert_eq!(refused(&|r| r.frames = 0), "0 frames cannot be made: the count must be 8k+1; the nearest is 1");
-    assert_eq!(refused(&|r| r.frames = 24), "24 frames cannot be made: the count must be 8k+1; the nearest is 25");
+    assert_eq!(
+        refused(&|r| r.height = 0),
+        "height 0 cannot be made: it must be a multiple of 32; the nearest is 32"
+    );
+    assert_eq!(
+        refused(&|r| r.frames = 0),
+        "0 frames cannot be made: the count must be 8k+1; the nearest is 1"
+    );
+    assert_eq!(
+        refused(&|r| r.frames = 24),
+        "24 frames cannot be made: the count must be 8k+1; the nearest is 25"
+    );
     assert_eq!(refused(&|r| r.steps = 0), "steps is 0: at least 1 step is needed");
     assert_eq!(refused(&|r| r.fps = f64::NAN), "fps is NaN: it must be above 0");
     assert_eq!(refused(&|r| r.guidance = f64::INFINITY), "guidance is inf: it must be a finite number");
@@ -357,7 +367,12 @@ fn configuration_values_that_are_not_known_are_named() {
         ("transformer/config.json", "num_layers", serde_json::json!(0), "num_layers"),
         ("transformer/config.json", "rope_type", serde_json::json!("split"), "rope_type"),
         ("transformer/config.json", "cross_attention_dim", serde_json::json!(64), "cross_attention_dim"),
-        ("scheduler/scheduler_config.json", "use_karras_sigmas", serde_json::json!(true), "use_karras_sigmas"),
+        (
+            "scheduler/scheduler_config.json",
+            "use_karras_sigmas",
+            serde_json::json!(true),
+            "use_karras_sigmas",
+        ),
         ("scheduler/scheduler_config.json", "time_shift_type", serde_json::json!("cubic"), "cubic"),
         ("text_encoder/config.json", "feed_forward_proj", serde_json::json!("gated-mish"), "gated-mish"),
         ("text_encoder/config.json", "model_type", serde_json::json!("bert"), "bert"),
@@ -387,12 +402,15 @@ fn configuration_values_that_are_not_known_are_named() {
 fn defaults_and_preview_factors_come_from_the_folder() {
     let folder = copied("ltx-video-0.9.0");
     let file = folder.path().join("kinoflock.json");
-    let defaults = serde_json::json!({"width": 64, "height": 64, "frames": 17, "fps": 8.0, "steps": 3, "guidance": 2.0});
+    let defaults =
+        serde_json::json!({"width": 64, "height": 64, "frames": 17, "fps": 8.0, "steps": 3, "guidance": 2.0});
     std::fs::write(&file, serde_json::json!({"defaults": defaults}).to_string()).unwrap();
     let info = open(folder.path()).info().clone();
     assert_eq!((info.defaults.width, info.defaults.frames, info.defaults.steps), (64, 17, 3));
     assert_eq!((info.size_multiple, info.frame_rule.multiple, info.token_limit), (32, 8, 16));
-    assert!(info.work.transformer_parameters > 0 && info.work.text_parameters > 0 && info.work.vae_parameters > 0);
+    assert!(
+        info.work.transformer_parameters > 0 && info.work.text_parameters > 0 && info.work.vae_parameters > 0
+    );
     let wrong = serde_json::json!({"latent_rgb": {"factors": [[1.0, 0.0, 0.0]]}});
     std::fs::write(&file, wrong.to_string()).unwrap();
     assert!(load_error(folder.path()).to_string().contains("latent_rgb"));

@@ -2,7 +2,9 @@
 
 use kinoflock_inference::models::ltx::pipeline::{LtxClass, LtxPipeline, pack};
 use kinoflock_inference::registry::ModelIndex;
-use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Observer, Pipeline, Silent, StepEvent, Tensor};
+use kinoflock_inference::{
+    Device, GenerateRequest, LoadOptions, Observer, Pipeline, Silent, StepEvent, Tensor,
+};
 
 use super::golden::{Case, Outputs};
 
@@ -20,7 +22,9 @@ pub(crate) fn load_pipeline(case: &Case) -> Result<LtxPipeline, String> {
     if let Some(class) = case.maybe::<String>("pipeline")? {
         pipeline.set_class(LtxClass::from_name(&class).ok_or(format!("pipeline {class} is not known"))?);
     }
-    if let Some(class) = case.maybe::<String>("scheduler")?.filter(|class| class != "FlowMatchEulerDiscreteScheduler") {
+    if let Some(class) =
+        case.maybe::<String>("scheduler")?.filter(|class| class != "FlowMatchEulerDiscreteScheduler")
+    {
         return Err(format!("scheduler {class} is not known"));
     }
     if let Some(scheduler) = case.maybe("scheduler_config")? {
@@ -56,8 +60,11 @@ pub(crate) fn run(case: &Case) -> Result<Outputs, String> {
         outputs.push((format!("out.latents_step.{index}"), "", latents.clone()));
     }
     let packed = case.tensors.get("out.latents").is_some_and(|golden| golden.rank() == 3);
-    let latents =
-        if packed { pack(&made.latents, pipeline.info().work.patch).map_err(text)? } else { made.latents.clone() };
+    let latents = if packed {
+        pack(&made.latents, pipeline.info().work.patch).map_err(text)?
+    } else {
+        made.latents.clone()
+    };
     outputs.push(("out.latents".to_owned(), "", latents));
     if case.wanted().iter().any(|name| name == "out.frames") {
         let video = pipeline.decode_video(&made.latents, &request, &Silent).map_err(text)?;

@@ -77,7 +77,8 @@ impl Case {
 
     /// A parameter in some form.
     pub(crate) fn param<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<T, String> {
-        let value = self.params.get(name).ok_or_else(|| format!("parameter {name} is missing in the manifest"))?;
+        let value =
+            self.params.get(name).ok_or_else(|| format!("parameter {name} is missing in the manifest"))?;
         serde_json::from_value(value.clone()).map_err(|error| format!("parameter {name}: {error}"))
     }
 
@@ -115,7 +116,11 @@ impl Case {
         for name in wanted {
             let mut found = outputs.iter().filter(|(output, _, _)| *output == name).peekable();
             if found.peek().is_none() {
-                report.push(Row::not_compared(&self.name, &name, "this engine has no such result".to_owned()));
+                report.push(Row::not_compared(
+                    &self.name,
+                    &name,
+                    "this engine has no such result".to_owned(),
+                ));
             }
             for (_, label, values) in found {
                 let title = if label.is_empty() { name.clone() } else { format!("{name} ({label})") };
@@ -143,7 +148,11 @@ impl Case {
         let golden = self.input(name)?;
         let facts = self.facts.get(name).ok_or("the manifest does not tell of it")?;
         if facts.shape.as_ref().is_some_and(|shape| shape != golden.dims()) {
-            return Err(format!("the file has shape {:?}, the manifest says {:?}", golden.dims(), facts.shape));
+            return Err(format!(
+                "the file has shape {:?}, the manifest says {:?}",
+                golden.dims(),
+                facts.shape
+            ));
         }
         if golden.dims() != values.dims() {
             return Err(format!("shape {:?}, the golden has {:?}", values.dims(), golden.dims()));
@@ -156,12 +165,16 @@ impl Case {
         };
         let (ours, theirs) = (numbers(values)?, numbers(golden)?);
         let difference = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs());
-        let worst = difference.fold(0.0, |worst: f64, d| if d.is_nan() { f64::INFINITY } else { worst.max(d) });
+        let worst =
+            difference.fold(0.0, |worst: f64, d| if d.is_nan() { f64::INFINITY } else { worst.max(d) });
         Ok((worst, tolerance))
     }
 }
 
 fn numbers(tensor: &Tensor) -> Result<Vec<f64>, String> {
-    let flat = tensor.flatten_all().and_then(|flat| flat.to_dtype(DType::F64)).and_then(|flat| flat.to_vec1::<f64>());
+    let flat = tensor
+        .flatten_all()
+        .and_then(|flat| flat.to_dtype(DType::F64))
+        .and_then(|flat| flat.to_vec1::<f64>());
     flat.map_err(|error| error.to_string())
 }

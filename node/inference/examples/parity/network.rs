@@ -87,8 +87,7 @@ pub(crate) fn transformer(case: &Case) -> Result<Outputs, String> {
         Ok(())
     };
     let (latents, timesteps) = (case.input("in.hidden_states")?, case.input("in.timestep")?);
-    let sample =
-        transformer.forward_probed(latents, timesteps, &context, &rope, &mut probe).map_err(text)?;
+    let sample = transformer.forward_probed(latents, timesteps, &context, &rope, &mut probe).map_err(text)?;
     outputs.push(("out.sample".to_owned(), "", sample));
     Ok(outputs)
 }

@@ -50,7 +50,10 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<()
         let (b, h, s, t) = mask.dims4()?;
         let fits = (b == 1 || b == batch) && (h == 1 || h == heads) && (s == 1 || s == queries) && t == keys;
         if !fits {
-            candle_core::bail!("mask {:?} does not broadcast to ({batch}, {heads}, {queries}, {keys})", mask.shape());
+            candle_core::bail!(
+                "mask {:?} does not broadcast to ({batch}, {heads}, {queries}, {keys})",
+                mask.shape()
+            );
         }
     }
     Ok(())

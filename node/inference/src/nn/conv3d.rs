@@ -108,7 +108,10 @@ impl Conv3dConfig {
         for axis in 0..3 {
             let padded = size[axis] + padding[axis].0 + padding[axis].1;
             if size[axis] == 0 || padded < self.kernel[axis] {
-                candle_core::bail!("a convolution of kernel {:?} was given an input of {size:?}", self.kernel);
+                candle_core::bail!(
+                    "a convolution of kernel {:?} was given an input of {size:?}",
+                    self.kernel
+                );
             }
             out[axis] = (padded - self.kernel[axis]) / self.stride[axis] + 1;
         }
@@ -128,9 +131,15 @@ pub struct Conv3d {
 
 #[derive(Debug, Clone)]
 enum Inner {
-    Packed { weight: Arc<Packed>, bias: Option<Arc<Vec<f32>>> },
+    Packed {
+        weight: Arc<Packed>,
+        bias: Option<Arc<Vec<f32>>>,
+    },
     /// `(time taps * height taps, width taps * input, output)` and the bias.
-    Taps { weight: Tensor, bias: Option<Tensor> },
+    Taps {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
 }
 
 impl Conv3d {
@@ -172,13 +181,17 @@ impl Conv3d {
         }
         let tracked = weight.track_op() || bias.as_ref().is_some_and(Tensor::track_op);
         if !weight.device().is_cpu() || tracked || generic_only() {
-            return Ok(Self { config, inner: Inner::Taps { weight: taps::weights(&config, &weight)?, bias } });
+            return Ok(Self {
+                config,
+                inner: Inner::Taps { weight: taps::weights(&config, &weight)?, bias },
+            });
         }
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;
         let view = View::new(&weight)?;
         let values = view.slice()?;
         let (input, count) = (config.input, t * h * w);
-        let packed = Packed::new(count, input, config.output, |o, tap, i| values[(o * input + i) * count + tap]);
+        let packed =
+            Packed::new(count, input, config.output, |o, tap, i| values[(o * input + i) * count + tap]);
         let bias = match bias {
             Some(bias) => Some(Arc::new(bias.to_dtype(DType::F32)?.to_vec1::<f32>()?)),
             None => None,

@@ -23,7 +23,10 @@ pub fn generic_only() -> bool {
 pub(crate) fn fast(tensors: &[&Tensor]) -> bool {
     !generic_only()
         && tensors.iter().all(|t| {
-            t.dtype() == DType::F32 && matches!(t.device(), Device::Cpu) && !t.track_op() && t.elem_count() > 0
+            t.dtype() == DType::F32
+                && matches!(t.device(), Device::Cpu)
+                && !t.track_op()
+                && t.elem_count() > 0
         })
 }
 

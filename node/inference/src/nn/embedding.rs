@@ -24,8 +24,13 @@ pub struct Timesteps {
 
 impl Timesteps {
     /// What LTX-Video, PixArt, and most transformers use: 256 wide, cosines first, no shift.
-    pub const PIXART: Self =
-        Self { channels: 256, flip_sin_to_cos: true, downscale_freq_shift: 0.0, scale: 1.0, max_period: 10_000.0 };
+    pub const PIXART: Self = Self {
+        channels: 256,
+        flip_sin_to_cos: true,
+        downscale_freq_shift: 0.0,
+        scale: 1.0,
+        max_period: 10_000.0,
+    };
 
     /// The embedding of `timesteps`, `(n)`, as `(n, channels)` in f32.
     ///
@@ -96,7 +101,8 @@ impl PixArtTimestepEmbedding {
     /// When a tensor is missing or of another shape.
     pub fn load(width: usize, vb: VarBuilder) -> Result<Self> {
         let dtype = vb.dtype();
-        let embedder = TimestepEmbedding::load(Timesteps::PIXART.channels, width, vb.pp("timestep_embedder"))?;
+        let embedder =
+            TimestepEmbedding::load(Timesteps::PIXART.channels, width, vb.pp("timestep_embedder"))?;
         Ok(Self { embedder, dtype })
     }
 

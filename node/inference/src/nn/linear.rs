@@ -46,7 +46,10 @@ impl Linear {
         if let Some(bias) = &bias
             && bias.dims() != [output]
         {
-            candle_core::bail!("a linear layer of {output} outputs was given a bias of shape {:?}", bias.shape());
+            candle_core::bail!(
+                "a linear layer of {output} outputs was given a bias of shape {:?}",
+                bias.shape()
+            );
         }
         let tracked = weight.track_op() || bias.as_ref().is_some_and(Tensor::track_op);
         if !weight.device().is_cpu() || tracked || generic_only() {
@@ -121,7 +124,9 @@ impl Linear {
         residual: Option<&Tensor>,
     ) -> Result<Tensor> {
         if x.track_op() || residual.is_some_and(Tensor::track_op) {
-            candle_core::bail!("packed weights have no gradient: load the layer under set_generic_only(true)");
+            candle_core::bail!(
+                "packed weights have no gradient: load the layer under set_generic_only(true)"
+            );
         }
         let mut shape = x.dims().to_vec();
         if let Some(last) = shape.last_mut() {
@@ -130,7 +135,10 @@ impl Linear {
         let source = x.to_dtype(DType::F32)?.contiguous()?;
         let residual = match residual {
             Some(r) if r.dims() != shape => {
-                candle_core::bail!("a residual of shape {:?} was added to a result of shape {shape:?}", r.shape())
+                candle_core::bail!(
+                    "a residual of shape {:?} was added to a result of shape {shape:?}",
+                    r.shape()
+                )
             }
             Some(r) => Some(r.to_dtype(DType::F32)?.contiguous()?),
             None => None,

@@ -133,9 +133,11 @@ impl<'a> Norm<'a> {
         let source = view.slice()?;
         let mut out = vec![0f32; source.len()];
         let task = rows_per_task(rows, width) * width;
-        out.par_chunks_mut(task).zip(source.par_chunks(task)).enumerate().for_each(|(index, (out, source))| {
-            norm_rows(&steps, index * (task / width), source, out);
-        });
+        out.par_chunks_mut(task).zip(source.par_chunks(task)).enumerate().for_each(
+            |(index, (out, source))| {
+                norm_rows(&steps, index * (task / width), source, out);
+            },
+        );
         Tensor::from_vec(out, x.shape(), x.device())
     }
 

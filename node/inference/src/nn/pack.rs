@@ -199,7 +199,10 @@ fn offsets(
         }
     }
     for &offset in &all {
-        assert!(offset >= ZERO || offset + depth <= source.base.len(), "invariant: an offset lies within its source");
+        assert!(
+            offset >= ZERO || offset + depth <= source.base.len(),
+            "invariant: an offset lies within its source"
+        );
     }
     all
 }
@@ -310,7 +313,14 @@ pub(crate) fn micro(
 }
 
 /// The same in plain Rust, which compilers turn into whatever vectors the machine's baseline has.
-fn portable(source: &Source<'_>, slots: &[usize], start: usize, len: usize, weights: &[f32], tile: &mut Tile) {
+fn portable(
+    source: &Source<'_>,
+    slots: &[usize],
+    start: usize,
+    len: usize,
+    weights: &[f32],
+    tile: &mut Tile,
+) {
     for (slots, weights) in slots.chunks_exact(TILE).zip(weights.chunks_exact((len * PANEL).max(1))) {
         let rows: [&[f32]; TILE] = std::array::from_fn(|i| match slots[i] {
             ZERO.. => &source.zeros[..len],
@@ -344,7 +354,10 @@ mod avx2 {
     /// The machine has AVX2 and FMA; `weights` holds `slots.len() / TILE * len * PANEL` floats, `source.zeros` `len`,
     /// and for every slot below [`ZERO`] `slot + start + len <= source.base.len()`.
     #[target_feature(enable = "avx2,fma")]
-    #[expect(unsafe_code, reason = "rows and weights are read through pointers, without a check for each element")]
+    #[expect(
+        unsafe_code,
+        reason = "rows and weights are read through pointers, without a check for each element"
+    )]
     pub(super) unsafe fn micro(
         source: &Source<'_>,
         slots: &[usize],

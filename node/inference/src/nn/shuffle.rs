@@ -40,7 +40,11 @@ pub fn grow_channels(x: &Tensor, residual: &Tensor, block: [usize; 3], repeats: 
     let skip = st - 1;
     let c = channels / cells;
     if x.dims() != [b, t, h, w, c * repeats * cells] {
-        candle_core::bail!("{:?} cannot grow by {block:?} beside a residual of {:?}", x.shape(), residual.shape());
+        candle_core::bail!(
+            "{:?} cannot grow by {block:?} beside a residual of {:?}",
+            x.shape(),
+            residual.shape()
+        );
     }
     if fast(&[x, residual]) {
         return grow(x, Some(residual), block, skip);

@@ -54,7 +54,9 @@ impl Checkpoint {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(unreadable)?;
         let metadata = header.metadata().as_ref().ok_or_else(|| fault("it has no metadata"))?;
-        let field = |key: &str| metadata.get(key).map(String::as_str).ok_or_else(|| fault(&format!("{key} is missing")));
+        let field = |key: &str| {
+            metadata.get(key).map(String::as_str).ok_or_else(|| fault(&format!("{key} is missing")))
+        };
         if field("format")? != FORMAT {
             return Err(fault("it has another format"));
         }

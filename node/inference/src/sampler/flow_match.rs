@@ -86,7 +86,11 @@ impl FlowMatchConfig {
             }
         }
         if !matches!(self.time_shift_type.as_str(), "exponential" | "linear") {
-            return Err(setting("time_shift_type", &self.time_shift_type, "known are exponential and linear"));
+            return Err(setting(
+                "time_shift_type",
+                &self.time_shift_type,
+                "known are exponential and linear",
+            ));
         }
         let class = self.others.get("_class_name").and_then(|v| v.as_str());
         if let Some(class) = class.filter(|&class| class != "FlowMatchEulerDiscreteScheduler") {
@@ -145,7 +149,9 @@ impl Schedule {
         let (mut sigmas, given) = match request {
             ScheduleRequest::Steps(steps) => (even(*steps), None),
             ScheduleRequest::Sigmas(sigmas) => (sigmas.clone(), None),
-            ScheduleRequest::Timesteps(given) => (given.iter().map(|t| t / train).collect(), Some(given.clone())),
+            ScheduleRequest::Timesteps(given) => {
+                (given.iter().map(|t| t / train).collect(), Some(given.clone()))
+            }
         };
         if sigmas.is_empty() {
             return Err(SamplerError::Empty);
@@ -232,7 +238,9 @@ pub fn linear_quadratic(steps: usize, threshold: f64) -> Vec<f32> {
 fn even(steps: usize) -> Vec<f32> {
     let end = 1.0 / steps.max(1) as f64;
     let stride = (end - 1.0) / (steps.max(2) - 1) as f64;
-    (0..steps).map(|i| if i > 0 && i + 1 == steps { end as f32 } else { (1.0 + i as f64 * stride) as f32 }).collect()
+    (0..steps)
+        .map(|i| if i > 0 && i + 1 == steps { end as f32 } else { (1.0 + i as f64 * stride) as f32 })
+        .collect()
 }
 
 fn check_timesteps(given: &[f32], limit: f32) -> std::result::Result<(), SamplerError> {
@@ -321,7 +329,8 @@ mod tests {
         assert!(shape.check().unwrap_err().to_string().contains("cubic"));
         let new: FlowMatchConfig = serde_json::from_str(r#"{"use_magic": 3}"#).unwrap();
         assert!(new.check().unwrap_err().to_string().contains("use_magic"));
-        let off: FlowMatchConfig = serde_json::from_str(r#"{"use_magic": false, "_diffusers_version": "1"}"#).unwrap();
+        let off: FlowMatchConfig =
+            serde_json::from_str(r#"{"use_magic": false, "_diffusers_version": "1"}"#).unwrap();
         assert!(off.check().is_ok());
     }
 

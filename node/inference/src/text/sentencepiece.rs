@@ -75,7 +75,8 @@ fn piece(bytes: &[u8]) -> Result<Piece, String> {
     while let Some((field, value)) = reader.next_field()? {
         match (field, value) {
             (1, Value::Bytes(text)) => {
-                piece.text = std::str::from_utf8(text).map_err(|_| "a piece is not UTF-8".to_owned())?.to_owned();
+                piece.text =
+                    std::str::from_utf8(text).map_err(|_| "a piece is not UTF-8".to_owned())?.to_owned();
             }
             (2, Value::Fixed32(bits)) => piece.score = f32::from_bits(bits),
             (3, Value::Varint(kind)) => piece.kind = kind_of(kind)?,
@@ -106,7 +107,9 @@ fn trainer(bytes: &[u8]) -> Result<usize, String> {
             (3, Value::Varint(kind)) if kind != UNIGRAM => {
                 return Err(format!("model_type is {kind}, only {UNIGRAM} (unigram) is known"));
             }
-            (40, Value::Varint(id)) => unk_id = usize::try_from(id).map_err(|_| "unk_id is too large".to_owned())?,
+            (40, Value::Varint(id)) => {
+                unk_id = usize::try_from(id).map_err(|_| "unk_id is too large".to_owned())?
+            }
             _ => {}
         }
     }
@@ -150,7 +153,9 @@ impl<'a> Reader<'a> {
             }
             2 => {
                 let length = self.varint()?;
-                Value::Bytes(self.take(usize::try_from(length).map_err(|_| "a length is too large".to_owned())?)?)
+                Value::Bytes(
+                    self.take(usize::try_from(length).map_err(|_| "a length is too large".to_owned())?)?,
+                )
             }
             5 => {
                 let bytes = self.take(4)?;

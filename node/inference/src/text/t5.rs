@@ -241,14 +241,20 @@ impl FeedForward {
     fn load(config: &T5Config, vb: &VarBuilder<'_>) -> Result<Self> {
         let linear = |name: &str| Linear::load(config.d_model, config.d_ff, false, vb.pp(name));
         let gated = config.feed_forward_proj.starts_with("gated-");
-        let (gate, linear) = if gated { (linear("wi_0")?, Some(linear("wi_1")?)) } else { (linear("wi")?, None) };
+        let (gate, linear) =
+            if gated { (linear("wi_0")?, Some(linear("wi_1")?)) } else { (linear("wi")?, None) };
         let activation = match config.feed_forward_proj.as_str() {
             "gated-gelu" => gelu_tanh,
             "gelu" => Tensor::gelu_erf,
             "gated-silu" => silu,
             _ => Tensor::relu,
         };
-        Ok(Self { gate, linear, out: Linear::load(config.d_ff, config.d_model, false, vb.pp("wo"))?, activation })
+        Ok(Self {
+            gate,
+            linear,
+            out: Linear::load(config.d_ff, config.d_model, false, vb.pp("wo"))?,
+            activation,
+        })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {

@@ -82,7 +82,8 @@ impl PromptTokenizer {
             })
         };
         let (pad_id, eos_id) = (id("pad_token", "<pad>")?, id("eos_token", "</s>")?);
-        let limit = config.get("model_max_length").and_then(Value::as_f64).filter(|&n| (1.0..NO_LIMIT).contains(&n));
+        let limit =
+            config.get("model_max_length").and_then(Value::as_f64).filter(|&n| (1.0..NO_LIMIT).contains(&n));
         Ok(Self { tokenizer, max_length: limit.map(|n| n as usize), pad_id, eos_id })
     }
 
@@ -137,7 +138,8 @@ fn token_text(value: &Value) -> Option<String> {
 }
 
 fn from_json(file: &Path) -> Result<Tokenizer, TextError> {
-    let fault = |error: tokenizers::Error| TextError::Tokenizer { file: file.to_owned(), reason: error.to_string() };
+    let fault =
+        |error: tokenizers::Error| TextError::Tokenizer { file: file.to_owned(), reason: error.to_string() };
     let mut tokenizer = Tokenizer::from_file(file).map_err(fault)?;
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(fault)?;

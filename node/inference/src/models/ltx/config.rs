@@ -126,14 +126,20 @@ impl TransformerConfig {
         }
         if !self.inner().is_multiple_of(2) || self.inner() < 6 {
             let width = self.inner();
-            return Err(config_error(file, "attention_head_dim", self.attention_head_dim, format!(
-                "heads times width is {width}, rotary embedding needs an even number of at least 6"
-            )));
+            return Err(config_error(
+                file,
+                "attention_head_dim",
+                self.attention_head_dim,
+                format!("heads times width is {width}, rotary embedding needs an even number of at least 6"),
+            ));
         }
         if self.cross_attention_dim != self.inner() {
-            return Err(config_error(file, "cross_attention_dim", self.cross_attention_dim, format!(
-                "the projected caption has width {}", self.inner()
-            )));
+            return Err(config_error(
+                file,
+                "cross_attention_dim",
+                self.cross_attention_dim,
+                format!("the projected caption has width {}", self.inner()),
+            ));
         }
         Ok(())
     }

@@ -1,7 +1,8 @@
 //! LTX-Video from request to frames: `LTXPipeline`, and `LTXConditionPipeline` as pure text-to-video.
 //!
 //! The two differ in their schedule (shifted by the number of tokens; linear-quadratic and unshifted), in positions
-//! (cells; pixels and seconds with the first frame counted once) and in the step's rule (by index; by timestep).
+//! (cells; pixels and seconds with the first frame counted once), in the step's rule (by index; by timestep), and in
+//! the text encoder's attention (to the filling too; to the prompt alone).
 
 mod latents;
 mod run;
@@ -16,12 +17,12 @@ use super::transformer::LtxTransformer;
 use super::vae::{LtxVae, LtxVaeConfig};
 use crate::error::Error;
 use crate::pipeline::{
-    Defaults, FrameRule, GenerateRequest, Generated, LoadOptions, Observer, Pipeline, PipelineInfo, WorkConfig,
-    config_error, read_json,
+    Defaults, FrameRule, GenerateRequest, Generated, LoadOptions, Observer, Pipeline, PipelineInfo,
+    WorkConfig, config_error, read_json,
 };
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
-use crate::text::{T5Config, T5Encoder, PromptTokenizer};
+use crate::text::{PromptTokenizer, T5Config, T5Encoder};
 use crate::weights::Weights;
 pub use latents::{LatentRgb, pack, unpack};
 
@@ -34,9 +35,10 @@ pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
 /// Stem of the text encoder's weight files.
 pub const TEXT_STEM: &str = "model";
 /// Text tokens that LTX reads, where the tokenizer does not say fewer.
-const MAX_TEXT_TOKENS: usize = 128;
+pub const MAX_TEXT_TOKENS: usize = 128;
 /// What the reference makes when it is told nothing.
-const DEFAULTS: Defaults = Defaults { width: 704, height: 512, frames: 161, fps: 25.0, steps: 50, guidance: 3.0 };
+pub const DEFAULTS: Defaults =
+    Defaults { width: 704, height: 512, frames: 161, fps: 25.0, steps: 50, guidance: 3.0 };
 
 /// Which of the reference's two pipelines is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +57,14 @@ impl LtxClass {
             "LTXPipeline" => Some(Self::Text),
             "LTXConditionPipeline" => Some(Self::Condition),
             _ => None,
+        }
+    }
+
+    /// Text tokens that it reads, where the tokenizer does not say fewer.
+    fn text_tokens(self) -> usize {
+        match self {
+            Self::Text => 128,
+            Self::Condition => 256,
         }
     }
 }
@@ -88,7 +98,12 @@ impl LtxPipeline {
     /// See [`crate::load`].
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
         let class = LtxClass::from_name(&index.class).ok_or_else(|| {
-            config_error(folder.join("model_index.json"), "_class_name", &index.class, "no pipeline of LTX-Video")
+            config_error(
+                folder.join("model_index.json"),
+                "_class_name",
+                &index.class,
+                "no pipeline of LTX-Video",
+            )
         })?;
         index.expect(folder, "transformer", &["LTXVideoTransformer3DModel"])?;
         index.expect(folder, "vae", &["AutoencoderKLLTXVideo"])?;
@@ -102,7 +117,8 @@ impl LtxPipeline {
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
-        let token_limit = tokenizer.max_length.map_or(MAX_TEXT_TOKENS, |limit| limit.min(MAX_TEXT_TOKENS));
+        let most = class.text_tokens();
+        let token_limit = tokenizer.max_length.map_or(most, |limit| limit.min(most));
         let work = work_config(transformer.config(), &vae, token_limit, parameters);
         let latent_rgb = extras.latent_rgb.unwrap_or_default();
         latent_rgb.check(&folder.join("kinoflock.json"), work.latent_channels)?;
@@ -116,7 +132,18 @@ impl LtxPipeline {
             work,
         };
         let device = options.device.clone();
-        Ok(Self { info, class, scheduler, tokenizer, text_encoder, transformer, vae, latent_rgb, device, dtype: options.dtype })
+        Ok(Self {
+            info,
+            class,
+            scheduler,
+            tokenizer,
+            text_encoder,
+            transformer,
+            vae,
+            latent_rgb,
+            device,
+            dtype: options.dtype,
+        })
     }
 
     /// Computes as the other pipeline class from now on.
@@ -167,7 +194,8 @@ impl LtxPipeline {
         }
         let ids = Tensor::from_vec(encoded.ids, (1, limit), &self.device)?;
         let mask = Tensor::from_vec(encoded.mask, (1, limit), &self.device)?;
-        Ok((self.text_encoder.forward(&ids, None)?, mask))
+        let seen = (self.class == LtxClass::Condition).then_some(&mask);
+        Ok((self.text_encoder.forward(&ids, seen)?, mask))
     }
 }
 
@@ -184,7 +212,11 @@ impl Pipeline for LtxPipeline {
         run::check(self, request)
     }
 
-    fn generate(&mut self, request: &GenerateRequest, observer: &mut dyn Observer) -> Result<Generated, Error> {
+    fn generate(
+        &mut self,
+        request: &GenerateRequest,
+        observer: &mut dyn Observer,
+    ) -> Result<Generated, Error> {
         run::generate(self, request, observer)
     }
 }
@@ -258,7 +290,12 @@ fn frame_rule(work: &WorkConfig) -> FrameRule {
     FrameRule { multiple: work.temporal_ratio * patch, offset: work.temporal_ratio * (patch - 1) + 1 }
 }
 
-fn work_config(config: &TransformerConfig, vae: &LtxVae, context_tokens: usize, parameters: [u64; 3]) -> WorkConfig {
+fn work_config(
+    config: &TransformerConfig,
+    vae: &LtxVae,
+    context_tokens: usize,
+    parameters: [u64; 3],
+) -> WorkConfig {
     const FEED_FACTOR: usize = 4;
     WorkConfig {
         layers: config.num_layers,

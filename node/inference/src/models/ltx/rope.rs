@@ -64,7 +64,9 @@ impl Rope {
                     .to_device(&Device::Cpu)?
                     .to_vec3::<f32>()?
                     .iter()
-                    .map(|axes| (0..axes[0].len()).map(|i| std::array::from_fn(|a| axes[a][i] / BASE[a])).collect())
+                    .map(|axes| {
+                        (0..axes[0].len()).map(|i| std::array::from_fn(|a| axes[a][i] / BASE[a])).collect()
+                    })
                     .collect();
                 self.from_points(&samples, device)
             }
@@ -104,7 +106,10 @@ impl Rope {
             }
         }
         let shape = (samples.len(), tokens, pairs);
-        Ok(RopeTables { cos: Tensor::from_vec(cos, shape, device)?, sin: Tensor::from_vec(sin, shape, device)? })
+        Ok(RopeTables {
+            cos: Tensor::from_vec(cos, shape, device)?,
+            sin: Tensor::from_vec(sin, shape, device)?,
+        })
     }
 
     /// `theta^linspace(0, 1, width / 6) * pi / 2`; torch computes a linspace from both ends inwards.
@@ -112,7 +117,11 @@ impl Rope {
         let count = self.width / 6;
         let stride = 1.0 / (count.max(2) - 1) as f32;
         let point = |i: usize| {
-            if i < count / 2 || count == 1 { i as f32 * stride } else { 1.0 - stride * (count - 1 - i) as f32 }
+            if i < count / 2 || count == 1 {
+                i as f32 * stride
+            } else {
+                1.0 - stride * (count - 1 - i) as f32
+            }
         };
         let power = |exponent: f32| THETA.powf(f64::from(exponent)) as f32;
         (0..count).map(|i| power(point(i)) * std::f32::consts::PI / 2.0).collect()

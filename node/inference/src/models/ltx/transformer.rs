@@ -97,7 +97,8 @@ impl LtxTransformer {
     pub fn text_context(&self, text: &Tensor, mask: Option<&Tensor>) -> Result<TextContext> {
         let inner = gelu_tanh(&self.caption[0].forward(&text.to_dtype(self.dtype)?)?)?;
         let projected = self.caption[1].forward(&inner)?;
-        let blocks = self.blocks.iter().map(|block| block.cross.key_value(&projected)).collect::<Result<Vec<_>>>()?;
+        let blocks =
+            self.blocks.iter().map(|block| block.cross.key_value(&projected)).collect::<Result<Vec<_>>>()?;
         let bias = mask
             .map(|mask| {
                 let (batch, tokens) = mask.dims2()?;

@@ -20,7 +20,7 @@ use decoder::Decoder;
 use encoder::Encoder;
 
 use crate::rng::{Stream, normal_tensor};
-use crate::tiling::{Place, Plan, Ratio, Tiling};
+use crate::tiling::{Place, Tiling};
 
 /// Where a decoder's injected noise comes from.
 #[derive(Debug, Clone)]
@@ -35,6 +35,7 @@ pub enum Noise<'a> {
 }
 
 /// The noise of one pass through a decoder, with a count of what has been drawn.
+#[derive(Clone)]
 pub(super) struct Draws<'a> {
     noise: &'a Noise<'a>,
     drawn: usize,
@@ -47,9 +48,9 @@ impl<'a> Draws<'a> {
         Self { noise, drawn: 0, place: None }
     }
 
-    /// For a tile, which gets its part of the whole picture's noise.
-    fn tile(noise: &'a Noise<'a>, place: Place) -> Self {
-        Self { noise, drawn: 0, place: Some(place) }
+    /// For a tile that goes on from here: it gets its part of the whole picture's noise.
+    fn within(&self, place: Place) -> Self {
+        Self { place: Some(place), ..self.clone() }
     }
 
     /// The next `(height, width)` of noise; `None` for zeros.
@@ -60,15 +61,20 @@ impl<'a> Draws<'a> {
             None => ([height, width], [0, 0]),
             Some(place) => {
                 let scale = height / place.len[1].max(1);
-                ([place.whole[1] * scale, place.whole[2] * scale], [place.start[1] * scale, place.start[2] * scale])
+                let scaled = |cells: [usize; 3]| [cells[1] * scale, cells[2] * scale];
+                (scaled(place.whole), scaled(place.start))
             }
         };
         let whole = match self.noise {
             Noise::None => return Ok(None),
-            Noise::Seed(seed) => normal_tensor(*seed, Stream::Inject(index as u32), (size[0], size[1]), device)?,
+            Noise::Seed(seed) => {
+                normal_tensor(*seed, Stream::Inject(index as u32), (size[0], size[1]), device)?
+            }
             Noise::Given(all) => match all.get(index) {
                 Some(noise) if noise.dims() == size => noise.clone(),
-                Some(noise) => candle_core::bail!("noise {index} has shape {:?}, needed {size:?}", noise.shape()),
+                Some(noise) => {
+                    candle_core::bail!("noise {index} has shape {:?}, needed {size:?}", noise.shape())
+                }
                 None => candle_core::bail!("the decoder draws noise {index}, only {} were given", all.len()),
             },
         };
@@ -153,7 +159,8 @@ impl LtxVae {
 
     fn load_parts(config: &LtxVaeConfig, vb: VarBuilder, encoder: bool) -> Result<Self> {
         let channels = config.latent_channels;
-        let statistics = |name: &str| vb.get(channels, name)?.to_dtype(DType::F32)?.reshape((1, channels, 1, 1, 1));
+        let statistics =
+            |name: &str| vb.get(channels, name)?.to_dtype(DType::F32)?.reshape((1, channels, 1, 1, 1));
         Ok(Self {
             encoder: if encoder { Some(Encoder::load(config, vb.pp("encoder"))?) } else { None },
             decoder: Decoder::load(config, vb.pp("decoder"))?,
@@ -190,24 +197,21 @@ impl LtxVae {
     }
 
     /// Denormalised latents `(batch, channels, time, height, width)` to a video `(batch, 3, frames, height, width)`
-    /// of about -1 to 1. A trace sees the blocks of every tile.
+    /// of about -1 to 1. In a tiled decode a trace sees the blocks that run whole.
     ///
     /// # Errors
     /// When a timestep-conditioned decoder gets no timestep, shapes do not fit, or the device fails.
-    pub fn decode(&self, z: &Tensor, settings: &DecodeSettings, mut trace: Option<Trace<'_>>) -> Result<Tensor> {
-        let (_, channels, t, h, w) = z.dims5()?;
+    pub fn decode(
+        &self,
+        z: &Tensor,
+        settings: &DecodeSettings,
+        mut trace: Option<Trace<'_>>,
+    ) -> Result<Tensor> {
+        let (_, channels, ..) = z.dims5()?;
         if channels != self.config.latent_channels {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.latent_channels);
         }
-        let ratio = Ratio { space: self.config.spatial_ratio(), time: self.config.temporal_ratio() };
-        let Some(plan) = Plan::new(settings.tiling, ratio, [t, h, w]) else {
-            let mut draws = Draws::whole(&settings.noise);
-            return self.decoder.forward(z, settings.timestep, &mut draws, &mut trace);
-        };
-        plan.decode(z, |tile, place| {
-            let mut draws = Draws::tile(&settings.noise, place);
-            self.decoder.forward(tile, settings.timestep, &mut draws, &mut trace)
-        })
+        self.decoder.decode(z, settings, &mut trace)
     }
 
     /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not normalised.
@@ -215,7 +219,9 @@ impl LtxVae {
     /// # Errors
     /// When the encoder was not loaded, the video's sizes are no multiples, or the device fails.
     pub fn encode(&self, video: &Tensor, mut trace: Option<Trace<'_>>) -> Result<Moments> {
-        let Some(encoder) = &self.encoder else { candle_core::bail!("this VAE was loaded without its encoder") };
+        let Some(encoder) = &self.encoder else {
+            candle_core::bail!("this VAE was loaded without its encoder")
+        };
         let moments = encoder.forward(video, &mut trace)?;
         let channels = self.config.latent_channels;
         Ok(Moments {

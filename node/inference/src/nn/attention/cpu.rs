@@ -39,7 +39,13 @@ struct Mask<'a> {
 }
 
 /// See [`super::attention`].
-pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f32) -> Result<Tensor> {
+pub(super) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: Option<&Tensor>,
+    scale: f32,
+) -> Result<Tensor> {
     let (batch, queries, heads, depth) = q.dims4()?;
     let (_, keys, _, width) = v.dims4()?;
     let sizes = Sizes { queries, keys, heads, depth, width, scale };
@@ -51,18 +57,14 @@ pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor
     };
     let mask_view = mask.as_ref().map(View::new).transpose()?;
     let mask = match &mask_view {
-        Some(view) => {
-            Some(Mask { values: view.slice()?, batch: steps.0, head: steps.1, query: steps.2 })
-        }
+        Some(view) => Some(Mask { values: view.slice()?, batch: steps.0, head: steps.1, query: steps.2 }),
         None => None,
     };
     let (q_view, k_view, v_view) = (View::new(&q)?, View::new(&k)?, View::new(&v)?);
     let (q_all, k_all, v_all) = (q_view.slice()?, k_view.slice()?, v_view.slice()?);
     let blocks = queries.div_ceil(QUERIES);
-    let packed: Vec<Sides> = (0..batch * heads)
-        .into_par_iter()
-        .map(|pair| Sides::new(&sizes, pair, k_all, v_all))
-        .collect();
+    let packed: Vec<Sides> =
+        (0..batch * heads).into_par_iter().map(|pair| Sides::new(&sizes, pair, k_all, v_all)).collect();
     let parts: Vec<Vec<f32>> = (0..batch * heads * blocks)
         .into_par_iter()
         .map(|task| {
@@ -144,7 +146,8 @@ fn attend(
         let len = KEYS.min(sizes.keys - start);
         score(sizes, q, &slots, sides, start, len, &mut scores, stride);
         for (i, row) in scores.chunks_exact_mut(stride).enumerate().take(count) {
-            let masked = mask.map(|m| &m.values[b * m.batch + h * m.head + (first + i) * m.query + start..][..len]);
+            let masked =
+                mask.map(|m| &m.values[b * m.batch + h * m.head + (first + i) * m.query + start..][..len]);
             let out = &mut out[i * columns..(i + 1) * columns];
             soften(sizes.scale, masked, &mut row[..len], &mut maxima[i], &mut sums[i], out);
         }

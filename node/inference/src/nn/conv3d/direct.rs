@@ -77,7 +77,9 @@ impl Tables {
                     table.push(match (inside, edge) {
                         (true, _) => (at - before) * strides[axis],
                         (false, Edge::Zeros) => ZERO,
-                        (false, Edge::Repeat) => at.saturating_sub(before).min(size[axis] - 1) * strides[axis],
+                        (false, Edge::Repeat) => {
+                            at.saturating_sub(before).min(size[axis] - 1) * strides[axis]
+                        }
                     });
                 }
             }

@@ -11,7 +11,12 @@ pub(super) fn weights(config: &Conv3dConfig, weight: &Tensor) -> Result<Tensor> 
 }
 
 /// `(batch, time, height, width, input)` to the result of `size` without a bias.
-pub(super) fn forward(config: &Conv3dConfig, weight: &Tensor, x: &Tensor, size: [usize; 3]) -> Result<Tensor> {
+pub(super) fn forward(
+    config: &Conv3dConfig,
+    weight: &Tensor,
+    x: &Tensor,
+    size: [usize; 3],
+) -> Result<Tensor> {
     let batch = x.dim(0)?;
     let mut padded = x.clone();
     for (axis, (before, after, edge)) in config.padding().into_iter().enumerate() {
@@ -40,7 +45,9 @@ pub(super) fn forward(config: &Conv3dConfig, weight: &Tensor, x: &Tensor, size: 
             });
         }
     }
-    let Some(sum) = sum else { candle_core::bail!("a convolution of kernel {:?} has no taps", config.kernel) };
+    let Some(sum) = sum else {
+        candle_core::bail!("a convolution of kernel {:?} has no taps", config.kernel)
+    };
     sum.reshape((batch, size[0], size[1], size[2], config.output))
 }
 

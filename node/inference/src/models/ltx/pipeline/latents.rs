@@ -65,7 +65,12 @@ impl LatentRgb {
         if rows == 0 || rows == channels {
             return Ok(());
         }
-        Err(config_error(file, "latent_rgb.factors", format!("{rows} rows"), format!("{channels} are needed")))
+        Err(config_error(
+            file,
+            "latent_rgb.factors",
+            format!("{rows} rows"),
+            format!("{channels} are needed"),
+        ))
     }
 
     /// One pixel a cell, one frame a latent frame, of normalised latents `[1, C, F, H, W]`.
@@ -74,7 +79,10 @@ impl LatentRgb {
     /// When the latents cannot be read back from their device.
     pub fn project(&self, latents: &Tensor) -> Result<RgbFrames> {
         let (_, channels, frames, height, width) = latents.dims5()?;
-        let cells = latents.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.reshape((channels, frames * height * width))?;
+        let cells = latents
+            .to_dtype(DType::F32)?
+            .to_device(&Device::Cpu)?
+            .reshape((channels, frames * height * width))?;
         let colours = if self.factors.is_empty() {
             stretched(&cells.narrow(0, 0, channels.min(3))?)?
         } else {

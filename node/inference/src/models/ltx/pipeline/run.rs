@@ -32,7 +32,9 @@ pub(super) fn check(model: &LtxPipeline, request: &GenerateRequest) -> Result<()
         return Err(Error::ZeroSteps);
     }
     check_numbers(request)?;
-    for prompt in [Some(&request.prompt), guided(request).then_some(&request.negative_prompt)].into_iter().flatten() {
+    for prompt in
+        [Some(&request.prompt), guided(request).then_some(&request.negative_prompt)].into_iter().flatten()
+    {
         let encoded = model.tokenizer.encode(prompt, info.token_limit)?;
         if let Some(cut_text) = encoded.cut_text.filter(|_| !request.truncate_prompt) {
             return Err(Error::PromptTooLong { tokens: encoded.tokens, limit: info.token_limit, cut_text });
@@ -167,7 +169,10 @@ pub(super) fn schedule(model: &LtxPipeline, request: &GenerateRequest) -> Result
         LtxClass::Condition => {
             let scale = config.num_train_timesteps as f32;
             let points = given.unwrap_or_else(|| {
-                linear_quadratic(request.steps, LINEAR_THRESHOLD).into_iter().map(|sigma| sigma * scale).collect()
+                linear_quadratic(request.steps, LINEAR_THRESHOLD)
+                    .into_iter()
+                    .map(|sigma| sigma * scale)
+                    .collect()
             });
             Ok(Schedule::new(&unshifted(config), &ScheduleRequest::Timesteps(points), 0.0)?)
         }
@@ -195,7 +200,8 @@ impl Context {
         let guided = guided(request);
         let (mut text, mut mask) = model.encode_prompt(&request.prompt, request.truncate_prompt)?;
         if guided {
-            let (negative, its_mask) = model.encode_prompt(&request.negative_prompt, request.truncate_prompt)?;
+            let (negative, its_mask) =
+                model.encode_prompt(&request.negative_prompt, request.truncate_prompt)?;
             text = Tensor::cat(&[negative, text], 0)?;
             mask = Tensor::cat(&[its_mask, mask], 0)?;
         }
@@ -262,9 +268,16 @@ impl State {
             return Self::resume(model, checkpoint, schedule, volume, digest);
         }
         let latents = match &request.initial_latents {
-            None => pack(&normal_tensor(request.seed, Stream::Initial, volume.shape(), &Device::Cpu)?, volume.patch)?,
-            Some(given) if given.dims() == volume.shape() => pack(&given.to_dtype(DType::F32)?, volume.patch)?,
-            Some(given) if given.dims() == volume.packed_shape() => given.to_dtype(DType::F32)?.contiguous()?,
+            None => pack(
+                &normal_tensor(request.seed, Stream::Initial, volume.shape(), &Device::Cpu)?,
+                volume.patch,
+            )?,
+            Some(given) if given.dims() == volume.shape() => {
+                pack(&given.to_dtype(DType::F32)?, volume.patch)?
+            }
+            Some(given) if given.dims() == volume.packed_shape() => {
+                given.to_dtype(DType::F32)?.contiguous()?
+            }
             Some(given) => {
                 let (given, needed) = (given.dims().to_vec(), volume.shape());
                 return Err(Error::LatentShape { what: "initial_latents", given, needed });
@@ -305,10 +318,15 @@ impl State {
     ) -> Result<Tensor, Error> {
         let index = self.done;
         let batch = if context.guided { 2 } else { 1 };
-        let input = if context.guided { Tensor::cat(&[&self.latents, &self.latents], 0)? } else { self.latents.clone() };
+        let input = if context.guided {
+            Tensor::cat(&[&self.latents, &self.latents], 0)?
+        } else {
+            self.latents.clone()
+        };
         let timesteps = Tensor::from_vec(vec![schedule.timesteps[index]; batch], (batch, 1), &model.device)?;
         let forward = model.transformer.forward(&input, &timesteps, &context.text, &context.rope);
-        let mut velocity = forward.map_err(|error| during(error.into(), "computing a step"))?.to_dtype(DType::F32)?;
+        let mut velocity =
+            forward.map_err(|error| during(error.into(), "computing a step"))?.to_dtype(DType::F32)?;
         if context.guided {
             let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
             velocity = guide(&negative, &positive, request.guidance)?;
@@ -337,7 +355,8 @@ impl State {
         observer: &mut dyn Observer,
     ) -> Result<(), Error> {
         let bytes = latents_bytes(&self.latents)?;
-        let finite = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().all(|word| f32::from_le_bytes(*word).is_finite());
+        let finite =
+            |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().all(|word| f32::from_le_bytes(*word).is_finite());
         if !finite(&bytes) {
             return Err(Error::NotFinite { step: self.done });
         }
@@ -425,7 +444,9 @@ pub(super) fn decode(
     let watched = tiling != Tiling::default();
     let decoded = model.vae.decode(&z.to_dtype(model.dtype)?, &settings, watched.then_some(&mut watch));
     let video = match decoded {
-        Err(_) if watched && observer.cancelled() => return Err(Error::Cancelled { steps_done: 0, steps: 0 }),
+        Err(_) if watched && observer.cancelled() => {
+            return Err(Error::Cancelled { steps_done: 0, steps: 0 });
+        }
         other => other?,
     };
     let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;

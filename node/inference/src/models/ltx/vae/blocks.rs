@@ -8,6 +8,7 @@ use super::config::{DownBlock, Downsample, UpBlockConfig};
 use super::resnet::{Form, ResnetBlock, Resnets};
 use crate::nn::conv3d::{Conv3d, Conv3dConfig};
 use crate::nn::shuffle::{block_first, depth_to_space, grow_channels, space_to_depth};
+use crate::tiling::Margin;
 
 /// Time, height and width double.
 const UP: [usize; 3] = [2, 2, 2];
@@ -105,7 +106,8 @@ impl Up {
             let input = config.output * config.factor;
             let output = input * cells / config.factor;
             let conv = Conv3dConfig::cube(input, output, 3, form.causal);
-            let conv = Conv3d::load_ordered(conv, &block_first(output, cells), vb.pp("upsamplers.0.conv.conv"))?;
+            let conv =
+                Conv3d::load_ordered(conv, &block_first(output, cells), vb.pp("upsamplers.0.conv.conv"))?;
             Some(Grow { conv, repeats: config.residual.then_some(cells / config.factor) })
         } else {
             None
@@ -116,6 +118,27 @@ impl Up {
             Some(ResnetBlock::load(config.input, config.output, form, vb.pp("conv_in"))?)
         };
         Ok(Self { narrow, grow, resnets: Resnets::load(config.output, config.layers, form, vb)? })
+    }
+
+    /// What a position becomes along each axis.
+    pub(super) fn scale(&self) -> usize {
+        if self.grow.is_some() { UP[0] } else { 1 }
+    }
+
+    /// Positions before the block that its result depends on, given those after it. Convolutions of three taps see
+    /// one position on each side, two before in time where they are causal.
+    pub(super) fn margin(&self, after: Margin, causal: bool) -> Margin {
+        let seen = if causal { 2 } else { 1 };
+        let convolutions = 2 * self.resnets.count();
+        let mut margin = Margin { time: after.time + convolutions * seen, space: after.space + convolutions };
+        if self.grow.is_some() {
+            margin =
+                Margin { time: margin.time.div_ceil(UP[0]) + seen, space: margin.space.div_ceil(UP[1]) + 1 };
+        }
+        if self.narrow.is_some() {
+            margin = Margin { time: margin.time + 2 * seen, space: margin.space + 2 };
+        }
+        margin
     }
 
     pub(super) fn forward(&self, x: &Tensor, timestep: Option<&Tensor>, draws: &mut Draws) -> Result<Tensor> {

@@ -128,8 +128,8 @@ impl LtxVaeConfig {
     /// # Errors
     /// When it is no JSON, a key is not known, or a value is not one that can be built.
     pub fn from_json(text: &str) -> Result<Self, VaeConfigError> {
-        let value: Value =
-            serde_json::from_str(text).map_err(|e| VaeConfigError::new("", "no JSON object", e.to_string()))?;
+        let value: Value = serde_json::from_str(text)
+            .map_err(|e| VaeConfigError::new("", "no JSON object", e.to_string()))?;
         Self::from_value(&value)
     }
 
@@ -150,7 +150,11 @@ impl LtxVaeConfig {
         object.retain(|key, _| !key.starts_with('_'));
         for (key, value) in &object {
             if !KEYS.contains(&key.as_str()) {
-                return Err(VaeConfigError::new(key, value, format!("unknown key; known: {}", KEYS.join(", "))));
+                return Err(VaeConfigError::new(
+                    key,
+                    value,
+                    format!("unknown key; known: {}", KEYS.join(", ")),
+                ));
             }
             let one = Value::Object(std::iter::once((key.clone(), value.clone())).collect());
             if let Err(error) = serde_json::from_value::<Raw>(one) {
@@ -399,7 +403,8 @@ impl Raw {
                 input: width / factor,
                 output: widths[back(i, count)] / factor,
                 layers: self.decoder_layers_per_block[back(i + 1, self.decoder_layers_per_block.len())],
-                scale: self.decoder_spatio_temporal_scaling[back(i, self.decoder_spatio_temporal_scaling.len())],
+                scale: self.decoder_spatio_temporal_scaling
+                    [back(i, self.decoder_spatio_temporal_scaling.len())],
                 inject_noise: self.decoder_inject_noise[back(i + 1, self.decoder_inject_noise.len())],
                 residual: self.upsample_residual[back(i, self.upsample_residual.len())],
                 factor,
@@ -457,10 +462,14 @@ mod tests {
     #[test]
     fn what_is_not_known_is_refused_by_name() {
         let error = fault(r#"{"decoder_spatial_padding_mode": "reflect"}"#);
-        assert_eq!((error.key.as_str(), error.value.contains("reflect")), ("decoder_spatial_padding_mode", true));
+        assert_eq!(
+            (error.key.as_str(), error.value.contains("reflect")),
+            ("decoder_spatial_padding_mode", true)
+        );
         assert!(fault(r#"{"down_block_types": ["A", "A", "A", "A"]}"#).to_string().contains("\"A\""));
         let types = r#"["LTXVideo095DownBlock3D", "LTXVideo095DownBlock3D", "LTXVideo095DownBlock3D"]"#;
-        let text = format!(r#"{{"down_block_types": {types}, "downsample_type": ["spatial", "odd", "conv"]}}"#);
+        let text =
+            format!(r#"{{"down_block_types": {types}, "downsample_type": ["spatial", "odd", "conv"]}}"#);
         assert!(fault(&text).to_string().contains("odd"));
         assert!(fault(r#"{"patch_size": "four"}"#).to_string().contains("patch_size"));
         assert!(fault(r#"{"patch_size": 0}"#).to_string().contains("patch_size is 0"));
@@ -485,7 +494,8 @@ mod tests {
         .unwrap();
         let decoder = config.decoder;
         assert_eq!((decoder.width, decoder.layers, decoder.inject_noise), (1024, 8, false));
-        let widths: Vec<_> = decoder.blocks.iter().map(|b| (b.input, b.output, b.layers, b.inject_noise)).collect();
+        let widths: Vec<_> =
+            decoder.blocks.iter().map(|b| (b.input, b.output, b.layers, b.inject_noise)).collect();
         assert_eq!(widths, [(512, 512, 7, true), (256, 256, 6, true), (128, 128, 5, true)]);
     }
 }

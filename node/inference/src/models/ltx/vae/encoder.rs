@@ -39,7 +39,14 @@ impl Encoder {
         for (i, kind) in config.down_blocks.iter().enumerate() {
             let output = widths.get(i + 1).copied().unwrap_or(widths[i]);
             let (layers, scale) = (config.layers_per_block[i], config.spatio_temporal_scaling[i]);
-            blocks.push(Down::load(*kind, (width, output), layers, scale, form, vb.pp(format!("down_blocks.{i}")))?);
+            blocks.push(Down::load(
+                *kind,
+                (width, output),
+                layers,
+                scale,
+                form,
+                vb.pp(format!("down_blocks.{i}")),
+            )?);
             width = output;
         }
         let layers = config.layers_per_block.last().copied().unwrap_or(0);

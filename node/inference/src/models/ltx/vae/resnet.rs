@@ -136,6 +136,11 @@ impl Resnets {
         })
     }
 
+    /// How many residual blocks.
+    pub(super) fn count(&self) -> usize {
+        self.blocks.len()
+    }
+
     /// `timestep` is already multiplied for the sinusoid, `(batch or 1)`.
     pub(super) fn forward(&self, x: &Tensor, timestep: Option<&Tensor>, draws: &mut Draws) -> Result<Tensor> {
         let time = match (&self.embedder, timestep) {

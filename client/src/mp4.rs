@@ -82,7 +82,7 @@ fn check_table(bytes: &[u8], found: &Mp4Box) -> Result<(), String> {
     if &found.name == b"stsz" {
         let (each, count) = number(4).zip(number(8)).ok_or_else(|| too_many(0))?;
         // With one size for all samples the table is empty: then the samples must fit the file.
-        let fits = if each == 0 { count <= content.len() / 4 } else { count <= bytes.len() / each };
+        let fits = count <= bytes.len().checked_div(each).unwrap_or(content.len() / 4);
         return if fits { Ok(()) } else { Err(too_many(count)) };
     }
     match TABLES.iter().find(|(name, ..)| **name == found.name) {

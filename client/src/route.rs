@@ -168,10 +168,8 @@ fn unfit_for(capacity: &Capacity, needs: &Needs) -> Option<Why> {
         NodeState::Paused => return Some(Why::Closed("is paused by its operator")),
         NodeState::Draining => return Some(Why::Closed("is about to stop and takes no new jobs")),
     }
-    if needs.require_terms {
-        if let Some(terms) = unwanted(&capacity.terms) {
-            return Some(Why::Terms(terms));
-        }
+    if let Some(terms) = unwanted(&capacity.terms).filter(|_| needs.require_terms) {
+        return Some(Why::Terms(terms));
     }
     beyond(capacity, needs)
 }

@@ -28,7 +28,7 @@ mod submit;
 pub use deliver::Delivered;
 pub use error::SessionError;
 pub use event::{Event, Events};
-pub use find::{Found, Model};
+pub use find::{Found, Model, WrongWay};
 
 /// Events that wait for whoever renders them; when it is full, the session waits, except for transfers and previews,
 /// which are passed over.

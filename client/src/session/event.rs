@@ -159,10 +159,8 @@ impl fmt::Display for Event {
             Self::Reached { node, name } => write!(f, "reached node {name} (...{})", node.short()),
             Self::Declined { node, name, why } => write!(f, "node {name} (...{}): {why}", node.short()),
             Self::Chosen { node, name, model, position, eta, seed, sees, terms, content_rules } => {
-                write!(
-                    f,
-                    "node {name} ({node}) will make it with {model}, seed {seed}: {position} ahead, about {eta}\n"
-                )?;
+                write!(f, "node {name} ({node}) will make it with {model}, seed {seed}: ")?;
+                writeln!(f, "{position} ahead, about {eta}")?;
                 write!(f, "that node will see {sees}; {}", terms_sentence(terms))?;
                 if *content_rules {
                     write!(f, "\nits operator has rules about content")?;

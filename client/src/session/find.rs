@@ -49,6 +49,9 @@ pub struct Model {
     pub name: String,
 }
 
+/// A configured way that cannot be gone: the beginning of its text, and why not.
+pub type WrongWay = (String, WayError);
+
 /// One node or address to be tried.
 struct Target {
     label: String,
@@ -62,7 +65,7 @@ impl Client {
     ///
     /// # Errors
     /// When the store cannot be read.
-    pub fn known_ways(&self, config: &Config) -> Result<(Vec<Way>, Vec<(String, WayError)>), SessionError> {
+    pub fn known_ways(&self, config: &Config) -> Result<(Vec<Way>, Vec<WrongWay>), SessionError> {
         let (mut ways, mut wrong) = (Vec::new(), Vec::new());
         if config.local {
             let here = local::find(&local::folders());

@@ -8,6 +8,9 @@ use crate::error::Error;
 use crate::models;
 use crate::pipeline::{LoadOptions, Pipeline, config_error, read_json};
 
+/// Reads a model folder whose index is read already.
+pub type Loader = fn(&Path, &ModelIndex, &LoadOptions) -> Result<Box<dyn Pipeline>, Error>;
+
 /// An architecture that can be loaded.
 pub struct Architecture {
     /// Its name, as in [`crate::PipelineInfo::architecture`].
@@ -15,7 +18,7 @@ pub struct Architecture {
     /// The pipeline classes that `model_index.json` may name.
     pub classes: &'static [&'static str],
     /// Reads a folder.
-    pub load: fn(&Path, &ModelIndex, &LoadOptions) -> Result<Box<dyn Pipeline>, Error>,
+    pub load: Loader,
 }
 
 /// Every architecture. A further model is a folder under `models` and a line here.

@@ -47,8 +47,11 @@ struct Facts {
     shape: Option<Vec<usize>>,
 }
 
+/// A golden, or its name and why it cannot be read.
+pub(crate) type ReadCase = Result<Case, (String, String)>;
+
 /// Every golden of a folder; one whose file cannot be read is an error with its name.
-pub(crate) fn read_manifest(folder: &Path) -> Result<Vec<Result<Case, (String, String)>>, String> {
+pub(crate) fn read_manifest(folder: &Path) -> Result<Vec<ReadCase>, String> {
     let text = std::fs::read_to_string(folder.join("manifest.json")).map_err(|error| error.to_string())?;
     let manifest: Manifest = serde_json::from_str(&text).map_err(|error| error.to_string())?;
     Ok(manifest

@@ -8,7 +8,7 @@ mod text;
 
 use std::path::Path;
 
-pub(crate) use golden::{Case, Outputs};
+pub(crate) use golden::{Case, Outputs, ReadCase};
 pub(crate) use report::{Report, Row};
 
 /// Runs every golden of a folder's manifest and compares every tensor.
@@ -30,7 +30,7 @@ pub(crate) fn check_folder(folder: &Path) -> Report {
     report
 }
 
-fn check_case(case: Result<Case, (String, String)>, report: &mut Report) {
+fn check_case(case: ReadCase, report: &mut Report) {
     let case = match case {
         Ok(case) => case,
         Err((name, reason)) => {

@@ -42,7 +42,7 @@ impl Checkpoint {
             ("steps_done".to_owned(), self.steps_done.to_string()),
             ("sigmas".to_owned(), sigmas.join(",")),
             ("request".to_owned(), to_hex(&self.request_digest)),
-            ("hashes".to_owned(), self.step_hashes.iter().map(|h| to_hex(h)).collect::<Vec<_>>().join(",")),
+            ("hashes".to_owned(), self.step_hashes.iter().map(to_hex).collect::<Vec<_>>().join(",")),
         ]);
         safetensors::serialize([(LATENTS, view)], Some(metadata)).map_err(unreadable)
     }

@@ -53,7 +53,7 @@ impl Rope {
     /// When the coordinates have another shape.
     pub fn tables(&self, positions: Positions<'_>, device: &Device) -> Result<RopeTables> {
         match positions {
-            Positions::Grid { size, scale } => self.from_points(&[self.grid(size, scale)], device),
+            Positions::Grid { size, scale } => self.at_points(&[self.grid(size, scale)], device),
             Positions::Coordinates(coordinates) => {
                 let (_, axes, _) = coordinates.dims3()?;
                 if axes != 3 {
@@ -68,7 +68,7 @@ impl Rope {
                         (0..axes[0].len()).map(|i| std::array::from_fn(|a| axes[a][i] / BASE[a])).collect()
                     })
                     .collect();
-                self.from_points(&samples, device)
+                self.at_points(&samples, device)
             }
         }
     }
@@ -87,7 +87,7 @@ impl Rope {
         points
     }
 
-    fn from_points(&self, samples: &[Vec<[f32; 3]>], device: &Device) -> Result<RopeTables> {
+    fn at_points(&self, samples: &[Vec<[f32; 3]>], device: &Device) -> Result<RopeTables> {
         let pairs = self.width / 2;
         let padding = (self.width % 6) / 2;
         let frequencies = self.frequencies();

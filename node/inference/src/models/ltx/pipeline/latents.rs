@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn a_preview_has_a_pixel_a_cell_and_takes_fitted_factors() {
-        let latents = Tensor::new(&[[[[[0.0f32, 1.0]]], [[[0.5, 0.5]]]]], &Device::Cpu).unwrap();
+        let latents = Tensor::from_vec(vec![0.0f32, 1.0, 0.5, 0.5], (1, 2, 1, 1, 2), &Device::Cpu).unwrap();
         let plain = LatentRgb::default().project(&latents).unwrap();
         assert_eq!((plain.width, plain.height, plain.count, plain.data.len()), (2, 1, 1, 6));
         let fitted = LatentRgb { factors: vec![[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], bias: [0.0, 0.0, 1.0] };

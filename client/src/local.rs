@@ -116,7 +116,7 @@ mod tests {
         };
         assert_eq!(LocalNode::read(folder.path()), None);
         node.write(folder.path()).unwrap();
-        assert_eq!(find(&[folder.path().to_owned(), folder.path().to_owned()]), [node.clone()]);
+        assert_eq!(find(&[folder.path().to_owned(), folder.path().to_owned()]), std::slice::from_ref(&node));
         LocalNode { pid: 13, ..node.clone() }.remove(folder.path()).unwrap();
         assert_eq!(LocalNode::read(folder.path()), Some(node.clone()));
         node.remove(folder.path()).unwrap();

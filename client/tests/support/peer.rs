@@ -20,32 +20,32 @@ use crate::support::{CLIP, network, receipt};
 
 /// How the peer behaves.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Script {
+pub(crate) struct Script {
     /// Its clock is so far ahead, in milliseconds.
-    pub ahead_ms: i64,
+    pub(crate) ahead_ms: i64,
     /// It refuses every quote.
-    pub refuses: bool,
+    pub(crate) refuses: bool,
     /// It ends the first so many progress streams after one event.
-    pub breaks: u32,
+    pub(crate) breaks: u32,
     /// Its receipt names another seed.
-    pub wrong_seed: bool,
+    pub(crate) wrong_seed: bool,
     /// Its jobs fail.
-    pub fails: bool,
+    pub(crate) fails: bool,
 }
 
 /// A peer and what it heard.
-pub struct Peer {
-    pub handle: NetHandle,
-    pub answers: mpsc::Receiver<Verdict>,
+pub(crate) struct Peer {
+    pub(crate) handle: NetHandle,
+    pub(crate) answers: mpsc::Receiver<Verdict>,
 }
 
 impl Peer {
-    pub fn address(&self) -> String {
+    pub(crate) fn address(&self) -> String {
         self.handle.dialable_addrs()[0].to_string()
     }
 }
 
-pub fn manifest() -> ModelManifest {
+pub(crate) fn manifest() -> ModelManifest {
     ModelManifest {
         architecture: Text::new("ltx-video").unwrap(),
         files: List::first_of([ModelFile {
@@ -67,7 +67,7 @@ pub fn manifest() -> ModelManifest {
 }
 
 /// Starts a peer with this key that does as the script says.
-pub async fn start(seed: u8, script: Script) -> Peer {
+pub(crate) async fn start(seed: u8, script: Script) -> Peer {
     let key = Keypair::from_seed(&[seed; 32]);
     let config = NetConfig::node(key.clone(), network(), 0).on_loopback();
     let (handle, events) = kinoflock_net::start(config).await.unwrap();

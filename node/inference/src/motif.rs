@@ -3,6 +3,8 @@
 //! It is an ordinary model of the LTX-Video architecture. Whoever wants to run it writes [`FILES`] to a folder and
 //! [`load`](crate::load)s that. How it was made stands in `training/`.
 
+use std::path::Path;
+
 /// Path within the folder, and content, of every file.
 pub const FILES: &[(&str, &[u8])] = &[
     ("kinoflock.json", include_bytes!("../models/motif/kinoflock.json")),
@@ -23,3 +25,18 @@ pub const FILES: &[(&str, &[u8])] = &[
         include_bytes!("../models/motif/vae/diffusion_pytorch_model.safetensors"),
     ),
 ];
+
+/// Writes every file under a folder.
+///
+/// # Errors
+/// What the system reports.
+pub fn write_to(folder: &Path) -> std::io::Result<()> {
+    for (name, bytes) in FILES {
+        let file = folder.join(name);
+        if let Some(parent) = file.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        std::fs::write(file, bytes)?;
+    }
+    Ok(())
+}

@@ -231,6 +231,14 @@ impl Queue {
         tables::receipt(&self.store, self.writer.chain(), sequence)
     }
 
+    /// The receipt at a place in a chain, the present one or one from before a restore.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn receipt_in(&self, chain: ChainId, sequence: u64) -> Result<Option<Envelope>, QueueError> {
+        tables::receipt(&self.store, chain, sequence)
+    }
+
     /// The place that the next receipt will have.
     ///
     /// # Errors

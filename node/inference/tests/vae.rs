@@ -142,14 +142,14 @@ fn tiled(vae: &LtxVae, z: &Tensor, noise: Noise, tiling: Tiling) -> f32 {
 
 #[test]
 fn a_tiled_decode_is_the_whole_decode() {
-    for (name, frames) in [("ltx-video-0.9.0", 9), ("ltx-video-0.9.1", 5), ("ltx-video-0.9.5", 9)] {
+    for (name, frames) in [("ltx-video-0.9.0", 5), ("ltx-video-0.9.1", 3), ("ltx-video-0.9.5", 5)] {
         let vae = load(name);
-        let z = Tensor::randn(0f32, 1.0, (1, 8, frames, 7, 6), &Device::Cpu).unwrap();
+        let z = Tensor::randn(0f32, 1.0, (1, 8, frames, 4, 3), &Device::Cpu).unwrap();
         for tiling in [
             Tiling { tile: Some(64), chunk: None },
             Tiling { tile: None, chunk: Some(16) },
             Tiling { tile: Some(128), chunk: Some(32) },
-            Tiling { tile: Some(1), chunk: Some(1_000_000) },
+            Tiling { tile: Some(1_000_000), chunk: Some(1) },
         ] {
             assert_eq!(tiled(&vae, &z, Noise::Seed(3), tiling), 0.0, "{name}, {tiling:?}");
         }

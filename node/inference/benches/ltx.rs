@@ -1,0 +1,135 @@
+//! LTX-Video's speed on the very shapes on which the reference's is known: one transformer step, one VAE decode.
+//!
+//! Prints, before criterion's own numbers, the process CPU time and wall time of each (minimum over runs), as a script
+//! for the reference does. `RAYON_NUM_THREADS=1 taskset -c 0 cargo bench -p kinoflock-inference` is one thread.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(missing_docs, reason = "criterion's macros make public items")]
+
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_nn::var_builder::{SimpleBackend, VarBuilder};
+use criterion::{Criterion, criterion_group, criterion_main};
+use kinoflock_inference::models::ltx::config::TransformerConfig;
+use kinoflock_inference::models::ltx::rope::Positions;
+use kinoflock_inference::models::ltx::transformer::LtxTransformer;
+use kinoflock_inference::models::ltx::vae::{DecodeSettings, LtxVae, LtxVaeConfig, Noise};
+use kinoflock_inference::tiling::Tiling;
+
+/// Weights out of thin air, small enough that nothing overflows.
+struct Random;
+
+impl SimpleBackend for Random {
+    fn get(
+        &self,
+        shape: Shape,
+        _: &str,
+        _: candle_nn::Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let fan_in: usize = shape.dims().iter().skip(1).product::<usize>().max(1);
+        Tensor::randn(0f32, 1.0 / (fan_in as f32).sqrt(), shape, device)?.to_dtype(dtype)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
+        candle_core::bail!("no shape is known for {name}")
+    }
+
+    fn contains_tensor(&self, _: &str) -> bool {
+        true
+    }
+}
+
+fn weights() -> VarBuilder<'static> {
+    VarBuilder::from_backend(Box::new(Random), DType::F32, Device::Cpu)
+}
+
+fn random(shape: impl Into<Shape>) -> Tensor {
+    Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+}
+
+/// CPU time of all of this process's threads, where the system tells.
+fn cpu_time() -> Option<Duration> {
+    let mut total = 0;
+    for task in std::fs::read_dir("/proc/self/task").ok()? {
+        let text = std::fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        total += text.split_whitespace().next()?.parse::<u64>().ok()?;
+    }
+    Some(Duration::from_nanos(total))
+}
+
+fn report(criterion: &mut Criterion, name: &str, mut run: impl FnMut()) {
+    const RUNS: usize = 8;
+    run();
+    let (mut cpu, mut wall) = (Duration::MAX, Duration::MAX);
+    for _ in 0..RUNS {
+        let (before, start) = (cpu_time(), Instant::now());
+        run();
+        wall = wall.min(start.elapsed());
+        if let (Some(before), Some(after)) = (before, cpu_time()) {
+            cpu = cpu.min(after.saturating_sub(before));
+        }
+    }
+    let threads = rayon::current_num_threads();
+    println!("{name}: threads {threads}, cpu min {cpu:.1?}, wall min {wall:.1?}, n={RUNS}");
+    let mut group = criterion.benchmark_group("ltx");
+    group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_secs(4));
+    group.bench_function(name, |bencher| bencher.iter(&mut run));
+    group.finish();
+}
+
+fn transformer(criterion: &mut Criterion) {
+    let config = TransformerConfig {
+        num_attention_heads: 8,
+        attention_head_dim: 32,
+        cross_attention_dim: 256,
+        num_layers: 8,
+        caption_channels: 256,
+        ..TransformerConfig::default()
+    };
+    let model = LtxTransformer::load(&config, &weights()).unwrap();
+    let positions = Positions::Grid { size: [5, 8, 8], scale: Some([8.0 / 25.0, 32.0, 32.0]) };
+    let rope = model.rope().tables(positions, &Device::Cpu).unwrap();
+    for batch in [1, 2] {
+        let (x, text) = (random((batch, 320, 128)), random((batch, 128, 256)));
+        let mask = Tensor::ones((batch, 128), DType::F32, &Device::Cpu).unwrap();
+        let timestep = Tensor::full(500f32, batch, &Device::Cpu).unwrap();
+        report(criterion, &format!("transformer 8 layers 8x32, 320 tokens, batch {batch}"), || {
+            // The reference projects the text in every step, so it is counted here, though a pipeline does it once.
+            let text = model.text_context(&text, Some(&mask)).unwrap();
+            model.forward(&x, &timestep, &text, &rope).unwrap();
+        });
+        let text = model.text_context(&text, Some(&mask)).unwrap();
+        report(criterion, &format!("transformer, text prepared, batch {batch}"), || {
+            model.forward(&x, &timestep, &text, &rope).unwrap();
+        });
+    }
+}
+
+fn vae(criterion: &mut Criterion) {
+    const PLAIN: &str = r#"{"block_out_channels": [32, 64, 128, 128], "decoder_block_out_channels": [32, 64, 128, 128],
+        "layers_per_block": [1, 1, 1, 1, 1], "decoder_layers_per_block": [1, 1, 1, 1, 1]}"#;
+    const TIMED: &str = r#"{"block_out_channels": [32, 64, 128, 128], "layers_per_block": [1, 1, 1, 1, 1],
+        "decoder_block_out_channels": [32, 64, 128], "decoder_layers_per_block": [1, 1, 1, 1],
+        "decoder_spatio_temporal_scaling": [true, true, true], "decoder_inject_noise": [false, false, false, false],
+        "upsample_residual": [true, true, true], "upsample_factor": [2, 2, 2], "timestep_conditioning": true}"#;
+    let z = random((1, 128, 5, 8, 8));
+    let temb = Tensor::new(&[0.05f32], &Device::Cpu).unwrap();
+    for (name, text) in [("0.9.0 form (32,64,128,128)", PLAIN), ("0.9.5 form (32,64,128)", TIMED)] {
+        let vae = LtxVae::load_decoder(&LtxVaeConfig::from_json(text).unwrap(), weights()).unwrap();
+        let mut settings =
+            DecodeSettings { timestep: Some(&temb), noise: Noise::None, tiling: Tiling::default() };
+        report(criterion, &format!("VAE {name}, 128x5x8x8 to 33x256x256"), || {
+            vae.decode(&z, &settings, None).unwrap();
+        });
+        settings.tiling = Tiling { tile: Some(128), chunk: Some(16) };
+        report(criterion, &format!("VAE {name}, tiles of 128, runs of 16"), || {
+            vae.decode(&z, &settings, None).unwrap();
+        });
+    }
+}
+
+criterion_group!(benches, transformer, vae);
+criterion_main!(benches);

@@ -1,0 +1,180 @@
+//! What `/status` and `kinoflockd status` show: the daemon's state as plain data, without prompt or key of a requester.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The daemon at one moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// Version of this document; a new field does not change it, a changed one does.
+    pub schema: u32,
+    /// The node's id.
+    pub node: String,
+    /// The network's name or id.
+    pub network: String,
+    /// The program's version.
+    pub version: String,
+    /// Seconds since the start.
+    pub uptime_seconds: u64,
+    /// Addresses on which the node listens, with its id.
+    pub addresses: Vec<String>,
+    /// Peers connected now.
+    pub peers: usize,
+    /// Whether the node takes new jobs, and if not, why.
+    pub accepting: Result<(), String>,
+    /// The devices.
+    pub devices: Vec<DeviceReport>,
+    /// Jobs that run or wait, first the ones that run.
+    pub jobs: Vec<JobReport>,
+    /// Bytes of clips stored.
+    pub clip_bytes: u64,
+    /// Most bytes of clips stored.
+    pub clip_bytes_limit: u64,
+    /// Jobs done, failed and cancelled since the start.
+    pub jobs_done: u64,
+    /// Jobs failed since the start.
+    pub jobs_failed: u64,
+    /// Jobs cancelled since the start.
+    pub jobs_cancelled: u64,
+}
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// The name from the configuration.
+    pub name: String,
+    /// `idle`, `running`, `paused`, `draining`, `starting`, `failed`.
+    pub state: String,
+    /// Models served here, with their measured speed.
+    pub models: Vec<ModelReport>,
+}
+
+/// One model on one device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelReport {
+    /// The model's alias here.
+    pub name: String,
+    /// The model's id.
+    pub id: String,
+    /// `passed`, `unreferenced`, or why it is not advertised.
+    pub self_test: String,
+    /// Measured speed in TFLOP of work a second, if measured yet.
+    pub tflop_per_second: Option<f64>,
+}
+
+/// One job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobReport {
+    /// The job's id.
+    pub job: String,
+    /// `running`, `queued`, `awaiting inputs`.
+    pub state: String,
+    /// The device that runs it.
+    pub device: Option<String>,
+    /// Steps done and asked for, once it runs.
+    pub step: Option<(u32, u32)>,
+    /// Jobs before this one.
+    pub position: Option<u32>,
+    /// Expected seconds until it is done.
+    pub eta_seconds: Option<f64>,
+}
+
+impl fmt::Display for StatusReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "node {} on network {}", self.node, self.network)?;
+        writeln!(f, "kinoflockd {}, up {}", self.version, Span(self.uptime_seconds))?;
+        match &self.accepting {
+            Ok(()) => writeln!(f, "takes jobs, {} peer(s) connected", self.peers)?,
+            Err(reason) => writeln!(f, "takes no jobs: {reason}; {} peer(s) connected", self.peers)?,
+        }
+        for address in &self.addresses {
+            writeln!(f, "  {address}")?;
+        }
+        for device in &self.devices {
+            writeln!(f, "device {}: {}", device.name, device.state)?;
+            for model in &device.models {
+                write!(f, "  {} self-test {}", model.name, model.self_test)?;
+                match model.tflop_per_second {
+                    Some(speed) => writeln!(f, ", {speed:.3} TFLOP/s")?,
+                    None => writeln!(f, ", speed not measured yet")?,
+                }
+            }
+        }
+        if self.jobs.is_empty() {
+            writeln!(f, "no job runs or waits")?;
+        }
+        for job in &self.jobs {
+            writeln!(f, "job {job}")?;
+        }
+        writeln!(
+            f,
+            "done {}, failed {}, cancelled {} since the start",
+            self.jobs_done, self.jobs_failed, self.jobs_cancelled
+        )?;
+        write!(f, "clips {} of {}", Size(self.clip_bytes), Size(self.clip_bytes_limit))
+    }
+}
+
+impl fmt::Display for JobReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.job, self.state)?;
+        if let Some(device) = &self.device {
+            write!(f, " on {device}")?;
+        }
+        if let Some((step, steps)) = self.step {
+            write!(f, ", step {step} of {steps}")?;
+        }
+        if let Some(position) = self.position {
+            write!(f, ", {position} before it")?;
+        }
+        if let Some(eta) = self.eta_seconds {
+            write!(f, ", about {eta:.0} s to go")?;
+        }
+        Ok(())
+    }
+}
+
+/// Seconds as people say them.
+struct Span(u64);
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (days, hours, minutes) = (self.0 / 86_400, self.0 / 3_600 % 24, self.0 / 60 % 60);
+        match (days, hours, minutes) {
+            (0, 0, 0) => write!(f, "{} s", self.0),
+            (0, 0, minutes) => write!(f, "{minutes} min"),
+            (0, hours, minutes) => write!(f, "{hours} h {minutes} min"),
+            (days, hours, _) => write!(f, "{days} d {hours} h"),
+        }
+    }
+}
+
+/// Bytes in binary units.
+struct Size(u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MIB: u64 = 1 << 20;
+        const GIB: u64 = 1 << 30;
+        match self.0 {
+            bytes if bytes >= GIB => write!(f, "{:.1} GiB", bytes as f64 / GIB as f64),
+            bytes if bytes >= MIB => write!(f, "{:.1} MiB", bytes as f64 / MIB as f64),
+            bytes => write!(f, "{} KiB", bytes.div_ceil(1024)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_and_sizes_read_as_people_say_them() {
+        assert_eq!(Span(59).to_string(), "59 s");
+        assert_eq!(Span(3_700).to_string(), "1 h 1 min");
+        assert_eq!(Span(200_000).to_string(), "2 d 7 h");
+        assert_eq!(Size(1).to_string(), "1 KiB");
+        assert_eq!(Size(3 << 30).to_string(), "3.0 GiB");
+    }
+}

@@ -1,0 +1,328 @@
+//! The daemon: what ties network, scheduler, stores and workers together.
+//!
+//! One task, [`Daemon::run`], owns the scheduler and every decision. It never waits for a disk, a worker or a peer: such
+//! work is a task of its own that comes back as a [`Note`]. So an answer that must follow a commit (`Accepted`) is sent
+//! by the note that tells of the commit, and a slow disk slows the one who asked.
+//!
+//! - `start`: from the configuration to a running daemon;
+//! - `requests`: what peers ask; `jobs`: what scheduler and workers say; `finish`: from a worker's files to a receipt;
+//! - `boards`: what followers of a job are told; `selftest`: which models may be offered; `advert`: what is offered;
+//! - `operator`: what the admin interface asks.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use kinoflock_net::{Multiaddr, NetEvent, NetHandle, Responder, multiaddr::Protocol};
+use kinoflock_protocol::id::{JobId, ModelId, NetworkId, NodeId};
+use kinoflock_protocol::job::ValidJob;
+use kinoflock_protocol::refusal::Refusal;
+use kinoflock_protocol::units::UnixMillis;
+use tokio::sync::mpsc;
+
+use crate::admin::AdminRequest;
+use crate::clips::Clips;
+use crate::config::Config;
+use crate::engine::supervisor::{EngineEvent, EngineHandle};
+use crate::engine::wire::WorkerInfo;
+use crate::identity::Identity;
+use crate::models::Model;
+use crate::queue::{Queue, QueueError};
+use crate::scheduler::{DeviceId, Origin, Scheduler};
+use crate::shutdown::{Shutdown, Signals};
+use crate::telemetry::Metrics;
+
+use self::boards::Boards;
+
+mod advert;
+mod boards;
+mod finish;
+mod inputs;
+mod jobs;
+mod operator;
+mod requests;
+mod selftest;
+mod start;
+
+pub use start::{RunError, main};
+
+/// Notes from tasks that wait for the daemon; a task with one more waits.
+const MAX_NOTES: usize = 256;
+/// How often what is over is looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
+/// How long the events of an ended job are kept in memory; what it came to stays on disk.
+const KEEP_BOARDS: Duration = Duration::from_secs(600);
+/// How often a node says what it can do, and at most after a change.
+const ADVERT_EVERY: Duration = Duration::from_secs(30);
+/// Longest wait for workers and network to end after a signal.
+const END_WITHIN: Duration = Duration::from_secs(5);
+
+/// What a task found out.
+#[derive(Debug)]
+enum Note {
+    /// The operator's hook and the admitted order's write are through, or not.
+    Stored { job: JobId, result: Result<(), Rejected>, responder: Responder },
+    /// The hook has spoken about an order.
+    Heard { order: Box<requests::Ordered>, verdict: Result<(), Refusal>, responder: Responder },
+    /// A start is on disk.
+    Started { device: DeviceId, job: JobId, result: Result<u32, QueueError> },
+    /// Inputs of a job are here, or not.
+    Inputs { job: JobId, result: Result<(), String> },
+    /// A clip is stored and its receipt signed, or not.
+    Finished { device: DeviceId, job: JobId, result: Result<Box<finish::Finished>, finish::FinishError> },
+    /// The end of a job without a clip is on disk.
+    Ended { job: JobId, result: Result<(), QueueError> },
+    /// Records were erased, because their terms are over.
+    Swept { jobs: Vec<JobId> },
+    /// Something of an engine.
+    Engine { device: DeviceId, event: EngineEvent },
+}
+
+/// Why an admitted order was not written.
+#[derive(Debug)]
+struct Rejected(QueueError);
+
+/// A job that waits or runs.
+#[derive(Debug)]
+struct LiveJob {
+    job: ValidJob,
+    origin: Origin,
+    accepted_at: UnixMillis,
+    started_at: Option<UnixMillis>,
+    admitted: Instant,
+    /// Who sent it and serves its inputs; unknown after a restart.
+    submitter: Option<NodeId>,
+    steps_done: u32,
+}
+
+/// A device and its worker.
+#[derive(Debug)]
+struct Device {
+    name: String,
+    engine: EngineHandle,
+    worker: Option<WorkerInfo>,
+    tests: selftest::Tests,
+}
+
+/// Jobs that ended since the start.
+#[derive(Debug, Default, Clone, Copy)]
+struct Counts {
+    done: u64,
+    failed: u64,
+    cancelled: u64,
+}
+
+/// The running daemon.
+struct Daemon {
+    config: Config,
+    identity: Identity,
+    network: NetworkId,
+    net: NetHandle,
+    scheduler: Scheduler,
+    queue: Queue,
+    clips: Clips,
+    models: BTreeMap<ModelId, Arc<Model>>,
+    devices: BTreeMap<DeviceId, Device>,
+    live: BTreeMap<JobId, LiveJob>,
+    boards: Boards,
+    adverts: advert::Adverts,
+    notes: mpsc::Sender<Note>,
+    metrics: Metrics,
+    counts: Counts,
+    started: Instant,
+    ready: tokio::sync::watch::Sender<bool>,
+    draining: bool,
+    peers: usize,
+}
+
+impl Daemon {
+    async fn run(
+        mut self,
+        mut events: kinoflock_net::NetEvents,
+        mut notes: mpsc::Receiver<Note>,
+        mut admin: mpsc::Receiver<AdminRequest>,
+        mut signals: Signals,
+    ) {
+        let mut sweep = tokio::time::interval(SWEEP_EVERY);
+        let mut advert = tokio::time::interval(ADVERT_EVERY);
+        let mut drain_until: Option<Instant> = None;
+        self.settle();
+        while !self.over(drain_until) {
+            let wake = [self.scheduler.poll_timeout(), drain_until].into_iter().flatten().min();
+            tokio::select! {
+                Some(note) = notes.recv() => self.handle_note(note),
+                Some(event) = events.recv() => self.handle_net(event),
+                Some(request) = admin.recv() => self.handle_admin(request),
+                shutdown = signals.recv() => match shutdown {
+                    Shutdown::Drain => drain_until = Some(self.begin_drain()),
+                    Shutdown::Now => break,
+                },
+                () = sleep_until(wake) => self.scheduler.handle_timeout(Instant::now()),
+                _ = sweep.tick() => self.sweep(),
+                _ = advert.tick() => self.advertise(),
+            }
+            self.settle();
+        }
+        self.end(&mut notes).await;
+    }
+
+    /// Does what the scheduler decided, until it has nothing more to say.
+    fn settle(&mut self) {
+        while let Some(event) = self.scheduler.poll_event() {
+            self.handle_event(event);
+        }
+        self.show();
+    }
+
+    fn handle_note(&mut self, note: Note) {
+        match note {
+            Note::Stored { job, result, responder } => self.handle_stored(job, result, responder),
+            Note::Heard { order, verdict, responder } => self.handle_heard(*order, verdict, responder),
+            Note::Started { device, job, result } => self.handle_started(device, job, result),
+            Note::Inputs { job, result } => self.handle_inputs(job, result),
+            Note::Finished { device, job, result } => self.handle_finished(device, job, result),
+            Note::Ended { job, result } => self.handle_ended(job, result),
+            Note::Swept { jobs } => jobs.iter().for_each(|job| self.scheduler.forget(job)),
+            Note::Engine { device, event } => self.handle_engine(device, event),
+        }
+    }
+
+    fn handle_net(&mut self, event: NetEvent) {
+        match event {
+            NetEvent::Request { node, addr, request, responder } => {
+                self.handle_request(node, addr.as_ref(), *request, responder);
+            }
+            NetEvent::Progress { query, from_seq, sink, .. } => self.handle_follow(&query, from_seq, sink),
+            NetEvent::Advert(advert) => self.handle_advert(advert),
+            NetEvent::Connected { node, .. } => {
+                self.peers += 1;
+                tracing::debug!(peer = %node.short(), "connected");
+            }
+            NetEvent::Disconnected { node } => {
+                self.peers = self.peers.saturating_sub(1);
+                tracing::debug!(peer = %node.short(), "disconnected");
+            }
+            NetEvent::Found { node, addr } => self.handle_found(node, addr),
+            NetEvent::OtherVersion { node, speaks, ours } => {
+                tracing::warn!(peer = %node.short(), ?speaks, ours, "a peer speaks another version of the protocol");
+            }
+            NetEvent::Listening { addr } => tracing::info!(%addr, "listening"),
+            other => {
+                tracing::trace!(event = ?std::mem::discriminant(&other), "network event without use here")
+            }
+        }
+    }
+
+    fn handle_found(&self, node: NodeId, addr: Multiaddr) {
+        let net = self.net.clone();
+        tokio::spawn(async move {
+            if let Err(error) = net.connect(node, vec![addr]).await {
+                tracing::debug!(peer = %node.short(), %error, "a node on the local network was not reached");
+            }
+        });
+    }
+
+    /// Leaves a task to itself; what it finds comes back as a note.
+    fn spawn(&self, work: impl Future<Output = Note> + Send + 'static) {
+        let notes = self.notes.clone();
+        tokio::spawn(async move {
+            let note = work.await;
+            // Without a daemon nobody needs the note: what matters is on disk.
+            let _ = notes.send(note).await;
+        });
+    }
+
+    fn begin_drain(&mut self) -> Instant {
+        let now = Instant::now();
+        tracing::info!(
+            limit_s = self.config.drain.as_secs(),
+            "draining: no new jobs, the running ones may finish"
+        );
+        crate::shutdown::notify("STOPPING=1");
+        self.draining = true;
+        self.scheduler.drain(None, None, now);
+        self.advertise();
+        now + self.config.drain
+    }
+
+    /// Whether nothing runs any more or the time to finish is up.
+    fn over(&self, drain_until: Option<Instant>) -> bool {
+        let idle = self.scheduler.devices(Instant::now()).iter().all(|device| device.running.is_none());
+        drain_until.is_some_and(|until| idle || until <= Instant::now())
+    }
+
+    /// Ends workers and network. Running jobs go back to the queue on disk, where the next start finds them.
+    async fn end(self, notes: &mut mpsc::Receiver<Note>) {
+        let _ = self.ready.send(false);
+        let running: Vec<_> = self.running();
+        for job in &running {
+            if let Err(error) = self.queue.requeue(*job, false).await {
+                tracing::error!(job = %job.short(), %error, "a running job could not be put back; it starts again all the same");
+            }
+        }
+        notes.close();
+        let engines = self.devices.values().map(|device| device.engine.shutdown());
+        let ending = async {
+            futures::future::join_all(engines).await;
+            self.net.shutdown().await;
+        };
+        if tokio::time::timeout(END_WITHIN, ending).await.is_err() {
+            tracing::warn!("workers or network did not end within {} s", END_WITHIN.as_secs());
+        }
+        tracing::info!(put_back = running.len(), "stopped");
+    }
+
+    fn running(&self) -> Vec<JobId> {
+        self.scheduler.devices(Instant::now()).iter().filter_map(|device| device.running).collect()
+    }
+
+    fn sweep(&mut self) {
+        let now = unix_now();
+        let ago = |span: Duration| now.minus(kinoflock_protocol::units::Millis(span.as_millis() as u64));
+        let acknowledged = ago(self.config.terms.keep_acknowledged);
+        let stored = ago(self.config.terms.keep_at_most);
+        let (queue, clips) = (self.queue.clone(), self.clips.clone());
+        let forget = Instant::now().checked_sub(KEEP_BOARDS);
+        for job in forget.map(|moment| self.boards.ended_before(moment)).unwrap_or_default() {
+            self.boards.forget(&job);
+        }
+        self.spawn(async move {
+            let jobs = queue.sweep(acknowledged, stored).await.unwrap_or_else(|error| {
+                tracing::error!(%error, "old records could not be erased");
+                Vec::new()
+            });
+            let swept = tokio::task::spawn_blocking(move || clips.sweep(acknowledged, stored)).await;
+            match swept {
+                Ok(Ok(blobs)) if !blobs.is_empty() => {
+                    tracing::info!(clips = blobs.len(), "clips erased as the terms say")
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::error!(%error, "old clips could not be erased"),
+                Err(error) => tracing::error!(%error, "the clip store's task failed"),
+            }
+            Note::Swept { jobs }
+        });
+    }
+}
+
+/// This machine's clock, as it is written in messages.
+fn unix_now() -> UnixMillis {
+    UnixMillis::from_system_time(SystemTime::now())
+}
+
+/// The IP address of a multiaddress.
+fn ip_of(addr: &Multiaddr) -> Option<IpAddr> {
+    addr.iter().find_map(|part| match part {
+        Protocol::Ip4(ip) => Some(IpAddr::V4(ip)),
+        Protocol::Ip6(ip) => Some(IpAddr::V6(ip)),
+        _ => None,
+    })
+}
+
+async fn sleep_until(wake: Option<Instant>) {
+    match wake {
+        Some(wake) => tokio::time::sleep_until(wake.into()).await,
+        None => std::future::pending().await,
+    }
+}

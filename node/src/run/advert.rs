@@ -1,0 +1,228 @@
+//! What this node offers, and what it has heard of others.
+//!
+//! An advert is signed, short and short-lived. One that was heard is kept until its life is over; of each node the newest.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use kinoflock_net::discovery::{Advert, Verdict};
+use kinoflock_protocol::capacity::{
+    Capacity, Device, NodeState, Offer, OfferLimits, QueueState, Serves, Terms,
+};
+use kinoflock_protocol::codec::{List, Text};
+use kinoflock_protocol::envelope::Envelope;
+use kinoflock_protocol::id::{CardId, NodeId};
+use kinoflock_protocol::limits::{ADVERT_MEMORY_MS, MAX_NODES, SPOKEN_VERSIONS};
+use kinoflock_protocol::rpc::{FindNodes, Response};
+use kinoflock_protocol::work::Work;
+
+use super::{Daemon, finish, requests, unix_now};
+use crate::models::Model;
+
+/// Nodes whose adverts are kept; more are not listened to until some have run out.
+const MAX_KNOWN: usize = 4096;
+/// How long the number of an advert that ran out is remembered, so that an old one cannot revive its node.
+const REMEMBERED: Duration = Duration::from_millis(ADVERT_MEMORY_MS);
+/// Basis points in a percent.
+const BPS_PER_PERCENT: u16 = 100;
+
+/// Adverts, our own and others'.
+#[derive(Debug, Default)]
+pub(super) struct Adverts {
+    sequence: u64,
+    own: Option<Envelope>,
+    known: BTreeMap<NodeId, Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    envelope: Envelope,
+    capacity: Capacity,
+    until: Instant,
+}
+
+impl Daemon {
+    /// Signs what this node can do now, and tells the network.
+    pub(super) fn advertise(&mut self) {
+        let sequence = self.adverts.sequence.max(unix_now().0) + 1;
+        self.adverts.sequence = sequence;
+        let capacity = self.capacity(sequence);
+        let sealed = Envelope::seal(self.identity.keypair(), &self.network, &capacity);
+        let envelope = match sealed {
+            Ok(envelope) => envelope,
+            Err(error) => return tracing::error!(%error, "the advert could not be signed"),
+        };
+        self.adverts.own = Some(envelope.clone());
+        let net = self.net.clone();
+        tokio::spawn(async move {
+            if let Err(error) = net.publish_advert(envelope.encode()).await {
+                tracing::debug!(%error, "the advert was not published");
+            }
+        });
+    }
+
+    fn capacity(&self, sequence: u64) -> Capacity {
+        let now = Instant::now();
+        let (queue, limits) = (self.scheduler.queue(now), self.scheduler.policy().limits());
+        let devices = self.scheduler.devices(now);
+        let loaded: Vec<_> = devices.iter().filter_map(|device| device.loaded).collect();
+        let offers = self.models.values().filter(|model| self.scheduler.policy().serves_model(&model.id));
+        let offers = offers.filter_map(|model| {
+            let (self_test, speed, devices) = self.passed(&model.id)?;
+            Some(Offer {
+                model: model.id,
+                name: Text::truncated(&model.name),
+                architecture: model.manifest.architecture.clone(),
+                speed,
+                devices,
+                loaded: loaded.contains(&model.id),
+                self_test,
+            })
+        });
+        let workers: Vec<_> = self.devices.values().filter_map(|device| device.worker.as_ref()).collect();
+        Capacity {
+            issued_at: unix_now(),
+            sequence,
+            name: Text::truncated(self.config.name.as_deref().unwrap_or_default()),
+            addresses: List::first_of(self.addresses().iter().map(|addr| Text::truncated(addr))),
+            models: List::first_of(offers),
+            devices: List::first_of(workers.iter().map(|worker| Device {
+                class: finish::class_of(&worker.device),
+                name: Text::truncated(&worker.device_name),
+                memory: 0,
+            })),
+            limits: OfferLimits {
+                max_frames: limits.frames.unwrap_or(0),
+                max_width: limits.width.unwrap_or(0),
+                max_height: limits.height.unwrap_or(0),
+                max_steps: limits.steps.unwrap_or(0),
+                max_work: Work(0),
+                max_input_bytes: requests::MAX_INPUT_BYTES,
+                max_queue: self.config.queue.jobs,
+            },
+            queue: QueueState {
+                jobs: queue.waiting + queue.running,
+                work: Work(queue.work),
+                wait: requests::millis(queue.wait.unwrap_or_default()),
+            },
+            state: self.state(&devices),
+            serves: self.serves(),
+            terms: self.terms(),
+            content_rules: self.scheduler.policy().content_rules(),
+            protocol_versions: List::first_of(SPOKEN_VERSIONS.iter().copied()),
+            engine: workers.first().map_or_else(Text::default, |worker| {
+                Text::truncated(&format!("{}/{}", worker.engine, worker.version))
+            }),
+        }
+    }
+
+    fn state(&self, devices: &[crate::scheduler::DeviceStatus]) -> NodeState {
+        use crate::scheduler::DeviceMode;
+        if self.draining || devices.iter().all(|device| matches!(device.mode, DeviceMode::Draining { .. })) {
+            NodeState::Draining
+        } else if devices
+            .iter()
+            .all(|device| matches!(device.mode, DeviceMode::Paused { .. } | DeviceMode::Down))
+        {
+            NodeState::Paused
+        } else {
+            NodeState::Open
+        }
+    }
+
+    fn serves(&self) -> Serves {
+        let share = u16::from(self.scheduler.policy().public_share());
+        Serves {
+            public_bps: share * BPS_PER_PERCENT,
+            collectives: List::first_of(self.config.serve.collectives.iter().copied()),
+            listed_only: !self.config.policy.allow.is_empty(),
+        }
+    }
+
+    fn terms(&self) -> Terms {
+        let acknowledged = requests::millis(self.config.terms.keep_acknowledged);
+        Terms {
+            keeps_prompts: acknowledged,
+            keeps_clips: acknowledged,
+            keeps_latents: acknowledged,
+            keeps_unacknowledged: requests::millis(self.config.terms.keep_at_most),
+            ..Terms::default()
+        }
+    }
+
+    /// The addresses under which this node may be reached, those named by the operator first.
+    pub(super) fn addresses(&self) -> Vec<String> {
+        let external = self.config.network.external.iter().map(|addr| addr.as_str().to_owned());
+        external.chain(self.net.listen_addrs().iter().map(ToString::to_string)).collect()
+    }
+
+    pub(super) fn own_advert(&self) -> Response {
+        match &self.adverts.own {
+            Some(envelope) => Response::Capacity(envelope.clone()),
+            None => Response::error("starting", "this node is starting; ask again in some seconds"),
+        }
+    }
+
+    pub(super) fn find_nodes(&mut self, wanted: &FindNodes) -> Response {
+        let now = Instant::now();
+        self.adverts.known.retain(|_, known| now < known.until + REMEMBERED);
+        let limit = (wanted.limit as usize).min(MAX_NODES);
+        let fits = |capacity: &Capacity| {
+            let serves = wanted.model.is_none_or(|model| capacity.offer(&model).is_some());
+            let limits = capacity.limits;
+            let within = |limit: u32, given: u32| limit == 0 || given <= limit;
+            let takes = wanted.shape.is_none_or(|shape| {
+                within(limits.max_frames, shape.frames)
+                    && within(limits.max_width, shape.width)
+                    && within(limits.max_height, shape.height)
+                    && within(limits.max_steps, shape.steps)
+            });
+            serves && takes
+        };
+        let own = self
+            .adverts
+            .own
+            .iter()
+            .filter(|_| wanted.model.is_none_or(|model| self.passed(&model).is_some()));
+        let known = self.adverts.known.values().filter(|known| now < known.until && fits(&known.capacity));
+        let nodes = own.chain(known.map(|known| &known.envelope)).take(limit).cloned();
+        Response::Nodes(List::first_of(nodes))
+    }
+
+    /// Checks a gossiped advert before it is forwarded.
+    pub(super) fn handle_advert(&mut self, advert: Advert) {
+        let now = Instant::now();
+        let verdict = match self.check_advert(&advert, now) {
+            Ok(known)
+                if self.adverts.known.len() < MAX_KNOWN
+                    || self.adverts.known.contains_key(&advert.publisher) =>
+            {
+                self.adverts.known.insert(advert.publisher, known);
+                Verdict::Accept
+            }
+            Ok(_) => Verdict::Ignore,
+            Err(verdict) => verdict,
+        };
+        tracing::trace!(peer = %advert.publisher.short(), ?verdict, "advert");
+        advert.judge(verdict);
+    }
+
+    fn check_advert(&self, advert: &Advert, now: Instant) -> Result<Known, Verdict> {
+        let envelope = Envelope::decode(&advert.bytes).map_err(|_| Verdict::Reject)?;
+        let opened = envelope.open::<Capacity>(&self.network).map_err(|_| Verdict::Reject)?;
+        if NodeId::from(opened.signer) != advert.publisher {
+            return Err(Verdict::Reject);
+        }
+        let newest = self.adverts.known.get(&advert.publisher).map(|known| known.capacity.sequence);
+        let wall = unix_now();
+        // An honest clock may be wrong, and an old advert may come late: nobody is blamed.
+        opened.value.check(wall, newest).map_err(|_| Verdict::Ignore)?;
+        let until = now + Duration::from_millis(opened.value.lives_for(wall).0);
+        Ok(Known { envelope, capacity: opened.value, until })
+    }
+
+    /// The id of the card that this node signs about a model.
+    pub(super) fn card_id(&self, model: &Model) -> Option<CardId> {
+        self.card_of(model).map(|envelope| CardId::of(&envelope, &self.network))
+    }
+}

@@ -1,0 +1,226 @@
+//! From a worker's files to a receipt: the clip into the store, its receipt into the chain, then the news to the artist.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use kinoflock_protocol::capacity::DeviceClass;
+use kinoflock_protocol::clip::BlobRef;
+use kinoflock_protocol::codec::{List, Text};
+use kinoflock_protocol::envelope::Envelope;
+use kinoflock_protocol::id::{BlobId, ClipId, JobId, Keypair, NetworkId, ReceiptId};
+use kinoflock_protocol::progress::JobEvent;
+use kinoflock_protocol::receipt::Receipt;
+use kinoflock_protocol::units::UnixMillis;
+use kinoflock_protocol::work::work;
+
+use super::{Daemon, Note, jobs, unix_now};
+use crate::clips::{Clips, ClipsError, Owner, OwnerClass};
+use crate::engine::wire::{DoneReport, Failure, FileReport};
+use crate::policy::Class;
+use crate::queue::{Link, Queue, QueueError};
+use crate::scheduler::{DeviceId, Measured};
+use crate::telemetry::ResultLabels;
+
+/// What is left to tell of a finished job.
+#[derive(Debug)]
+pub(super) struct Finished {
+    receipt: Envelope,
+    report: DoneReport,
+}
+
+/// Why a finished clip could not be kept.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(super) enum FinishError {
+    /// The store refused.
+    #[error(transparent)]
+    Clips(#[from] ClipsError),
+    /// The receipt was not written.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The worker's file is not what it reported.
+    #[error("the worker reported {what} {reported}, its file is {found}")]
+    Changed {
+        /// Clip or latents.
+        what: &'static str,
+        /// As reported.
+        reported: BlobId,
+        /// As stored.
+        found: BlobId,
+    },
+    /// A task of ours failed.
+    #[error("the task that stores clips failed: {0}")]
+    Task(String),
+}
+
+impl FinishError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Clips(error) => error.code(),
+            Self::Queue(error) => error.code(),
+            Self::Changed { .. } => "worker_file_changed",
+            Self::Task(_) => "internal",
+        }
+    }
+}
+
+/// All but its place in the chain.
+struct Draft {
+    receipt: Receipt,
+    keypair: Keypair,
+    network: NetworkId,
+}
+
+impl Daemon {
+    /// Stores the clip and signs the receipt, away from the daemon's loop.
+    pub(super) fn finish(&mut self, device: DeviceId, report: DoneReport) {
+        if self.test_done(device, &report) {
+            return;
+        }
+        let job = report.job;
+        let Some((draft, owner)) = self.draft(device, &report) else {
+            let failure = Failure::new("internal", "the job is not here any more", true);
+            return self.failed(device, &job, &failure);
+        };
+        let (queue, clips) = (self.queue.clone(), self.clips.clone());
+        self.spawn(async move {
+            let result = store(queue, clips, owner, draft, report).await.map(Box::new);
+            Note::Finished { device, job, result }
+        });
+    }
+
+    fn draft(&self, device: DeviceId, report: &DoneReport) -> Option<(Draft, Owner)> {
+        let live = self.live.get(&report.job)?;
+        let spec = live.job.spec();
+        let model = self.models.get(&spec.model)?;
+        let worker = self.devices.get(&device)?.worker.as_ref();
+        let card = self.card_id(model);
+        let clip = blob(&report.clip);
+        let receipt = Receipt {
+            job: report.job,
+            requester: live.job.requester(),
+            node: self.identity.node_id(),
+            collective: None,
+            model: spec.model,
+            cards: List::first_of(card),
+            adapters: List::default(),
+            clip: ClipId::from(clip.id),
+            clip_len: clip.len,
+            latents: report.latents.as_ref().map(blob),
+            parents: spec.parents.clone(),
+            inputs: List::first_of(spec.inputs().iter().map(|blob| blob.id)),
+            seed: spec.seed,
+            steps: report.steps_done,
+            step_root: report.step_root.filter(|_| spec.returns.step_root),
+            segments: List::default(),
+            work: work(&model.manifest.work, &spec.shape()),
+            device: worker.map_or(DeviceClass::Other, |worker| class_of(&worker.device)),
+            engine: Text::truncated(
+                &worker.map_or_else(String::new, |w| format!("{}/{}", w.engine, w.version)),
+            ),
+            accepted_at: live.accepted_at,
+            started_at: live.started_at.unwrap_or(live.accepted_at).max(live.accepted_at),
+            finished_at: UnixMillis(0),
+            claimed_joules: None,
+            chain: self.identity.chain(),
+            sequence: 0,
+            previous: None,
+        };
+        let class = match live.origin.class {
+            Class::Own => OwnerClass::Own,
+            Class::Collective => OwnerClass::Collective,
+            Class::Public => OwnerClass::Public,
+        };
+        let owner = Owner { job: report.job, requester: live.job.requester(), class };
+        Some((Draft { receipt, keypair: self.identity.keypair().clone(), network: self.network }, owner))
+    }
+
+    pub(super) fn handle_finished(
+        &mut self,
+        device: DeviceId,
+        job: JobId,
+        result: Result<Box<Finished>, FinishError>,
+    ) {
+        let folder = self.work_folder(&job);
+        if let Err(error) = jobs::remove_folder(&folder) {
+            tracing::warn!(job = %job.short(), %error, "a finished job's files could not be removed");
+        }
+        match result {
+            Ok(finished) => {
+                self.metrics.receipts.get_or_create(&ResultLabels { result: "signed" }).inc();
+                self.metrics.frames.inc_by(u64::from(finished.report.frames));
+                let took = finished.report.timings;
+                let phases = [
+                    ("text", took.text),
+                    ("denoise", took.steps),
+                    ("vae", took.decode),
+                    ("encode", took.encode),
+                ];
+                for (phase, seconds) in phases {
+                    self.phase_took(phase, seconds);
+                }
+                let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+                let measured = Measured { load: seconds(took.load), compute: seconds(took.compute()) };
+                self.boards.tell(&job, JobEvent::Done { receipt: finished.receipt });
+                self.scheduler.handle_done(device, &job, measured, Instant::now());
+            }
+            Err(error) => {
+                let full =
+                    matches!(error, FinishError::Clips(ClipsError::StoreFull { .. } | ClipsError::DiskFull));
+                // Elsewhere there may be room; here a second run would end the same way.
+                let failure = Failure::new(error.code(), &error.to_string(), !full);
+                self.failed(device, &job, &failure);
+            }
+        }
+    }
+}
+
+async fn store(
+    queue: Queue,
+    clips: Clips,
+    owner: Owner,
+    mut draft: Draft,
+    report: DoneReport,
+) -> Result<Finished, FinishError> {
+    let now = unix_now();
+    let files = [Some(("clip", report.clip.clone())), report.latents.clone().map(|file| ("latents", file))];
+    let stored = tokio::task::spawn_blocking(move || {
+        for (what, file) in files.into_iter().flatten() {
+            let found = clips.put_file(Path::new(file.path.as_str()), owner, now)?.id;
+            if found != file.blake3 {
+                return Err(FinishError::Changed { what, reported: file.blake3, found });
+            }
+        }
+        Ok(())
+    });
+    stored.await.map_err(|error| FinishError::Task(error.to_string()))??;
+    let job = draft.receipt.job;
+    // A clock that was set back meanwhile must not make a receipt that contradicts itself.
+    draft.receipt.finished_at = unix_now().max(draft.receipt.started_at);
+    let receipt =
+        queue.finish(job, draft.receipt.finished_at, Box::new(move |link| sign(draft, link))).await?;
+    Ok(Finished { receipt, report })
+}
+
+fn sign(mut draft: Draft, link: Link) -> Result<(ReceiptId, Envelope), String> {
+    draft.receipt.chain = link.chain;
+    draft.receipt.sequence = link.sequence;
+    draft.receipt.previous = link.previous;
+    let envelope =
+        Envelope::seal(&draft.keypair, &draft.network, &draft.receipt).map_err(|error| error.to_string())?;
+    Ok((ReceiptId::of(&envelope, &draft.network), envelope))
+}
+
+fn blob(file: &FileReport) -> BlobRef {
+    BlobRef { id: file.blake3, len: file.len }
+}
+
+/// The sort of a device by its name in the configuration.
+pub(super) fn class_of(device: &str) -> DeviceClass {
+    match device.split(':').next() {
+        Some("cpu") => DeviceClass::Cpu,
+        Some("cuda") => DeviceClass::Cuda,
+        Some("metal") => DeviceClass::Metal,
+        _ => DeviceClass::Other,
+    }
+}

@@ -1,0 +1,595 @@
+//! What peers ask of the daemon, and what it answers.
+//!
+//! Everything that comes in is hostile until it is checked: the signature over the received bytes, then the content, then
+//! whether this node can make it, then the operator's rules. Every refusal says which rule, which limit, which value.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
+
+use kinoflock_net::progress::ProgressSink;
+use kinoflock_net::{Multiaddr, Responder};
+use kinoflock_protocol::codec::{Bytes, List};
+use kinoflock_protocol::envelope::Envelope;
+use kinoflock_protocol::id::{JobId, NodeId, RequesterId};
+use kinoflock_protocol::job::{Addressee, JobError, JobKind, ValidJob};
+use kinoflock_protocol::order::{OrderError, Quote, QuoteRequest, ValidOrder};
+use kinoflock_protocol::progress::JobEvent;
+use kinoflock_protocol::query::{QueryAction, ValidQuery};
+use kinoflock_protocol::receipt::{ReceiptAnswer, ValidReceipt, Verdict};
+use kinoflock_protocol::refusal::{Reason, Refusal};
+use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
+use kinoflock_protocol::units::{Millis, UnixMillis};
+use kinoflock_protocol::work::{JobShape, work};
+
+use super::{Daemon, LiveJob, Note, Rejected, ip_of, jobs, unix_now};
+use crate::models::Model;
+use crate::policy::{Rule, Wanted, hook};
+use crate::queue::{End, JobRecord, StoredState};
+use crate::scheduler::{Admission, Cancelled, NetPrefix, NewJob, Origin, Stage};
+use crate::telemetry::{ReasonLabels, ResultLabels};
+
+/// Bytes of a clip's file beyond its frames: container, first picture.
+const CLIP_OVERHEAD: u64 = 64 * 1024;
+/// Pixels per byte of a clip that are reserved at admission. The encoder's quality mode stays well below one byte.
+const PIXELS_PER_BYTE: u64 = 2;
+/// Bytes of inputs that a job may bring.
+pub(super) const MAX_INPUT_BYTES: u64 = 256 << 20;
+
+/// An order that passed every check but the operator's hook.
+#[derive(Debug)]
+pub(super) struct Ordered {
+    job: ValidJob,
+    job_envelope: Envelope,
+    order: ValidOrder,
+    order_envelope: Envelope,
+    origin: Origin,
+    wanted: Wanted,
+    submitter: NodeId,
+}
+
+impl Daemon {
+    pub(super) fn handle_request(
+        &mut self,
+        node: NodeId,
+        addr: Option<&Multiaddr>,
+        request: Request,
+        responder: Responder,
+    ) {
+        let kind = request.name();
+        let response = match request {
+            Request::Capacity => self.own_advert(),
+            Request::FindNodes(wanted) => self.find_nodes(&wanted),
+            Request::Quote(request) => self.quote(&request, addr),
+            Request::Submit { order, job } => match self.check_submit(order, job, node, addr) {
+                Ok(ordered) => return self.submit(ordered, responder),
+                Err(refusal) => Response::Refused(*refusal),
+            },
+            Request::Status(query) => self.status(&query),
+            Request::Cancel(query) => self.cancel(&query),
+            Request::Answer(answer) => self.answer(answer),
+            Request::Release { lease, .. } => {
+                self.scheduler.handle_release(&lease);
+                Response::Acknowledged
+            }
+            Request::Manifest(id) => match self.models.get(&id) {
+                Some(model) => match Bytes::new(model.manifest.encode()) {
+                    Ok(bytes) => Response::Manifest(bytes),
+                    Err(error) => Response::error("manifest_too_long", &error.to_string()),
+                },
+                None => Response::Refused(*unserved(&id)),
+            },
+            Request::Cards(id) => match self.models.get(&id) {
+                Some(model) => Response::Cards(List::first_of(self.card_of(model))),
+                None => Response::Refused(*unserved(&id)),
+            },
+        };
+        self.respond(kind, responder, response);
+    }
+
+    fn respond(&self, kind: &'static str, responder: Responder, response: Response) {
+        if let Response::Refused(refusal) = &response {
+            let reason = refusal.code().to_owned();
+            tracing::debug!(kind, reason, rule = %refusal.rule, "refused");
+            self.metrics.refusals.get_or_create(&ReasonLabels { reason }).inc();
+        }
+        if let Err(error) = responder.send(response) {
+            tracing::error!(kind, %error, "an answer was not sent");
+        }
+    }
+
+    pub(super) fn card_of(&self, model: &Model) -> Option<Envelope> {
+        let card = model.card.as_ref()?;
+        match Envelope::seal(self.identity.keypair(), &self.network, card) {
+            Ok(envelope) => Some(envelope),
+            Err(error) => {
+                tracing::error!(model = %model.name, %error, "the model's card could not be signed");
+                None
+            }
+        }
+    }
+
+    fn quote(&mut self, request: &QuoteRequest, addr: Option<&Multiaddr>) -> Response {
+        let response = match self.try_quote(request, addr) {
+            Ok(envelope) => Response::Quote(envelope),
+            Err(refusal) => Response::Refused(*refusal),
+        };
+        let result = if matches!(response, Response::Quote(_)) { "quoted" } else { "refused" };
+        self.metrics.offers.get_or_create(&ResultLabels { result }).inc();
+        response
+    }
+
+    fn try_quote(
+        &mut self,
+        request: &QuoteRequest,
+        addr: Option<&Multiaddr>,
+    ) -> Result<Envelope, Box<Refusal>> {
+        if request.train {
+            let refusal = Refusal::new(Reason::UnknownOperation, "train").given("train");
+            return Err(Box::new(refusal.advice("this release makes clips only")));
+        }
+        check_inputs_len(request.input_bytes)?;
+        check_adapters(request.adapters.len())?;
+        let wanted = self.wanted(&request.model, request.shape)?;
+        let origin = self.origin(request.requester, addr);
+        let now = Instant::now();
+        let room = self.clips.room(&request.requester, expected_bytes(&request.shape));
+        let promise = self.scheduler.handle_quote(origin, wanted, room, now)?;
+        let issued_at = unix_now();
+        let quote = Quote {
+            request: request.hash(),
+            requester: request.requester,
+            lease: promise.lease,
+            issued_at,
+            expires_at: issued_at.plus(millis(promise.expires.saturating_duration_since(now))),
+            position: promise.position,
+            eta: eta_millis(promise.eta.map(|times| times.finishes), now),
+            work: wanted.work,
+            speed: promise.speed,
+            max_input_bytes: MAX_INPUT_BYTES,
+        };
+        Envelope::seal(self.identity.keypair(), &self.network, &quote)
+            .map_err(|error| invalid(error.code(), &error))
+    }
+
+    /// What a job costs here, if the model can make it at all.
+    fn wanted(&self, model: &kinoflock_protocol::ModelId, shape: JobShape) -> Result<Wanted, Box<Refusal>> {
+        let known = self.models.get(model).ok_or_else(|| unserved(model))?;
+        known.manifest.rules.check(shape.frames, shape.width, shape.height).map_err(|error| {
+            let refusal = Refusal::new(Reason::Impossible, error.code()).given(&error);
+            Box::new(refusal)
+        })?;
+        Ok(Wanted { model: *model, shape, work: work(&known.manifest.work, &shape) })
+    }
+
+    fn origin(&self, requester: RequesterId, addr: Option<&Multiaddr>) -> Origin {
+        // A peer without a visible address (behind a relay) shares the prefix of all such.
+        let ip = addr.and_then(ip_of).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let class = self.scheduler.policy().class_of(&requester, None);
+        Origin { requester, class, prefix: NetPrefix::of(ip) }
+    }
+
+    fn check_submit(
+        &self,
+        order_envelope: Envelope,
+        job_envelope: Envelope,
+        submitter: NodeId,
+        addr: Option<&Multiaddr>,
+    ) -> Result<Ordered, Box<Refusal>> {
+        let (now, node) = (unix_now(), self.identity.node_id());
+        let collectives: Vec<_> = self.config.serve.collectives.iter().copied().collect();
+        let addressee = Addressee { node: &node, collectives: &collectives };
+        let job = ValidJob::parse(&job_envelope, &self.network, now, Some(addressee)).map_err(job_refusal)?;
+        let order =
+            ValidOrder::parse(&order_envelope, &self.network, now, &node, &job).map_err(order_refusal)?;
+        let spec = job.spec();
+        if let JobKind::Train(_) = spec.kind {
+            return Err(unsupported("train", "this release makes clips only"));
+        }
+        check_adapters(spec.adapters.len())?;
+        let inputs = [
+            ("start_image", spec.start_image.is_some()),
+            ("end_image", spec.end_image.is_some()),
+            ("keyframes", !spec.keyframes.is_empty()),
+            ("extend", spec.extend.is_some()),
+            ("resume", order.order().resume.is_some()),
+            ("returns.checkpoint_every", spec.returns.checkpoint_every > 0),
+        ];
+        if let Some((name, _)) = inputs.iter().find(|(_, wanted)| *wanted) {
+            return Err(unsupported(name, "this release makes clips from a prompt, and from latents"));
+        }
+        check_inputs_len(spec.inputs().iter().map(|blob| blob.len).sum())?;
+        jobs::extra(spec)
+            .map_err(|name| unsupported(&name, "see `kinoflock generate --help` for what --set knows"))?;
+        let wanted = self.wanted(&spec.model, spec.shape())?;
+        let origin = self.origin(job.requester(), addr);
+        Ok(Ordered { job, job_envelope, order, order_envelope, origin, wanted, submitter })
+    }
+
+    /// Asks the operator's hook, where there is one, and admits the job.
+    fn submit(&mut self, ordered: Ordered, responder: Responder) {
+        let Some(hook) = self.scheduler.policy().hook().cloned() else {
+            return self.admit(ordered, responder);
+        };
+        self.spawn(async move {
+            let spec = ordered.job.spec();
+            let asked = hook::HookJob {
+                job: ordered.job.id(),
+                requester: ordered.job.requester(),
+                class: ordered.origin.class,
+                wanted: ordered.wanted,
+                prompt: spec.prompt.as_str(),
+                negative_prompt: spec.negative_prompt.as_str(),
+            };
+            let verdict = hook::run(&hook, &asked).await;
+            Note::Heard { order: Box::new(ordered), verdict, responder }
+        });
+    }
+
+    pub(super) fn handle_heard(
+        &mut self,
+        ordered: Ordered,
+        verdict: Result<(), Refusal>,
+        responder: Responder,
+    ) {
+        match verdict {
+            Ok(()) => self.admit(ordered, responder),
+            Err(refusal) => self.respond("submit", responder, Response::Refused(refusal)),
+        }
+    }
+
+    fn admit(&mut self, ordered: Ordered, responder: Responder) {
+        let now = Instant::now();
+        let (id, spec) = (ordered.job.id(), ordered.job.spec());
+        let remaining = |at: UnixMillis| Duration::from_millis(at.since(unix_now()).0);
+        let new = NewJob {
+            job: id,
+            nonce: spec.nonce,
+            origin: ordered.origin,
+            wanted: ordered.wanted,
+            lease: ordered.order.order().lease,
+            deadline: spec.deadline.map(|at| now + remaining(at)),
+            needs_inputs: !spec.inputs().is_empty(),
+        };
+        let room = self.clips.room(&ordered.job.requester(), expected_bytes(&spec.shape()));
+        match self.scheduler.handle_order(&new, room, now) {
+            Ok(Admission::Store { seq }) => self.store(ordered, &new, seq, responder),
+            Ok(Admission::Live(_)) => {
+                let accepted = self.accepted(&id);
+                self.respond("submit", responder, accepted);
+            }
+            Ok(Admission::Ended(_)) => {
+                let accepted = Response::Accepted { job: id, position: 0, eta: Millis(0) };
+                self.respond("submit", responder, accepted);
+            }
+            Err(refusal) => self.respond("submit", responder, Response::Refused(refusal)),
+        }
+    }
+
+    /// Writes an admitted job; the answer goes out when it is on disk.
+    fn store(&mut self, ordered: Ordered, new: &NewJob, seq: u64, responder: Responder) {
+        let (id, accepted_at) = (ordered.job.id(), unix_now());
+        let record = JobRecord {
+            id,
+            seq,
+            nonce: new.nonce,
+            origin: new.origin.into(),
+            model: new.wanted.model,
+            shape: new.wanted.shape,
+            work: new.wanted.work,
+            job: ordered.job_envelope,
+            order: ordered.order_envelope,
+            admitted_at: accepted_at,
+            deadline: ordered.job.spec().deadline,
+            needs_inputs: new.needs_inputs,
+            started_at: None,
+            starts: 0,
+            state: StoredState::Waiting,
+            answer: None,
+        };
+        let live = LiveJob {
+            job: ordered.job,
+            origin: new.origin,
+            accepted_at,
+            started_at: None,
+            admitted: Instant::now(),
+            submitter: Some(ordered.submitter),
+            steps_done: 0,
+        };
+        self.live.insert(id, live);
+        self.boards.board(id, 0);
+        let queue = self.queue.clone();
+        self.spawn(async move {
+            let result = queue.admit(record).await.map_err(Rejected);
+            Note::Stored { job: id, result, responder }
+        });
+    }
+
+    pub(super) fn handle_stored(&mut self, job: JobId, result: Result<(), Rejected>, responder: Responder) {
+        let now = Instant::now();
+        match result {
+            Ok(()) => {
+                let stage = self.scheduler.handle_stored(&job, now);
+                tracing::info!(job = %job.short(), "accepted");
+                if matches!(stage, Some(Stage::AwaitingInputs { .. })) {
+                    self.fetch_inputs(&job);
+                }
+                let accepted = self.accepted(&job);
+                self.respond("submit", responder, accepted);
+            }
+            Err(Rejected(error)) => {
+                self.scheduler.handle_store_failed(&job, now);
+                self.live.remove(&job);
+                self.boards.forget(&job);
+                tracing::error!(job = %job.short(), %error, "an admitted job could not be written");
+                self.respond("submit", responder, Response::error(error.code(), &error.to_string()));
+            }
+        }
+    }
+
+    fn accepted(&self, job: &JobId) -> Response {
+        let (position, eta) = self.standing(job);
+        Response::Accepted { job: *job, position, eta }
+    }
+
+    /// Jobs before this one, and the time until it is done.
+    pub(super) fn standing(&self, job: &JobId) -> (u32, Millis) {
+        let now = Instant::now();
+        if let Some((position, eta)) = self.scheduler.standing(job, now) {
+            return (position, eta_millis(eta.map(|times| times.finishes), now));
+        }
+        let devices = self.scheduler.devices(now);
+        let busy = devices.iter().find(|device| device.running == Some(*job)).map(|device| device.busy_for);
+        (0, millis(busy.unwrap_or_default()))
+    }
+
+    /// Checks a signed query and that its signer owns the job.
+    fn owned(&self, envelope: &Envelope) -> Result<(ValidQuery, Option<JobRecord>), Box<Refusal>> {
+        let node = self.identity.node_id();
+        let query = ValidQuery::parse(envelope, &self.network, unix_now(), &node).map_err(order_refusal)?;
+        let job = query.query.job;
+        let (requester, record) = match self.live.get(&job) {
+            Some(live) => (live.job.requester(), None),
+            None => {
+                let record = self.record(&job)?;
+                (record.origin.requester, Some(record))
+            }
+        };
+        if RequesterId::from(query.signer) != requester {
+            return Err(Box::new(Refusal::new(Reason::NotYours, "query.signer").given(job)));
+        }
+        Ok((query, record))
+    }
+
+    fn record(&self, job: &JobId) -> Result<JobRecord, Box<Refusal>> {
+        let unknown = || Box::new(Refusal::new(Reason::JobUnknown, "query.job").given(job));
+        match self.queue.find(job) {
+            Ok(record) => record.ok_or_else(unknown),
+            Err(error) => {
+                tracing::error!(job = %job.short(), %error, "a job could not be looked up");
+                Err(unknown())
+            }
+        }
+    }
+
+    fn status(&self, envelope: &Envelope) -> Response {
+        let (query, record) = match self.owned(envelope) {
+            Ok(owned) => owned,
+            Err(refusal) => return Response::Refused(*refusal),
+        };
+        let job = query.query.job;
+        let seq = self.boards.find(&job).map_or(0, |board| board.next().saturating_sub(1));
+        let mut status = JobStatus {
+            job,
+            state: JobState::Queued,
+            seq,
+            position: 0,
+            eta: Millis(0),
+            receipt: None,
+            replicas: List::default(),
+            error: None,
+        };
+        match record {
+            Some(record) => self.ended_status(&record, &mut status),
+            None => {
+                (status.position, status.eta) = self.standing(&job);
+                status.state = match self.scheduler.stage(&job) {
+                    Some(Stage::AwaitingInputs { .. }) => JobState::AwaitingInputs,
+                    Some(Stage::Running { .. }) => JobState::Running,
+                    Some(Stage::Committing | Stage::Queued) | None => JobState::Queued,
+                };
+            }
+        }
+        Response::Status(status)
+    }
+
+    fn ended_status(&self, record: &JobRecord, status: &mut JobStatus) {
+        match &record.state {
+            StoredState::Waiting | StoredState::Running => {}
+            StoredState::Done { .. } => {
+                status.state = JobState::Done;
+                status.receipt = self.receipt_of(record);
+            }
+            StoredState::Ended { end: End::Cancelled, .. } => status.state = JobState::Cancelled,
+            StoredState::Ended { end: End::Failed { text, .. }, .. } => {
+                status.state = JobState::Failed;
+                status.error = Some(kinoflock_protocol::Text::truncated(text));
+            }
+        }
+    }
+
+    /// The event that an ended job's board ends with.
+    fn last_event(&self, record: &JobRecord) -> Option<JobEvent> {
+        match &record.state {
+            StoredState::Waiting | StoredState::Running => None,
+            StoredState::Done { .. } => Some(JobEvent::Done { receipt: self.receipt_of(record)? }),
+            StoredState::Ended { end: End::Cancelled, .. } => Some(JobEvent::Cancelled),
+            StoredState::Ended { end: End::Failed { code, text, retryable }, .. } => Some(JobEvent::Failed {
+                code: kinoflock_protocol::Text::truncated(code),
+                text: kinoflock_protocol::Text::truncated(text),
+                retryable: *retryable,
+            }),
+        }
+    }
+
+    /// The receipt of a finished job.
+    pub(super) fn receipt_of(&self, record: &JobRecord) -> Option<Envelope> {
+        let StoredState::Done { chain, sequence, .. } = record.state else { return None };
+        match self.queue.receipt_in(chain, sequence) {
+            Ok(receipt) => receipt,
+            Err(error) => {
+                tracing::error!(job = %record.id.short(), %error, "a receipt could not be read");
+                None
+            }
+        }
+    }
+
+    fn cancel(&mut self, envelope: &Envelope) -> Response {
+        let (query, record) = match self.owned(envelope) {
+            Ok(owned) => owned,
+            Err(refusal) => return Response::Refused(*refusal),
+        };
+        let job = query.query.job;
+        if query.query.action != QueryAction::Cancel {
+            return Response::Refused(*invalid("query.action", &"the query does not ask for a cancel"));
+        }
+        if record.is_some() {
+            return Response::Cancelled { job };
+        }
+        match self.scheduler.handle_cancel(&job, &RequesterId::from(query.signer), Instant::now()) {
+            Ok(Cancelled::Removed | Cancelled::Stopping | Cancelled::Ended(_)) => Response::Cancelled { job },
+            Err(refusal) => Response::Refused(refusal),
+        }
+    }
+
+    /// A requester's word on a receipt: on acceptance the clip's bytes no longer count against them.
+    fn answer(&mut self, envelope: Envelope) -> Response {
+        match self.check_answer(&envelope) {
+            Ok((record, receipt, verdict)) => {
+                let job = record.id;
+                let accepted = matches!(verdict, Verdict::Accept);
+                let result = if accepted { "accepted" } else { "disputed" };
+                self.metrics.receipts.get_or_create(&ResultLabels { result }).inc();
+                let (queue, clips) = (self.queue.clone(), self.clips.clone());
+                tokio::spawn(async move {
+                    let now = unix_now();
+                    if let Err(error) = queue.acknowledge(job, envelope, now).await {
+                        return tracing::error!(job = %job.short(), %error, "an answer could not be written");
+                    }
+                    let blobs =
+                        [Some(receipt.receipt().clip.into()), receipt.receipt().latents.map(|blob| blob.id)];
+                    for blob in blobs.into_iter().flatten().filter(|_| accepted) {
+                        if let Err(error) = clips.acknowledge(&blob, &job, now) {
+                            tracing::debug!(job = %job.short(), %error, "an acknowledged blob is not here any more");
+                        }
+                    }
+                });
+                Response::Acknowledged
+            }
+            Err(refusal) => Response::Refused(*refusal),
+        }
+    }
+
+    fn check_answer(&self, envelope: &Envelope) -> Result<(JobRecord, ValidReceipt, Verdict), Box<Refusal>> {
+        let opened =
+            envelope.open::<ReceiptAnswer>(&self.network).map_err(|error| invalid(error.code(), &error))?;
+        let answer = opened.value;
+        let record = self.record(&answer.job)?;
+        if RequesterId::from(opened.signer) != record.origin.requester {
+            return Err(Box::new(Refusal::new(Reason::NotYours, "answer.signer").given(answer.job)));
+        }
+        let receipt =
+            self.receipt_of(&record).and_then(|receipt| ValidReceipt::parse(&receipt, &self.network).ok());
+        match receipt {
+            Some(receipt) if receipt.id() == answer.receipt => Ok((record, receipt, answer.verdict)),
+            _ => Err(invalid("answer.receipt", &"the job has no such receipt")),
+        }
+    }
+
+    pub(super) fn handle_follow(&mut self, query: &Envelope, from: u64, sink: ProgressSink) {
+        let (query, record) = match self.owned(query) {
+            Ok(owned) => owned,
+            Err(refusal) => return sink.refuse(*refusal),
+        };
+        let previews = query.query.action == QueryAction::Previews;
+        if !previews && query.query.action != QueryAction::Progress {
+            return sink.refuse(*invalid("query.action", &"the query does not ask for progress"));
+        }
+        let job = query.query.job;
+        let board = match self.boards.find(&job) {
+            Some(board) => board,
+            None => {
+                let board = self.boards.board(job, restored_seq());
+                if let Some(event) = record.as_ref().and_then(|record| self.last_event(record)) {
+                    self.boards.tell(&job, event);
+                }
+                board
+            }
+        };
+        tokio::spawn(board.follow(sink.accept(), from, previews));
+    }
+}
+
+/// After a restart a job's events are numbered from here: beyond every number that was used before.
+pub(super) fn restored_seq() -> u64 {
+    unix_now().0
+}
+
+/// Bytes that a clip of this shape is expected to need at most.
+fn expected_bytes(shape: &JobShape) -> u64 {
+    let pixels = u64::from(shape.width)
+        .saturating_mul(u64::from(shape.height))
+        .saturating_mul(u64::from(shape.frames));
+    pixels / PIXELS_PER_BYTE + CLIP_OVERHEAD
+}
+
+fn eta_millis(finishes: Option<Instant>, now: Instant) -> Millis {
+    finishes.map_or(Millis(u64::MAX), |at| millis(at.saturating_duration_since(now)))
+}
+
+pub(super) fn millis(duration: Duration) -> Millis {
+    Millis(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+}
+
+fn unserved(model: &kinoflock_protocol::ModelId) -> Box<Refusal> {
+    Box::new(Rule::NoDevice.refuse("models that passed their self-test here", model))
+}
+
+fn unsupported(name: &str, advice: &str) -> Box<Refusal> {
+    Box::new(Refusal::new(Reason::UnknownOperation, name).given(name).advice(advice))
+}
+
+fn check_adapters(given: usize) -> Result<(), Box<Refusal>> {
+    if given == 0 {
+        return Ok(());
+    }
+    let refusal = Refusal::new(Reason::AdapterNotServed, "adapters").limit(0, given);
+    Err(Box::new(refusal.advice("this release runs models without adapters")))
+}
+
+fn check_inputs_len(given: u64) -> Result<(), Box<Refusal>> {
+    if given <= MAX_INPUT_BYTES {
+        return Ok(());
+    }
+    let refusal = Refusal::new(Reason::TooLarge, "inputs").limit(MAX_INPUT_BYTES, given);
+    Err(Box::new(refusal.advice("bring fewer bytes of inputs")))
+}
+
+fn invalid(rule: &str, why: &impl std::fmt::Display) -> Box<Refusal> {
+    Box::new(Refusal::new(Reason::Invalid, rule).given(why))
+}
+
+fn job_refusal(error: JobError) -> Box<Refusal> {
+    let reason = match error {
+        JobError::ClockSkew { .. } => Reason::ClockSkew,
+        _ => Reason::Invalid,
+    };
+    Box::new(Refusal::new(reason, error.code()).given(&error))
+}
+
+fn order_refusal(error: OrderError) -> Box<Refusal> {
+    let reason = match error {
+        OrderError::ClockSkew { .. } => Reason::ClockSkew,
+        _ => Reason::Invalid,
+    };
+    Box::new(Refusal::new(reason, error.code()).given(&error))
+}

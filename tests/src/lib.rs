@@ -1,0 +1,9 @@
+//! Whole-system test support: real daemons and real clients, as processes, in folders of their own.
+//!
+//! - [`sandbox`]: N daemons on free loopback ports, clients beside them, logs shown where a test fails;
+//! - [`invariants`]: what must hold of every clip and every node, whatever a test is about;
+//! - [`test_engine`]: the worker that fails on demand.
+
+pub mod invariants;
+pub mod sandbox;
+pub mod test_engine;

@@ -1,0 +1,424 @@
+//! Daemons and clients as processes.
+//!
+//! The programs are built by the sandbox itself, once a process, so that none is stale; under `cargo test --workspace`
+//! that finds everything built. Every daemon has a folder, a key, free ports and a log of its own. A failing test prints
+//! the logs. Nothing here sleeps for a fixed time: [`eventually`] looks until a condition holds or a deadline passes.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use kinoflock_client::local::LocalNode;
+use kinoflock_node::admin::call;
+use kinoflock_node::admin::report::StatusReport;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// Longest wait for anything that should happen, on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+/// Pause between two looks.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Looks until `condition` gives a value.
+///
+/// # Panics
+/// When it gives none within [`PATIENCE`].
+pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < until, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// The folder of the programs, freshly built.
+///
+/// # Panics
+/// When they cannot be built.
+pub fn programs() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the workspace");
+        // The very selection of the ordinary test command: another one would build dependencies with other features.
+        let built = Command::new(cargo)
+            .args(["test", "--workspace", "--no-run", "--quiet"])
+            .current_dir(root)
+            .output();
+        let built = built.expect("cargo runs");
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let own = std::env::current_exe().expect("this program has a path");
+        own.parent().and_then(Path::parent).expect("a test lies in target/<profile>/deps").to_owned()
+    })
+}
+
+/// Which worker a daemon starts.
+#[derive(Debug, Clone)]
+pub enum Worker {
+    /// The daemon itself: real inference.
+    Real,
+    /// The test engine with these arguments.
+    Test(Vec<String>),
+}
+
+impl Worker {
+    /// The test engine, told this.
+    #[must_use]
+    pub fn test(arguments: &[&str]) -> Self {
+        Self::Test(arguments.iter().map(ToString::to_string).collect())
+    }
+}
+
+/// A network of daemons.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// The daemons.
+    pub nodes: Vec<Node>,
+    folder: TempDir,
+    network: String,
+}
+
+/// A daemon.
+#[derive(Debug)]
+pub struct Node {
+    folder: PathBuf,
+    network: String,
+    worker: Worker,
+    config: String,
+    child: Option<Child>,
+}
+
+impl Sandbox {
+    /// So many daemons with this worker, running and ready.
+    #[must_use]
+    pub fn start(count: usize, worker: &Worker) -> Self {
+        let mut sandbox = Self::new();
+        for _ in 0..count {
+            sandbox.add(worker, "");
+        }
+        sandbox
+    }
+
+    /// A network without daemons.
+    ///
+    /// # Panics
+    /// When there is no temporary folder.
+    #[must_use]
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let network = format!("sandbox-{}", folder.path().file_name().unwrap_or_default().display());
+        Self { nodes: Vec::new(), folder, network }
+    }
+
+    /// Adds a daemon, with further lines of configuration, and waits until it is ready.
+    pub fn add(&mut self, worker: &Worker, config: &str) -> &mut Node {
+        let folder = self.folder.path().join(format!("node-{}", self.nodes.len()));
+        let mut node = Node {
+            folder,
+            network: self.network.clone(),
+            worker: worker.clone(),
+            config: config.to_owned(),
+            child: None,
+        };
+        node.start();
+        node.ready();
+        self.nodes.push(node);
+        self.nodes.last_mut().expect("just pushed")
+    }
+
+    /// A client with a key, a store and a configuration of its own, that knows no node.
+    ///
+    /// # Panics
+    /// When its folder cannot be made.
+    #[must_use]
+    pub fn client(&self, name: &str) -> Client {
+        let folder = self.folder.path().join(format!("client-{name}"));
+        fs::create_dir_all(&folder).expect("a client's folder");
+        let client = Client { folder, network: self.network.clone() };
+        client.must(["key", "new"]);
+        client
+    }
+
+    /// The folder of a test's own files.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+impl Default for Sandbox {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for (number, node) in self.nodes.iter().enumerate() {
+                eprintln!("--- log of node {number} ---\n{}", node.log());
+            }
+        }
+    }
+}
+
+impl Node {
+    /// Starts the process; its store is what an earlier one left.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start(&mut self) {
+        fs::create_dir_all(&self.folder).expect("a node's folder");
+        fs::write(self.folder.join("node.toml"), self.config_text()).expect("a configuration");
+        let log =
+            fs::OpenOptions::new().create(true).append(true).open(self.folder.join("log")).expect("a log");
+        let child = self.command().arg("run").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
+        self.child = Some(child.expect("kinoflockd starts"));
+    }
+
+    /// The daemon's command with this node's folders.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(programs().join("kinoflockd"));
+        command.env(
+            "KINOFLOCKD_LOG",
+            "debug,libp2p=warn,multistream_select=warn,yamux=warn,quinn=warn,libp2p_kad=error",
+        );
+        command.arg("--config").arg(self.folder.join("node.toml"));
+        for (flag, name) in [("--state", "state"), ("--models", "models"), ("--runtime", "run")] {
+            command.arg(flag).arg(self.folder.join(name));
+        }
+        command
+    }
+
+    /// The ports of an earlier run, so that who knows the node finds it again; free ones the first time.
+    fn listen(&self) -> String {
+        let free = ["/ip4/127.0.0.1/udp/0/quic-v1", "/ip4/127.0.0.1/tcp/0"].map(str::to_owned).to_vec();
+        let listen = LocalNode::read(&self.folder.join("run")).map_or(free, |local| local.addresses);
+        format!("{listen:?}")
+    }
+
+    fn config_text(&self) -> String {
+        let worker = match &self.worker {
+            Worker::Real => String::new(),
+            Worker::Test(arguments) => {
+                format!(
+                    "\n[engine]\nworker = {:?}\nworker_args = {arguments:?}\n",
+                    programs().join("kinoflock-test-engine").display().to_string()
+                )
+            }
+        };
+        format!(
+            "[network]\nid = {:?}\nmdns = false\nlisten = {}\n\
+             [admin]\nlisten = \"127.0.0.1:0\"\n{worker}\n{}\n",
+            self.network,
+            self.listen(),
+            self.config
+        )
+    }
+
+    /// Waits until it takes jobs.
+    ///
+    /// # Panics
+    /// When it ends, or is not ready in time.
+    pub fn ready(&mut self) {
+        let socket = self.socket();
+        eventually("the node takes jobs", || {
+            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().expect("a child")) {
+                panic!("the node ended with {status}:\n{}", self.log());
+            }
+            call::status(&socket).ok().filter(|report| report.accepting.is_ok())
+        });
+    }
+
+    /// What it says of itself.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    #[must_use]
+    pub fn status(&self) -> StatusReport {
+        call::status(&self.socket()).expect("the node answers")
+    }
+
+    /// What its metrics say.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        call::metrics(&self.socket()).expect("the node answers")
+    }
+
+    /// Its admin socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("run").join("admin.sock")
+    }
+
+    /// Where it listens, as it wrote for clients on this machine.
+    ///
+    /// # Panics
+    /// When it has not written that.
+    #[must_use]
+    pub fn local(&self) -> LocalNode {
+        LocalNode::read(&self.folder.join("run")).expect("the node wrote its addresses")
+    }
+
+    /// Its address with this transport, `tcp` or `udp`, with its id.
+    ///
+    /// # Panics
+    /// When it does not listen so.
+    #[must_use]
+    pub fn address(&self, transport: &str) -> String {
+        let local = self.local();
+        let address = local.addresses.iter().find(|address| address.contains(&format!("/{transport}/")));
+        format!("{}/p2p/{}", address.expect("the node listens so"), local.node_id)
+    }
+
+    /// A ticket that leads to it.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    #[must_use]
+    pub fn ticket(&self) -> String {
+        call::ticket(&self.socket()).expect("the node answers")
+    }
+
+    /// A file or folder in its own.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Everything that it has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    /// The pid of its newest worker.
+    ///
+    /// # Panics
+    /// When it has not logged one.
+    #[must_use]
+    pub fn worker_pid(&self) -> i32 {
+        let log = self.log();
+        let line = log.lines().rev().find(|line| line.contains("worker ready") && line.contains("pid="));
+        let pid =
+            line.and_then(|line| line.split("pid=").nth(1)).and_then(|rest| rest.split_whitespace().next());
+        pid.and_then(|pid| pid.parse().ok()).expect("the node logs its worker's pid")
+    }
+
+    /// Kills it with SIGKILL, as a power cut would.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("the node runs");
+        child.kill().expect("the node can be killed");
+        child.wait().expect("the node ends");
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn signal(&self, signal: Signal) {
+        let id = self.child.as_ref().expect("the node runs").id();
+        send(i32::try_from(id).expect("a pid"), signal);
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        let status = eventually("the node ends", || {
+            self.child.as_mut().and_then(|child| child.try_wait().expect("a child"))
+        });
+        self.child = None;
+        status
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // One that is gone already needs no end.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Sends a signal to a process.
+///
+/// # Panics
+/// When there is no such process.
+pub fn send(pid: i32, signal: Signal) {
+    kill_process(Pid::from_raw(pid).expect("a pid"), signal).expect("the process is there");
+}
+
+/// A client's folder; every command is a process.
+#[derive(Debug)]
+pub struct Client {
+    folder: PathBuf,
+    network: String,
+}
+
+impl Client {
+    /// `kinoflock` with this client's key and store.
+    pub fn command<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(programs().join("kinoflock"));
+        command.args(arguments).stdin(Stdio::null()).current_dir(&self.folder);
+        command.env("HOME", &self.folder).env("XDG_RUNTIME_DIR", self.folder.join("no-daemon-here"));
+        for name in ["XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "KINOFLOCK_NODE"] {
+            command.env_remove(name);
+        }
+        command.env("KINOFLOCK_NETWORK", &self.network).env("KINOFLOCK_MDNS", "false");
+        command
+    }
+
+    /// Runs a command to its end.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn run<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Output {
+        self.command(arguments).output().expect("kinoflock starts")
+    }
+
+    /// Runs a command that must succeed; gives what it printed to stdout.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn must<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> String {
+        let output = self.run(arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}\n{said}", output.status);
+        String::from_utf8(output.stdout).expect("kinoflock prints UTF-8").trim().to_owned()
+    }
+
+    /// Hands a job over and leaves; gives its id.
+    pub fn detach(&self, node: &str, prompt: &str, more: &[&str]) -> String {
+        let plain = ["generate", prompt, "--detach", "--node", node];
+        self.must(plain.iter().chain(more))
+    }
+
+    /// A file in its folder.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+}
+
+/// What a finished command said, both ways.
+#[must_use]
+pub fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}

@@ -59,8 +59,8 @@ mod tests {
 
     #[test]
     fn a_rate_spreads_bytes_over_time_and_no_rate_never_waits() {
-        let now = Instant::now();
         let limit = RateLimit::new(NonZeroU64::new(1000));
+        let now = Instant::now();
         assert_eq!(limit.grant(250, now + BURST), None, "the burst passes at once");
         let until = limit.grant(1000, now + BURST).expect("a second's worth waits");
         assert_eq!(until, now + BURST + Duration::from_secs(1));

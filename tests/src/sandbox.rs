@@ -159,6 +159,7 @@ impl Default for Sandbox {
 }
 
 impl Drop for Sandbox {
+    #[expect(clippy::print_stderr, reason = "a failing test shows the logs")]
     fn drop(&mut self) {
         if std::thread::panicking() {
             for (number, node) in self.nodes.iter().enumerate() {

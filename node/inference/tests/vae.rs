@@ -1,6 +1,6 @@
 //! The autoencoder against the reference's goldens, on both ways of computing, and the tiled decode against the whole.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

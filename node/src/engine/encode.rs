@@ -115,7 +115,7 @@ pub fn check_size(width: usize, height: usize, fps: f64) -> Result<(), EncodeErr
     if width < MIN_SIDE || height < MIN_SIDE {
         return Err(EncodeError::TooSmall { width, height });
     }
-    if width % 2 != 0 || height % 2 != 0 {
+    if !width.is_multiple_of(2) || !height.is_multiple_of(2) {
         return Err(EncodeError::Odd { width, height });
     }
     if width.max(height) > MAX_LONG_SIDE || width.min(height) > MAX_SHORT_SIDE {

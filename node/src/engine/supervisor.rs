@@ -340,10 +340,10 @@ impl Supervisor {
             let failure = Failure::new("engine_busy", "the device is at work on another job", true);
             return self.send(EngineEvent::Failed { job, failure }).await;
         }
-        if self.worker.is_none() {
-            if let Err(failure) = self.start().await {
-                return self.send(EngineEvent::Failed { job, failure }).await;
-            }
+        if self.worker.is_none()
+            && let Err(failure) = self.start().await
+        {
+            return self.send(EngineEvent::Failed { job, failure }).await;
         }
         if let (Some(worker), ToWorker::Run(run)) = (&self.worker, &message) {
             worker.hide(run);

@@ -233,7 +233,7 @@ fn scheduler(config: &Config, models: &BTreeMap<ModelId, Arc<Model>>) -> Result<
         limits: device.limits,
         models: BTreeMap::new(),
     });
-    Ok(Scheduler::new(Setup { limits: config.queue.clone(), policy, devices: devices.collect(), secret }))
+    Ok(Scheduler::new(Setup { limits: config.queue, policy, devices: devices.collect(), secret }))
 }
 
 /// A model by its name or id.

@@ -48,10 +48,13 @@ impl Timesteps {
         let frequencies: Vec<f32> = (0..half).map(|i| (rate * i as f32 / span).exp()).collect();
         for value in &values {
             let angles = frequencies.iter().map(|f| self.scale as f32 * (value * f));
-            let (first, second): (fn(f32) -> f32, fn(f32) -> f32) =
-                if self.flip_sin_to_cos { (f32::cos, f32::sin) } else { (f32::sin, f32::cos) };
-            out.extend(angles.clone().map(first));
-            out.extend(angles.map(second));
+            if self.flip_sin_to_cos {
+                out.extend(angles.clone().map(f32::cos));
+                out.extend(angles.map(f32::sin));
+            } else {
+                out.extend(angles.clone().map(f32::sin));
+                out.extend(angles.map(f32::cos));
+            }
             out.extend(std::iter::repeat_n(0.0, self.channels % 2));
         }
         Tensor::from_vec(out, (values.len(), self.channels), timesteps.device())

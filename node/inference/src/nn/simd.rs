@@ -75,7 +75,7 @@ pub(crate) fn silu(x: f32) -> f32 {
 /// GELU by tanh, `x/2 (1 + tanh u)` with `u = sqrt(2/pi) (x + 0.044715 x^3)`, which equals `x sigmoid(2u)`.
 #[inline(always)]
 pub(crate) fn gelu_tanh(x: f32) -> f32 {
-    const TWO_SQRT_2_OVER_PI: f32 = 1.595_769_1;
+    const TWO_SQRT_2_OVER_PI: f32 = 1.595_769;
     let u = TWO_SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x);
     x / (1.0 + exp(-u))
 }

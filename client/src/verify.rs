@@ -180,11 +180,13 @@ pub fn clip_info(bytes: &[u8]) -> Result<ClipInfo, VerifyError> {
 }
 
 fn parse(bytes: &[u8]) -> Result<Mp4, VerifyError> {
-    mp4::check_tables(bytes).map_err(|reason| VerifyError::Container { reason })?;
+    let container = |reason| VerifyError::Container { reason };
+    mp4::check_tables(bytes).map_err(container)?;
+    let bytes = mp4::without_metadata(bytes).map_err(container)?;
     // The parser indexes its tables by numbers from the file; a damaged one must not take the process along, nor
     // print a trace at an artist.
     let hook = quiet::Hush::new();
-    let parsed = std::panic::catch_unwind(|| Mp4::read_bytes(bytes));
+    let parsed = std::panic::catch_unwind(|| Mp4::read_bytes(&bytes));
     drop(hook);
     parsed
         .map_err(|_| damaged("its tables contradict each other"))?

@@ -111,6 +111,9 @@ proptest! {
         prop_assert!(both(|| layer().forward(&x).unwrap()) < 1e-4);
         prop_assert!(both(|| layer().forward_gelu(&x).unwrap()) < 1e-4);
         prop_assert!(both(|| layer().forward_add(&x, &residual).unwrap()) < 1e-4);
+        for gate in [random(&[2, 1, output]), random(&[2, rows, output])] {
+            prop_assert!(both(|| layer().forward_gated(&x, &gate, &residual).unwrap()) < 1e-4);
+        }
         prop_assert!(both(|| ops::silu(&x).unwrap()) < 1e-5);
         prop_assert!(both(|| ops::gelu_tanh(&x).unwrap()) < 1e-5);
     }

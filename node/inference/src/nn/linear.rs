@@ -77,7 +77,7 @@ impl Linear {
     /// # Errors
     /// When shapes do not fit, the device fails, or a gradient is asked for through packed weights.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, false, None)
+        self.run(x, &After::default())
     }
 
     /// [`Linear::forward`], then GELU by tanh.
@@ -85,7 +85,7 @@ impl Linear {
     /// # Errors
     /// As [`Linear::forward`].
     pub fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, true, None)
+        self.run(x, &After { gelu: true, ..After::default() })
     }
 
     /// [`Linear::forward`], then `+ residual`, which has the result's shape.
@@ -93,37 +93,44 @@ impl Linear {
     /// # Errors
     /// As [`Linear::forward`].
     pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        self.run(x, false, Some(residual))
+        self.run(x, &After { residual: Some(residual), ..After::default() })
     }
 
-    fn run(&self, x: &Tensor, gelu: bool, residual: Option<&Tensor>) -> Result<Tensor> {
+    /// `residual + gate * forward(x)`; `gate` is `(batch, 1 or tokens, output)`.
+    ///
+    /// # Errors
+    /// As [`Linear::forward`].
+    pub fn forward_gated(&self, x: &Tensor, gate: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        self.run(x, &After { gate: Some(gate), residual: Some(residual), gelu: false })
+    }
+
+    fn run(&self, x: &Tensor, after: &After) -> Result<Tensor> {
         if x.dim(D::Minus1)? != self.input {
             candle_core::bail!("a linear layer of {} inputs was given {:?}", self.input, x.shape());
         }
         match &self.inner {
             Inner::Plain { weight, bias } => {
-                let y = ops::linear(x, weight, bias.as_ref())?;
-                let y = if gelu { y.gelu()? } else { y };
-                match residual {
-                    Some(residual) => y + residual,
+                let mut y = ops::linear(x, weight, bias.as_ref())?;
+                if after.gelu {
+                    y = y.gelu()?;
+                }
+                if let Some(gate) = after.gate {
+                    y = y.broadcast_mul(gate)?;
+                }
+                match after.residual {
+                    Some(residual) => residual + y,
                     None => Ok(y),
                 }
             }
             Inner::Packed { weight, bias } => {
-                self.run_packed(weight, bias.as_ref().map(|b| b.as_slice()), x, gelu, residual)
+                self.run_packed(weight, bias.as_ref().map(|b| b.as_slice()), x, after)
             }
         }
     }
 
-    fn run_packed(
-        &self,
-        weight: &Packed,
-        bias: Option<&[f32]>,
-        x: &Tensor,
-        gelu: bool,
-        residual: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        if x.track_op() || residual.is_some_and(Tensor::track_op) {
+    fn run_packed(&self, weight: &Packed, bias: Option<&[f32]>, x: &Tensor, after: &After) -> Result<Tensor> {
+        let extra = [after.residual, after.gate].into_iter().flatten();
+        if x.track_op() || extra.into_iter().any(Tensor::track_op) {
             candle_core::bail!(
                 "packed weights have no gradient: load the layer under set_generic_only(true)"
             );
@@ -132,8 +139,9 @@ impl Linear {
         if let Some(last) = shape.last_mut() {
             *last = self.output;
         }
+        let rows = x.elem_count() / self.input;
         let source = x.to_dtype(DType::F32)?.contiguous()?;
-        let residual = match residual {
+        let residual = match after.residual {
             Some(r) if r.dims() != shape => {
                 candle_core::bail!(
                     "a residual of shape {:?} was added to a result of shape {shape:?}",
@@ -143,17 +151,42 @@ impl Linear {
             Some(r) => Some(r.to_dtype(DType::F32)?.contiguous()?),
             None => None,
         };
+        let gate = match after.gate {
+            Some(gate) => {
+                let given = gate.elem_count() / self.output;
+                if gate.dim(D::Minus1)? != self.output || (given != rows && given != x.dim(0)?) {
+                    candle_core::bail!(
+                        "a gate of shape {:?} was put on a result of shape {shape:?}",
+                        gate.shape()
+                    );
+                }
+                Some((gate.to_dtype(DType::F32)?.contiguous()?, rows / given))
+            }
+            None => None,
+        };
         let residual = residual.as_ref().map(View::new).transpose()?;
+        let gate_view = gate.as_ref().map(|(gate, _)| View::new(gate)).transpose()?;
         let view = View::new(&source)?;
-        let base = view.slice()?;
         let epilogue = Epilogue {
             bias,
+            gate: match (&gate_view, &gate) {
+                (Some(view), Some((_, rows))) => Some((view.slice()?, *rows)),
+                _ => None,
+            },
             residual: residual.as_ref().map(View::slice).transpose()?,
-            gelu,
-            ..Epilogue::default()
+            gelu: after.gelu,
+            norm: None,
         };
         let depth = self.input;
-        let out = product(weight, base, base.len() / depth, |row, slots| slots[0] = row * depth, &epilogue);
+        let out = product(weight, view.slice()?, rows, |row, slots| slots[0] = row * depth, &epilogue);
         Tensor::from_vec(out, shape, x.device())?.to_dtype(x.dtype())
     }
+}
+
+/// What follows the product.
+#[derive(Default)]
+struct After<'a> {
+    gelu: bool,
+    gate: Option<&'a Tensor>,
+    residual: Option<&'a Tensor>,
 }

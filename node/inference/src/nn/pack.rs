@@ -93,6 +93,8 @@ struct Block {
 pub(crate) struct Epilogue<'a> {
     /// Added to each row, `width` long.
     pub(crate) bias: Option<&'a [f32]>,
+    /// The result is multiplied by it: rows of `width`, and how many rows of the result one serves.
+    pub(crate) gate: Option<(&'a [f32], usize)>,
     /// Added to the result, as large as it is.
     pub(crate) residual: Option<&'a [f32]>,
     /// Norm, modulation, SiLU.
@@ -246,6 +248,11 @@ fn step_tile(
 }
 
 fn finish(epilogue: &Epilogue<'_>, first: usize, width: usize, out: &mut [f32]) {
+    if let Some((gate, rows)) = epilogue.gate {
+        for (i, row) in out.chunks_exact_mut(width).enumerate() {
+            multiply(&gate[(first + i) / rows * width..][..width], row);
+        }
+    }
     if let Some(residual) = epilogue.residual {
         add(&residual[first * width..first * width + out.len()], out);
     }
@@ -261,6 +268,14 @@ simd_fn! {
     fn add(other: &[f32], out: &mut [f32]) {
         for (o, x) in out.iter_mut().zip(other) {
             *o += x;
+        }
+    }
+}
+
+simd_fn! {
+    fn multiply(other: &[f32], out: &mut [f32]) {
+        for (o, x) in out.iter_mut().zip(other) {
+            *o *= x;
         }
     }
 }
@@ -293,6 +308,9 @@ pub(crate) fn micro(
     weights: &[f32],
     tile: &mut Tile,
 ) {
+    if len == 0 {
+        return;
+    }
     assert!(weights.len() >= slots.len() / TILE * len * PANEL, "invariant: a block has its weights");
     assert!(source.zeros.len() >= len, "invariant: the row of zeros is as long as a block");
     let mut reach = 0;
@@ -343,10 +361,11 @@ mod avx2 {
     //! The kernel for AVX2 with FMA: twelve accumulators, two weights, one broadcast.
 
     use std::arch::x86_64::{
-        __m256, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+        __m256, _mm_load_ss, _mm256_broadcastss_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps,
+        _mm256_storeu_ps,
     };
 
-    use super::{Source, TILE, Tile, ZERO};
+    use super::{PANEL, Source, TILE, Tile, ZERO};
 
     /// See [`super::micro`].
     ///
@@ -366,34 +385,57 @@ mod avx2 {
         weights: &[f32],
         tile: &mut Tile,
     ) {
-        // SAFETY: by this function's contract every pointer below stays within its slice: `w` advances by PANEL for
-        // each of the positions that `weights` was promised to hold, and `k < len` for every row.
+        // SAFETY: by this function's contract every row pointer has `len` floats before it, and `k < len`; tiles and
+        // weights are read through references of their own size.
         unsafe {
             let mut sums = [[_mm256_setzero_ps(); 2]; TILE];
             for (sum, row) in sums.iter_mut().zip(tile.iter()) {
                 *sum = [_mm256_loadu_ps(row.as_ptr()), _mm256_loadu_ps(row.as_ptr().add(8))];
             }
-            let mut w = weights.as_ptr();
-            for slots in slots.chunks_exact(TILE) {
+            let (positions, _) = weights.as_chunks::<PANEL>();
+            for (slots, positions) in slots.chunks_exact(TILE).zip(positions.chunks_exact(len)) {
                 let mut rows = [source.zeros.as_ptr(); TILE];
                 for (row, &slot) in rows.iter_mut().zip(slots) {
                     if slot < ZERO {
                         *row = source.base.as_ptr().add(slot + start);
                     }
                 }
-                for k in 0..len {
-                    let columns = [_mm256_loadu_ps(w), _mm256_loadu_ps(w.add(8))];
-                    w = w.add(16);
-                    for (sum, row) in sums.iter_mut().zip(&rows) {
-                        let x: __m256 = _mm256_broadcast_ss(&*row.add(k));
-                        sum[0] = _mm256_fmadd_ps(x, columns[0], sum[0]);
-                        sum[1] = _mm256_fmadd_ps(x, columns[1], sum[1]);
-                    }
+                let (pairs, last) = positions.as_chunks::<2>();
+                for (k, [even, odd]) in pairs.iter().enumerate() {
+                    position(&mut sums, &rows, 2 * k, even);
+                    position(&mut sums, &rows, 2 * k + 1, odd);
+                }
+                if let [columns] = last {
+                    position(&mut sums, &rows, len - 1, columns);
                 }
             }
             for (sum, row) in sums.iter().zip(tile.iter_mut()) {
                 _mm256_storeu_ps(row.as_mut_ptr(), sum[0]);
                 _mm256_storeu_ps(row.as_mut_ptr().add(8), sum[1]);
+            }
+        }
+    }
+
+    /// One position: a panel's columns times each row's value.
+    ///
+    /// # Safety
+    /// The machine has AVX2 and FMA; every row holds more than `k` floats.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    #[expect(unsafe_code, reason = "rows are read through pointers, without a check for each element")]
+    unsafe fn position(
+        sums: &mut [[__m256; 2]; TILE],
+        rows: &[*const f32; TILE],
+        k: usize,
+        columns: &[f32; PANEL],
+    ) {
+        // SAFETY: a panel has sixteen columns; the rows are as long as this function's contract says.
+        unsafe {
+            let columns = [_mm256_loadu_ps(columns.as_ptr()), _mm256_loadu_ps(columns.as_ptr().add(8))];
+            for (sum, row) in sums.iter_mut().zip(rows) {
+                let x = _mm256_broadcastss_ps(_mm_load_ss(row.add(k)));
+                sum[0] = _mm256_fmadd_ps(x, columns[0], sum[0]);
+                sum[1] = _mm256_fmadd_ps(x, columns[1], sum[1]);
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::nn::attention::attention;
 use crate::nn::embedding::PixArtTimestepEmbedding;
 use crate::nn::linear::Linear;
 use crate::nn::norm::{Norm, rms_norm};
-use crate::nn::ops::{gelu_tanh, silu};
+use crate::nn::ops::silu;
 
 /// What cross-attention adds where the text is filled up.
 const MASKED: f64 = -10_000.0;
@@ -95,7 +95,7 @@ impl LtxTransformer {
     /// # Errors
     /// When the shapes do not fit.
     pub fn text_context(&self, text: &Tensor, mask: Option<&Tensor>) -> Result<TextContext> {
-        let inner = gelu_tanh(&self.caption[0].forward(&text.to_dtype(self.dtype)?)?)?;
+        let inner = self.caption[0].forward_gelu(&text.to_dtype(self.dtype)?)?;
         let projected = self.caption[1].forward(&inner)?;
         let blocks =
             self.blocks.iter().map(|block| block.cross.key_value(&projected)).collect::<Result<Vec<_>>>()?;
@@ -202,11 +202,10 @@ impl Block {
         let values = modulation.broadcast_add(&self.scale_shift_table)?;
         let normed = self.norm(x, 0, &part(&values, 1)?, &part(&values, 0)?)?;
         let own = self.attention.attend_itself(&normed, rope)?;
-        let x = (x + own.broadcast_mul(&part(&values, 2)?)?)?;
-        let x = (&x + self.cross.attend_text(&x, text, bias)?)?;
+        let x = self.attention.out.forward_gated(&own, &part(&values, 2)?, x)?;
+        let x = self.cross.out.forward_add(&self.cross.attend_text(&x, text, bias)?, &x)?;
         let normed = self.norm(&x, 1, &part(&values, 4)?, &part(&values, 3)?)?;
-        let fed = self.feed[1].forward(&gelu_tanh(&self.feed[0].forward(&normed)?)?)?;
-        x + fed.broadcast_mul(&part(&values, 5)?)?
+        self.feed[1].forward_gated(&self.feed[0].forward_gelu(&normed)?, &part(&values, 5)?, &x)
     }
 
     fn norm(&self, x: &Tensor, which: usize, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
@@ -263,8 +262,7 @@ impl Attention {
             x.reshape((batch, tokens, self.heads, self.head))
         };
         let scale = 1.0 / (self.head as f64).sqrt();
-        let mixed = attention(&split(query)?, &split(key)?, &split(value)?, bias, scale)?;
-        self.out.forward(&mixed.flatten_from(2)?)
+        attention(&split(query)?, &split(key)?, &split(value)?, bias, scale)?.flatten_from(2)
     }
 }
 

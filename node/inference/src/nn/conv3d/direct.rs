@@ -42,7 +42,7 @@ pub(super) fn forward(
             Some(held) => Some(held.steps(batch * pixels)?),
             None => None,
         },
-        gelu: false,
+        ..Epilogue::default()
     };
     let frame = t * h * w * channels;
     let out = product(

@@ -160,9 +160,8 @@ async fn a_stopped_process_is_killed_and_replaced() {
 #[tokio::test]
 async fn a_cancel_stops_within_the_step_and_keeps_the_worker() {
     let folder = tempfile::tempdir().unwrap();
-    let hold = folder.path().join("never").display().to_string();
-    let once = folder.path().join("once").display().to_string();
-    let (engine, mut events) = spawn(config(&["--hold-at", "3", "--hold-file", &hold, "--once", &once]));
+    let hold = folder.path().join("go on").display().to_string();
+    let (engine, mut events) = spawn(config(&["--hold-at", "3", "--hold-file", &hold]));
     let job = request(folder.path(), 1);
     engine.run(job.clone()).unwrap();
     let (mut starts, mut cancelled) = (0, None);
@@ -178,6 +177,7 @@ async fn a_cancel_stops_within_the_step_and_keeps_the_worker() {
         }
     }
     assert_eq!(cancelled, Some(2));
+    std::fs::write(&hold, b"").unwrap();
     run_to_end(&engine, &mut events, request(folder.path(), 2), |event| {
         starts += u32::from(matches!(event, EngineEvent::Ready(_)));
     })

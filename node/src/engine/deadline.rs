@@ -209,6 +209,7 @@ mod tests {
         watch.end(true, start + seconds(10));
         watch.begin(MODEL, Phase::Step, Size { pixels: 2000.0 }, start);
         assert_eq!(watch.current().unwrap().1, seconds(200));
+        watch.end(false, start);
         watch.begin(MODEL, Phase::Step, Size { pixels: 10.0 }, start);
         assert_eq!(watch.current().unwrap().1, seconds(50));
     }

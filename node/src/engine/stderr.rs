@@ -97,8 +97,9 @@ struct Secrets {
 impl Secrets {
     fn of(texts: &[&str]) -> Self {
         let mut secrets = Self::default();
-        for text in texts {
-            let letters = letters(text);
+        // A panic's message quotes with escapes, whose letters come in between.
+        for text in texts.iter().flat_map(|text| [(*text).to_owned(), text.escape_debug().to_string()]) {
+            let letters = letters(&text);
             if letters.len() >= WINDOW {
                 secrets.runs.extend(letters.windows(WINDOW).map(<[char]>::to_vec));
             } else if !letters.is_empty() {

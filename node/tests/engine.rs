@@ -111,11 +111,13 @@ async fn a_real_worker_makes_the_same_clip_twice_and_resumes_from_its_checkpoint
 
 #[tokio::test]
 async fn a_request_that_the_model_cannot_make_fails_with_the_reason_and_leaves_the_worker() {
+    type Change = fn(&mut RunRequest);
+
     let folder = tempfile::tempdir().unwrap();
     let (engine, mut events) = spawn(worker());
     let mut starts = 0;
     let long = "cat ".repeat(100);
-    let cases: [(&str, &str, fn(&mut RunRequest)); 4] = [
+    let cases: [(&str, &str, Change); 4] = [
         ("size", "48", |request| request.width = 48),
         ("frames", "10", |request| request.frames = 10),
         ("zero_steps", "at least 1 step", |request| request.steps = 0),

@@ -60,6 +60,30 @@ fn cpu_time() -> Option<Duration> {
     Some(Duration::from_nanos(total))
 }
 
+/// This process's memory now and at its peak since `clear_refs` was written, MiB, where the system tells.
+fn memory() -> Option<(f64, f64)> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let field = |name: &str| -> Option<f64> {
+        let line = status.lines().find(|line| line.starts_with(name))?;
+        Some(line.split_whitespace().nth(1)?.parse::<f64>().ok()? / 1024.0)
+    };
+    Some((field("VmRSS:")?, field("VmHWM:")?))
+}
+
+/// Prints by how much a run raises the process's memory at its peak.
+fn report_memory(name: &str, run: impl FnOnce()) {
+    const RESET_PEAK: &str = "5";
+    let reset = std::fs::write("/proc/self/clear_refs", RESET_PEAK).is_ok();
+    let (before, start) = (memory(), Instant::now());
+    run();
+    match (before, memory()) {
+        (Some((before, _)), Some((_, peak))) if reset => {
+            println!("{name}: peak memory +{:.0} MiB, wall {:.1?}", peak - before, start.elapsed());
+        }
+        _ => println!("{name}: this system does not tell its peak memory"),
+    }
+}
+
 fn report(criterion: &mut Criterion, name: &str, mut run: impl FnMut()) {
     const RUNS: usize = 8;
     run();
@@ -108,13 +132,14 @@ fn transformer(criterion: &mut Criterion) {
     }
 }
 
-fn vae(criterion: &mut Criterion) {
-    const PLAIN: &str = r#"{"block_out_channels": [32, 64, 128, 128], "decoder_block_out_channels": [32, 64, 128, 128],
+const PLAIN: &str = r#"{"block_out_channels": [32, 64, 128, 128], "decoder_block_out_channels": [32, 64, 128, 128],
         "layers_per_block": [1, 1, 1, 1, 1], "decoder_layers_per_block": [1, 1, 1, 1, 1]}"#;
-    const TIMED: &str = r#"{"block_out_channels": [32, 64, 128, 128], "layers_per_block": [1, 1, 1, 1, 1],
+const TIMED: &str = r#"{"block_out_channels": [32, 64, 128, 128], "layers_per_block": [1, 1, 1, 1, 1],
         "decoder_block_out_channels": [32, 64, 128], "decoder_layers_per_block": [1, 1, 1, 1],
         "decoder_spatio_temporal_scaling": [true, true, true], "decoder_inject_noise": [false, false, false, false],
         "upsample_residual": [true, true, true], "upsample_factor": [2, 2, 2], "timestep_conditioning": true}"#;
+
+fn vae(criterion: &mut Criterion) {
     let z = random((1, 128, 5, 8, 8));
     let temb = Tensor::new(&[0.05f32], &Device::Cpu).unwrap();
     for (name, text) in [("0.9.0 form (32,64,128,128)", PLAIN), ("0.9.5 form (32,64,128)", TIMED)] {
@@ -131,5 +156,21 @@ fn vae(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, transformer, vae);
+/// What tiles are for: 65 frames of 512x512, whole and cut.
+fn vae_memory(_: &mut Criterion) {
+    let z = random((1, 128, 9, 16, 16));
+    let temb = Tensor::new(&[0.05f32], &Device::Cpu).unwrap();
+    for (name, text) in [("0.9.0 form", PLAIN), ("0.9.5 form", TIMED)] {
+        let vae = LtxVae::load_decoder(&LtxVaeConfig::from_json(text).unwrap(), weights()).unwrap();
+        for (tile, chunk) in [(None, None), (Some(256), Some(32)), (Some(128), Some(16))] {
+            let tiling = Tiling { tile, chunk };
+            let settings = DecodeSettings { timestep: Some(&temb), noise: Noise::None, tiling };
+            report_memory(&format!("VAE {name}, 128x9x16x16 to 65x512x512, {tiling:?}"), || {
+                vae.decode(&z, &settings, None).unwrap();
+            });
+        }
+    }
+}
+
+criterion_group!(benches, vae_memory, transformer, vae);
 criterion_main!(benches);

@@ -171,4 +171,11 @@ fn half_types_are_widened_and_come_back() {
     let x = random(&[1, 2, 4, 4, 3]);
     let out = conv.forward(&x.to_dtype(DType::BF16).unwrap()).unwrap();
     assert_eq!(out.dtype(), DType::BF16);
+    let q = random(&[1, 5, 2, 8]);
+    let whole = attention(&q, &q, &q, None, 0.3).unwrap();
+    let half = q.to_dtype(DType::F16).unwrap();
+    let near = attention(&half, &half, &half, None, 0.3).unwrap();
+    assert_eq!(near.dtype(), DType::F16);
+    let found = (near.to_dtype(DType::F32).unwrap() - whole).unwrap().abs().unwrap().flatten_all().unwrap();
+    assert!(found.max(0).unwrap().to_scalar::<f32>().unwrap() < 5e-3);
 }

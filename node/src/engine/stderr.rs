@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// Lines kept for the cause of a crash.
-const TAIL_LINES: usize = 16;
+/// Lines kept for the cause of a crash: a backtrace may follow the line that names it.
+const TAIL_LINES: usize = 128;
 /// Bytes of a line that are kept.
 const MAX_LINE: usize = 512;
 /// Lines logged for each job; what a worker prints beyond is dropped.
@@ -138,12 +138,12 @@ mod tests {
     async fn lines_are_cut_and_the_last_ones_kept() {
         let printed = Printed::default();
         let mut text = "x".repeat(5000);
-        for i in 0..40 {
+        for i in 0..200 {
             text.push_str(&format!("\nline {i}"));
         }
         read(text.as_bytes(), "cpu".to_owned(), printed.clone()).await;
-        assert!(printed.tail_contains("line 39"));
-        assert!(!printed.tail_contains("line 23"));
+        assert!(printed.tail_contains("line 199"));
+        assert!(!printed.tail_contains("line 71"));
         assert!(!printed.tail_contains("xxx"));
     }
 }

@@ -27,6 +27,11 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scal
     if fast(&all) {
         return cpu::attention(q, k, v, mask, scale as f32);
     }
+    if q.device().is_cpu() && q.dtype() != DType::F32 && !all.iter().any(|t| t.track_op()) {
+        let wide = |t: &Tensor| t.to_dtype(DType::F32);
+        let mask = mask.map(wide).transpose()?;
+        return attention(&wide(q)?, &wide(k)?, &wide(v)?, mask.as_ref(), scale)?.to_dtype(q.dtype());
+    }
     #[cfg(feature = "flash-attn")]
     if mask.is_none() && q.device().is_cuda() && matches!(q.dtype(), DType::F16 | DType::BF16) {
         return flash(q, k, v, scale);

@@ -57,5 +57,5 @@ fn pick(x: &Tensor, axis: usize, start: usize, count: usize, stride: usize) -> R
         return x.narrow(axis, start, count);
     }
     let index: Vec<u32> = (0..count).map(|i| (start + i * stride) as u32).collect();
-    x.index_select(&Tensor::from_vec(index, count, x.device())?, axis)
+    x.contiguous()?.index_select(&Tensor::from_vec(index, count, x.device())?, axis)
 }

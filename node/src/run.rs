@@ -123,6 +123,7 @@ struct Daemon {
     queue: Queue,
     clips: Clips,
     models: BTreeMap<ModelId, Arc<Model>>,
+    self_tests: crate::models::selftest::Results,
     devices: BTreeMap<DeviceId, Device>,
     live: BTreeMap<JobId, LiveJob>,
     boards: Boards,

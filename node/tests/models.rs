@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use kinoflock_inference::LoadOptions;
 use kinoflock_node::models::{Fault, ModelStore, ModelsError, embedded, manifest, selftest};
 use kinoflock_protocol::capacity::SelfTest;
-use kinoflock_protocol::id::ModelId;
+use kinoflock_protocol::id::{BlobId, ModelId};
 use kinoflock_protocol::units::UnixMillis;
 
 fn pipeline() -> PathBuf {
@@ -178,27 +178,32 @@ fn the_bundled_model_is_imported_once_and_is_sound() {
     assert_eq!(model.name, embedded::NAME);
     assert!(store.verify(&model).unwrap().is_empty());
     assert!(model.manifest.total_len() <= 24 << 20);
+    let card = model.card.as_ref().unwrap();
+    assert!(card.training_data.disclosed && card.fingerprint.is_some(), "{card:?}");
     let again = store.import_bundled().unwrap().unwrap();
     assert_eq!((again.id, store.list().unwrap().len()), (model.id, 1));
 }
 
 #[test]
-fn results_of_self_tests_are_kept_per_model_worker_and_device() {
+fn results_of_self_tests_are_kept_per_model_files_worker_and_device() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("self-tests.json");
-    let program = folder.path().join("worker");
-    fs::write(&program, b"one").unwrap();
-    let key = |device: &str| {
-        selftest::ResultKey::new(ModelId::from_bytes([1; 32]), &program, device.to_owned()).unwrap()
+    let store = ModelStore::open(&folder.path().join("models"), None).unwrap();
+    let model = store.import_bundled().unwrap().unwrap();
+    let key = |worker: u8, device: &str| {
+        selftest::ResultKey::new(&model, BlobId::from_bytes([worker; 32]), device.to_owned()).unwrap()
     };
     let kept = selftest::Kept { result: SelfTest::Unreferenced { at: UnixMillis(5) }, speed: 42 };
-    let old = key("cpu");
+    let old = key(1, "cpu");
     selftest::Results::open(&path).put(&old, kept).unwrap();
     let results = selftest::Results::open(&path);
-    assert_eq!(results.get(&key("cpu")), Some(kept));
-    assert_eq!(results.get(&key("cuda:0")), None);
-    fs::write(&program, b"two").unwrap();
-    assert_eq!(results.get(&key("cpu")), None, "another worker binary");
+    assert_eq!(results.get(&key(1, "cpu")), Some(kept));
+    assert_eq!(results.get(&key(1, "cuda:0")), None);
+    assert_eq!(results.get(&key(2, "cpu")), None, "another worker binary");
+    let weights = model.dir.join("vae/diffusion_pytorch_model.safetensors");
+    let file = fs::File::options().append(true).open(&weights).unwrap();
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    assert_eq!(results.get(&key(1, "cpu")), None, "files that were touched");
     fs::write(&path, b"{ broken").unwrap();
     assert_eq!(selftest::Results::open(&path).get(&old), None);
 }

@@ -53,6 +53,15 @@ fn request(folder: &Path, number: u8) -> RunRequest {
     }
 }
 
+/// Waits until the first worker is in its fault: from then on no other has it.
+fn wait_for_mark(once: &str) {
+    let until = std::time::Instant::now() + Duration::from_secs(60);
+    while !Path::new(once).exists() {
+        assert!(std::time::Instant::now() < until, "the worker never came to its fault");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 async fn run(args: &[&str], folder: &Path) -> Result<DoneReport, Failure> {
     let (engine, mut events) = spawn(config(args));
     let result = run_to_end(&engine, &mut events, request(folder, 1), |_| {}).await;
@@ -148,10 +157,7 @@ async fn a_stopped_process_is_killed_and_replaced() {
     let failure = run_to_end(&engine, &mut events, request(folder.path(), 1), |event| match event {
         EngineEvent::Ready(info) => pid = Pid::from_raw(info.pid as i32),
         EngineEvent::Step(_) => {
-            // The mark that only the first worker holds has to be there, or the next one holds too.
-            while !Path::new(&once).exists() {
-                std::thread::sleep(Duration::from_millis(2));
-            }
+            wait_for_mark(&once);
             kill_process(pid.unwrap(), Signal::STOP).unwrap();
         }
         _ => {}
@@ -206,6 +212,7 @@ async fn a_cancel_that_is_not_heard_kills_the_worker() {
     loop {
         match events.recv().await.unwrap() {
             EngineEvent::Phase { phase: kinoflock_node::engine::wire::Phase::Step, .. } => {
+                wait_for_mark(&once);
                 engine.cancel(job.job).unwrap();
             }
             EngineEvent::Cancelled { job: of, .. } => {

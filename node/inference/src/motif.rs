@@ -7,6 +7,7 @@ use std::path::Path;
 
 /// Path within the folder, and content, of every file.
 pub const FILES: &[(&str, &[u8])] = &[
+    ("card.json", include_bytes!("../models/motif/card.json")),
     ("kinoflock.json", include_bytes!("../models/motif/kinoflock.json")),
     ("model_index.json", include_bytes!("../models/motif/model_index.json")),
     ("scheduler/scheduler_config.json", include_bytes!("../models/motif/scheduler/scheduler_config.json")),

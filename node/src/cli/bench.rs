@@ -35,16 +35,15 @@ pub(super) fn run(args: &BenchArgs, config: &Config) -> anyhow::Result<()> {
 }
 
 async fn all(args: &BenchArgs, config: &Config, models: &[Model]) -> anyhow::Result<()> {
-    let mut folder = std::env::temp_dir();
-    folder.push(format!("kinoflock-bench-{}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
     let mut result = Ok(());
     for device in &config.devices {
         let (engine, mut events) = supervisor::spawn(WorkerConfig::of_device(device, &config.engine)?);
         for model in models {
             let mut best: Option<(wire::DoneReport, bench::Speed)> = None;
             for _ in 0..args.runs {
-                let request = default_job(model, &folder)?;
+                let request = default_job(model, folder)?;
                 match bench::run_to_end(&engine, &mut events, request.clone(), |_| {}).await {
                     Ok(report) => {
                         let speed = bench::speed(&model.manifest.work, &request, &report);
@@ -63,17 +62,21 @@ async fn all(args: &BenchArgs, config: &Config, models: &[Model]) -> anyhow::Res
         }
         engine.shutdown().await;
     }
-    std::fs::remove_dir_all(&folder)?;
     result
 }
 
-/// The model's own default clip.
-fn default_job(model: &Model, folder: &std::path::Path) -> anyhow::Result<wire::RunRequest> {
+/// The model's fixed job, with its files in this folder.
+pub(super) fn fixed_job(model: &Model, folder: &std::path::Path) -> anyhow::Result<wire::RunRequest> {
     let path = |name: &str| wire::WirePath::new(folder.join(name).display().to_string());
     let load =
         wire::LoadRequest { model: model.id, dir: wire::WirePath::new(model.dir.display().to_string())? };
     let output = wire::Output { clip: path("clip.mp4")?, latents: None, checkpoint: None };
-    let mut request = selftest::request(model, JobId::from_bytes([0xbe; 32]), load, output);
+    Ok(selftest::request(model, JobId::from_bytes([0xbe; 32]), load, output))
+}
+
+/// The model's own default clip.
+fn default_job(model: &Model, folder: &std::path::Path) -> anyhow::Result<wire::RunRequest> {
+    let mut request = fixed_job(model, folder)?;
     let defaults = &model.manifest.defaults;
     (request.frames, request.width, request.height) = (defaults.frames, defaults.width, defaults.height);
     (request.steps, request.guidance) = (defaults.steps, defaults.guidance.to_f64());

@@ -8,7 +8,9 @@ use clap::Subcommand;
 
 use super::say;
 use crate::config::Config;
-use crate::models::{Model, ModelStore};
+use crate::engine::bench;
+use crate::engine::supervisor::{self, WorkerConfig};
+use crate::models::{Model, ModelStore, selftest};
 
 /// Commands about models.
 #[derive(Debug, Subcommand)]
@@ -32,6 +34,17 @@ pub(super) enum ModelCommand {
         /// Only this model, by name or id.
         model: Option<String>,
     },
+    /// Run a model's fixed job on the first device and print the fingerprint for its card.
+    ///
+    /// Every node that imports the model together with the card compares its own result with it before it offers the
+    /// model.
+    Fingerprint {
+        /// The model, by name or id.
+        model: String,
+        /// Greatest difference that another device may show; latents are around 1.
+        #[arg(long, default_value_t = 0.05)]
+        tolerance: f64,
+    },
 }
 
 pub(super) fn run(command: ModelCommand, config: &Config) -> anyhow::Result<ExitCode> {
@@ -41,7 +54,44 @@ pub(super) fn run(command: ModelCommand, config: &Config) -> anyhow::Result<Exit
         ModelCommand::List { json } => list(&store.list()?, json),
         ModelCommand::Import { folder, name } => import(&store, &folder, name),
         ModelCommand::Verify { model } => verify(&store, model.as_deref()),
+        ModelCommand::Fingerprint { model, tolerance } => fingerprint(&store, config, &model, tolerance),
     }
+}
+
+fn fingerprint(
+    store: &ModelStore,
+    config: &Config,
+    wanted: &str,
+    tolerance: f64,
+) -> anyhow::Result<ExitCode> {
+    let mut model = chosen(store, Some(wanted))?.remove(0);
+    // What is measured must not depend on what an earlier card says.
+    model.card = None;
+    let device = config.devices.first().context("no device is configured; see [[device]]")?;
+    let folder = tempfile::tempdir()?;
+    let request = super::bench::fixed_job(&model, folder.path())?;
+    let report = tokio::runtime::Runtime::new()?.block_on(async {
+        let (engine, mut events) = supervisor::spawn(WorkerConfig::of_device(device, &config.engine)?);
+        let made = bench::run_to_end(&engine, &mut events, request.clone(), |_| {}).await;
+        engine.shutdown().await;
+        made.map_err(|failure| anyhow::anyhow!("{} on {}: {}", model.name, device.name, failure.text))
+    })?;
+    let print = selftest::fingerprint(&request, &report, tolerance).context(
+        "the result has numbers that are not finite: this device or format does not compute the model",
+    )?;
+    say::data(&serde_json::to_string_pretty(&print)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The models of this name or id, or all.
+fn chosen(store: &ModelStore, wanted: Option<&str>) -> anyhow::Result<Vec<Model>> {
+    let models = store.list()?;
+    let Some(wanted) = wanted else { return Ok(models) };
+    let known: Vec<_> = models.iter().map(|model| model.name.clone()).collect();
+    let chosen: Vec<_> =
+        models.into_iter().filter(|model| model.name == wanted || model.id.to_string() == wanted).collect();
+    anyhow::ensure!(!chosen.is_empty(), "no model {wanted:?} here; known are {}", known.join(", "));
+    Ok(chosen)
 }
 
 fn list(models: &[Model], json: bool) -> anyhow::Result<ExitCode> {
@@ -88,18 +138,9 @@ fn import(store: &ModelStore, folder: &std::path::Path, name: Option<String>) ->
 }
 
 fn verify(store: &ModelStore, wanted: Option<&str>) -> anyhow::Result<ExitCode> {
-    let models = store.list()?;
-    let chosen: Vec<_> = models
-        .iter()
-        .filter(|model| wanted.is_none_or(|wanted| model.name == wanted || model.id.to_string() == wanted))
-        .collect();
-    if let (Some(wanted), true) = (wanted, chosen.is_empty()) {
-        let known: Vec<_> = models.iter().map(|model| model.name.as_str()).collect();
-        anyhow::bail!("no model {wanted:?} here; known are {}", known.join(", "));
-    }
     let mut sound = true;
-    for model in chosen {
-        let faults = store.verify(model)?;
+    for model in chosen(store, wanted)? {
+        let faults = store.verify(&model)?;
         sound &= faults.is_empty();
         if faults.is_empty() {
             say::data(&format!("{}: every file is as its manifest says", model.name));

@@ -20,6 +20,7 @@ use kinoflock_client::store::Store;
 use kinoflock_client::ticket::Way;
 use kinoflock_protocol::Keypair;
 use kinoflock_protocol::id::NetworkId;
+use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
 use super::say;
@@ -73,12 +74,12 @@ pub(super) fn run(args: &TryArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn make(args: &TryArgs) -> anyhow::Result<()> {
-    let folder = Folder::new(args.keep)?;
+    let folder = own_folder(args.keep)?;
     let started = Instant::now();
-    let mut daemon = Daemon::start(&folder.path, args.model_dir.as_deref())?;
+    let mut daemon = Daemon::start(folder.path(), args.model_dir.as_deref())?;
     // Ctrl-C reaches the child as well; here it only has to end the wait, and everything is put away.
     let made = tokio::select! {
-        made = through_daemon(args, &folder.path, &mut daemon) => made,
+        made = through_daemon(args, folder.path(), &mut daemon) => made,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted; nothing was written")),
     };
     let log = daemon.end().await;
@@ -195,33 +196,17 @@ fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     written.with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// A folder of our own that goes with us.
-struct Folder {
-    path: PathBuf,
-    keep: bool,
-}
-
-impl Folder {
-    fn new(keep: bool) -> anyhow::Result<Self> {
-        let mut random = [0; 8];
-        getrandom::fill(&mut random).context("no random bytes from the system")?;
-        let name = format!("kinoflock-try-{:016x}", u64::from_le_bytes(random));
-        let path = std::env::temp_dir().join(name);
-        let mut builder = std::fs::DirBuilder::new();
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder.create(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(Self { path, keep })
+/// A folder of our own that goes with us, unless it is to be kept.
+fn own_folder(keep: bool) -> anyhow::Result<TempDir> {
+    let mut folder = tempfile::Builder::new()
+        .prefix("kinoflock-try-")
+        .tempdir()
+        .context("cannot make a folder for the daemon")?;
+    if keep {
+        folder.disable_cleanup(true);
+        say::words(&format!("the daemon's folder is kept: {}", folder.path().display()));
     }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if self.keep {
-            say::words(&format!("the daemon's folder is kept: {}", self.path.display()));
-        } else if let Err(error) = std::fs::remove_dir_all(&self.path) {
-            say::words(&format!("{} could not be removed: {error}", self.path.display()));
-        }
-    }
+    Ok(folder)
 }
 
 /// The child.

@@ -15,7 +15,7 @@ use kinoflock_protocol::job::Prompt;
 use kinoflock_protocol::units::{Micro, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use super::{Model, ModelsError, file_error, manifest};
+use super::{Model, ModelsError, file_error};
 use crate::engine::wire::{DoneReport, Extra, LoadRequest, Output, RunRequest};
 
 /// The prompt where no card names one.
@@ -180,11 +180,13 @@ pub fn fingerprint(request: &RunRequest, report: &DoneReport, tolerance: f64) ->
     })
 }
 
-/// What a result is good for: it is made again when weights, worker binary or device change.
+/// What a result is good for: the test is made again when weights, worker binary or device change.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ResultKey {
     /// The model.
     pub model: ModelId,
+    /// Its files as they lie on the disk: lengths and times of change, so that damage is tested again too.
+    pub files: BlobId,
     /// blake3 of the worker's program file.
     pub worker: BlobId,
     /// Device, its own name, and the number format.
@@ -192,17 +194,31 @@ pub struct ResultKey {
 }
 
 impl ResultKey {
-    /// The key of a model on a device.
+    /// The key of a model on a device, with a worker whose program has this hash.
     ///
     /// # Errors
-    /// When the worker's program cannot be read.
-    pub fn new(model: ModelId, worker: &Path, device: String) -> Result<Self, ModelsError> {
-        Ok(Self { model, worker: manifest::hash_file(worker)?.1, device })
+    /// When the model's files cannot be looked at.
+    pub fn new(model: &Model, worker: BlobId, device: String) -> Result<Self, ModelsError> {
+        Ok(Self { model: model.id, files: state_of_files(model)?, worker, device })
     }
 
     fn text(&self) -> String {
-        format!("{} {} {}", self.model, self.worker.to_hex(), self.device)
+        format!("{} {} {} {}", self.model, self.files.to_hex(), self.worker.to_hex(), self.device)
     }
+}
+
+/// A hash over path, length and time of change of every file of a model.
+fn state_of_files(model: &Model) -> Result<BlobId, ModelsError> {
+    let mut hasher = blake3::Hasher::new();
+    for file in model.manifest.files.iter() {
+        let path = model.dir.join(file.path.as_str());
+        let seen = std::fs::metadata(&path).map_err(file_error(&path))?;
+        let changed = seen.modified().map_err(file_error(&path))?;
+        let changed = changed.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        hasher.update(file.path.as_bytes()).update(&[0]);
+        hasher.update(&seen.len().to_le_bytes()).update(&changed.as_nanos().to_le_bytes());
+    }
+    Ok(BlobId::from_bytes(*hasher.finalize().as_bytes()))
 }
 
 /// A result that is kept.

@@ -1,37 +1,48 @@
 //! Which models may be offered: those that this device has just made a small fixed clip with.
 //!
 //! A device's models are tested one after the other through its own worker, before the scheduler may use them. The first
-//! real job is the same code with other numbers, so a model that passes here is a model that works.
+//! real job is the same code with other numbers, so a model that passes here is a model that works. What passed is kept
+//! on disk and holds until weights, worker program or device change.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use kinoflock_protocol::capacity::SelfTest;
-use kinoflock_protocol::id::{JobId, ModelId};
+use kinoflock_protocol::id::{BlobId, JobId, ModelId};
 
 use super::{Daemon, jobs, unix_now};
 use crate::engine::bench;
 use crate::engine::wire::{DoneReport, Failure, Output, RunRequest, WorkerInfo};
-use crate::models::selftest;
+use crate::models::selftest::{self, Kept, ResultKey};
 use crate::scheduler::DeviceId;
 
 /// The result of a test, and the speed measured with it.
 pub(super) type Tested = Result<(SelfTest, u64), String>;
 
 /// The tests of a device.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Tests {
     waiting: Vec<ModelId>,
+    worker: Program,
     running: Option<(JobId, ModelId, RunRequest)>,
     /// What came of them.
     pub(super) results: BTreeMap<ModelId, Tested>,
 }
 
+/// What of a worker a result depends on.
+#[derive(Debug, Clone)]
+pub(super) struct Program {
+    /// blake3 of its file; `None` if it could not be read, and then nothing is kept.
+    pub(super) hash: Option<BlobId>,
+    /// Its arguments and the number format that it is told to use.
+    pub(super) setting: String,
+}
+
 impl Tests {
     /// These models are to be tested, the last first.
-    pub(super) fn of(models: Vec<ModelId>) -> Self {
-        Self { waiting: models, ..Self::default() }
+    pub(super) fn of(models: Vec<ModelId>, worker: Program) -> Self {
+        Self { waiting: models, worker, running: None, results: BTreeMap::new() }
     }
 
     /// Whether any is still to come.
@@ -72,6 +83,11 @@ impl Daemon {
             return;
         }
         let Some(model_id) = device.tests.waiting.pop() else { return self.tests_over(id) };
+        if let Some(kept) = self.result_key(id, &model_id).and_then(|key| self.self_tests.get(&key)) {
+            tracing::info!(device = id.0, model = %model_id.short(), "an earlier self-test still holds");
+            return self.handle_tested(id, model_id, Ok((kept.result, kept.speed)));
+        }
+        let Some(device) = self.devices.get_mut(&id) else { return };
         let Some(model) = self.models.get(&model_id) else { return };
         let mut test = [0; 32];
         test[..16].copy_from_slice(&model_id.as_bytes()[..16]);
@@ -104,12 +120,25 @@ impl Daemon {
         let Some(model) = self.models.get(&model_id) else { return true };
         let speed = bench::speed(&model.manifest.work, &request, report).per_second;
         let verdict = selftest::judge(model, report, unix_now());
+        if let (Ok(result), Some(key)) = (&verdict, self.result_key(id, &model_id))
+            && let Err(error) = self.self_tests.put(&key, Kept { result: *result, speed })
+        {
+            tracing::warn!(%error, "a self-test's result could not be kept; the next start makes it again");
+        }
         self.handle_tested(
             id,
             model_id,
             verdict.map(|passed| (passed, speed)).map_err(|error| error.to_string()),
         );
         true
+    }
+
+    /// Under which a result on this device is kept; `None` while that cannot be said.
+    fn result_key(&self, id: DeviceId, model: &ModelId) -> Option<ResultKey> {
+        let device = self.devices.get(&id)?;
+        let (worker, program) = (device.worker.as_ref()?, &device.tests.worker);
+        let on = format!("{} {} {}", worker.device, worker.device_name, program.setting);
+        ResultKey::new(self.models.get(model)?, program.hash?, on).ok()
     }
 
     /// Takes a worker's failure if it is a test's.

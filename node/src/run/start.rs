@@ -12,20 +12,23 @@ use kinoflock_protocol::units::UnixMillis;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::selftest::Tests;
+use super::selftest::{Program, Tests};
 use super::{Daemon, Device, LiveJob, MAX_NOTES, Note, requests, unix_now};
 use crate::admin::{ADMIN_QUEUE, Admin, AdminError};
 use crate::clips::{Clips, ClipsError};
 use crate::config::{Config, DeviceConfig};
 use crate::engine::supervisor::{self, WorkerConfig};
 use crate::identity::{Identity, IdentityError};
-use crate::models::{Model, ModelStore, ModelsError};
+use crate::models::selftest::Results;
+use crate::models::{Model, ModelStore, ModelsError, manifest};
 use crate::policy::Policy;
 use crate::queue::{JobRecord, Queue, QueueError};
 use crate::scheduler::{DeviceId, DeviceSetup, RestoredJob, Scheduler, Setup};
 use crate::shutdown::Signals;
 use crate::telemetry::Metrics;
 
+/// Name of the file of self-tests that were passed, in the state folder.
+const SELF_TESTS: &str = "self-tests.json";
 /// Name of the admin socket in the runtime folder.
 pub(crate) const ADMIN_SOCKET: &str = "admin.sock";
 
@@ -115,8 +118,8 @@ async fn run(config: Config) -> Result<(), RunError> {
 
     let (notes, inbox) = mpsc::channel(MAX_NOTES);
     let runtime_folder = config.storage.runtime.clone();
-    let mut scheduler = scheduler(&config, &models)?;
-    let devices = start_devices(&config, &models, &mut scheduler, &notes)?;
+    let scheduler = scheduler(&config, &models)?;
+    let devices = start_devices(&config, &models, &scheduler, &notes).await?;
     let mut daemon = Daemon {
         network,
         net,
@@ -124,6 +127,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         queue,
         clips,
         models,
+        self_tests: Results::open(&config.storage.state.join(SELF_TESTS)),
         devices,
         live: BTreeMap::new(),
         boards: super::boards::Boards::default(),
@@ -242,16 +246,17 @@ fn find(models: &BTreeMap<ModelId, Arc<Model>>, name: &str) -> Option<ModelId> {
 }
 
 /// Starts a worker for each device; its models are tested before any job may have it.
-fn start_devices(
+async fn start_devices(
     config: &Config,
     models: &BTreeMap<ModelId, Arc<Model>>,
-    scheduler: &mut Scheduler,
+    scheduler: &Scheduler,
     notes: &mpsc::Sender<Note>,
 ) -> Result<BTreeMap<DeviceId, Device>, RunError> {
     let mut devices = BTreeMap::new();
     for (id, device) in (0..=u16::MAX).map(DeviceId).zip(&config.devices) {
         let worker = WorkerConfig::of_device(device, &config.engine)
             .map_err(|source| RunError::Worker { device: device.name.clone(), source })?;
+        let program = program(&worker).await;
         let (engine, mut events) = supervisor::spawn(worker);
         let notes = notes.clone();
         tokio::spawn(async move {
@@ -261,10 +266,20 @@ fn start_devices(
                 }
             }
         });
-        let tests = Tests::of(models_of(device, models, scheduler));
+        let tests = Tests::of(models_of(device, models, scheduler), program);
         devices.insert(id, Device { name: device.name.clone(), engine, worker: None, tests });
     }
     Ok(devices)
+}
+
+/// What of a worker its self-tests depend on.
+async fn program(worker: &WorkerConfig) -> Program {
+    let file = worker.program.clone();
+    let hash = tokio::task::spawn_blocking(move || manifest::hash_file(&file)).await;
+    Program {
+        hash: hash.ok().and_then(Result::ok).map(|(_, hash)| hash),
+        setting: format!("{} {:?}", worker.open.dtype, worker.args),
+    }
 }
 
 /// The models that a device is to serve, those that the policy allows.

@@ -297,3 +297,14 @@ fn the_template_writes_what_init_was_told() {
     assert!(!config.serve.public);
     assert_eq!(config.serve.own_keys.len(), 1);
 }
+
+#[test]
+fn the_packaged_configuration_is_what_init_writes_for_the_machine() {
+    let folders = Folders::of(Scope::System, &Environment::default()).unwrap();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/node.toml");
+    assert_eq!(
+        std::fs::read_to_string(file).unwrap(),
+        template(&FileConfig::default(), Some(&folders)),
+        "write it again: kinoflockd --system --config deploy/node.toml --state $(mktemp -d)/state init --serve public"
+    );
+}

@@ -264,6 +264,18 @@ fn every_key_is_explained_and_every_explanation_has_a_key() {
 }
 
 #[test]
+fn devices_stand_in_the_file_alone_and_a_flag_or_variable_says_so() {
+    let mut setup = Setup::new();
+    setup.vars.insert("KINOFLOCKD_DEVICE_KIND".to_owned(), "cuda:0".to_owned());
+    let variable = setup.load().unwrap_err().to_string();
+    assert!(variable.contains("KINOFLOCKD_DEVICE_KIND") && variable.contains("[[device]]"), "{variable}");
+    let mut setup = Setup::new();
+    setup.overrides.set = vec!["device.kind=cuda:0".to_owned()];
+    let flag = setup.load().unwrap_err().to_string();
+    assert!(flag.contains("--set") && flag.contains("[[device]]"), "{flag}");
+}
+
+#[test]
 fn the_template_shows_every_key_and_its_defaults_hold_when_uncommented() {
     let setup = Setup::new();
     let folders = Folders::of(Scope::User, &setup.env()).unwrap();

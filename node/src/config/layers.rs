@@ -68,16 +68,29 @@ pub(super) fn overlay(
 /// # Errors
 /// When there is none; the error names the nearest.
 pub(super) fn known_key(given: &str, place: &str) -> Result<&'static str, ConfigError> {
-    DOCS.iter().map(|doc| doc.key).find(|key| *key == given && !key.starts_with("device.")).ok_or_else(|| {
-        ConfigError::UnknownKey {
-            key: given.to_owned(),
-            place: place.to_owned(),
-            nearest: nearest_key(given),
-        }
+    if given == "device" || given.starts_with("device.") {
+        return Err(only_in_file(given, place));
+    }
+    DOCS.iter().map(|doc| doc.key).find(|key| *key == given).ok_or_else(|| ConfigError::UnknownKey {
+        key: given.to_owned(),
+        place: place.to_owned(),
+        nearest: nearest_key(given),
     })
 }
 
+/// Devices are a list of sections; a flag or a variable could not say which one it means.
+fn only_in_file(key: &str, place: &str) -> ConfigError {
+    ConfigError::Value {
+        key: key.to_owned(),
+        place: place.to_owned(),
+        message: "devices can only be set in the configuration file, one [[device]] section each".to_owned(),
+    }
+}
+
 fn key_of_variable(name: &str) -> Result<&'static str, ConfigError> {
+    if name.strip_prefix(ENV_PREFIX).is_some_and(|rest| rest == "DEVICE" || rest.starts_with("DEVICE_")) {
+        return Err(only_in_file(name, "environment"));
+    }
     let settable = || DOCS.iter().map(|doc| doc.key).filter(|key| !key.starts_with("device."));
     settable().find(|key| variable_of(key) == name).ok_or_else(|| {
         let nearest =

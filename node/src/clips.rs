@@ -31,6 +31,8 @@ pub use self::index::{Owner, OwnerClass};
 mod files;
 mod index;
 
+/// The part of the store that what the public has not fetched leaves free: one in so many.
+const RESERVED_PART: u64 = 4;
 /// Name of the index in the clip folder.
 const INDEX_FILE: &str = "index.redb";
 
@@ -280,12 +282,18 @@ impl Clips {
         self.lock().index.row(id).map(|row| row.owners.iter().map(|part| part.owner).collect())
     }
 
-    /// What admission needs to know for a job of this requester whose results need about `needed` bytes.
+    /// What admission needs to know for a job of this requester whose results need about `needed` bytes. What the public
+    /// has not fetched may fill all but a quarter of the store: that quarter is for own keys and collectives.
     #[must_use]
-    pub fn room(&self, requester: &RequesterId, needed: u64) -> Room {
+    pub fn room(&self, requester: &RequesterId, class: OwnerClass, needed: u64) -> Room {
         let state = self.lock();
+        let for_class = match class {
+            OwnerClass::Own | OwnerClass::Collective => u64::MAX,
+            OwnerClass::Public => (self.limit - self.limit / RESERVED_PART)
+                .saturating_sub(state.index.unacknowledged(|owner| owner.class == class)),
+        };
         Room {
-            available: self.available(&state),
+            available: self.available(&state).min(for_class),
             needed,
             unacknowledged: state.index.unacknowledged(|owner| owner.requester == *requester),
         }

@@ -114,11 +114,24 @@ fn what_nobody_fetched_is_not_evicted_and_the_store_says_full() {
         matches!(error, ClipsError::StoreFull { needed: 10, available: 0, limit } if limit == 2 * MIB as u64)
     );
     assert_eq!(files_in(dir.path()), 2, "nothing is left of the refused one");
-    let room = clips.room(&owner(1, 1).requester, 10);
+    let room = clips.room(&owner(1, 1).requester, OwnerClass::Public, 10);
     assert_eq!((room.available, room.needed, room.unacknowledged), (0, 10, 2 * MIB as u64));
-    assert_eq!(clips.room(&owner(9, 9).requester, 10).unacknowledged, 0);
+    assert_eq!(clips.room(&owner(9, 9).requester, OwnerClass::Public, 10).unacknowledged, 0);
     assert_eq!(clips.unacknowledged_of(OwnerClass::Public), 2 * MIB as u64);
     assert_eq!(clips.unacknowledged_of(OwnerClass::Own), 0);
+}
+
+#[test]
+fn the_public_s_unfetched_clips_leave_a_quarter_of_the_store_to_own_keys_and_collectives() {
+    let (_dir, clips) = store(4 * MIB as u64);
+    for number in 1..=2 {
+        clips.put(&bytes(number * 60, MIB), owner(number, 1), at(1)).unwrap();
+    }
+    let available = |class| clips.room(&owner(9, 9).requester, class, 10).available;
+    assert_eq!(available(OwnerClass::Public), MIB as u64);
+    assert_eq!(available(OwnerClass::Collective), 2 * MIB as u64);
+    clips.put(&bytes(3, MIB), owner(3, 1), at(1)).unwrap();
+    assert_eq!((available(OwnerClass::Public), available(OwnerClass::Own)), (0, MIB as u64));
 }
 
 #[test]
@@ -141,8 +154,8 @@ fn one_clip_of_two_jobs_stays_until_both_acknowledged_it() {
     assert_eq!(clips.fill().used, MIB as u64);
     clips.acknowledge(&id, &owner(1, 1).job, at(2)).unwrap();
     assert_eq!(clips.fill().evictable, 0);
-    assert_eq!(clips.room(&owner(1, 1).requester, 0).unacknowledged, 0);
-    assert_eq!(clips.room(&owner(2, 2).requester, 0).unacknowledged, MIB as u64);
+    assert_eq!(clips.room(&owner(1, 1).requester, OwnerClass::Public, 0).unacknowledged, 0);
+    assert_eq!(clips.room(&owner(2, 2).requester, OwnerClass::Public, 0).unacknowledged, MIB as u64);
     clips.acknowledge(&id, &owner(2, 2).job, at(3)).unwrap();
     assert_eq!(clips.fill().evictable, MIB as u64);
 }

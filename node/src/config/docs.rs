@@ -91,7 +91,7 @@ pub const DOCS: &[KeyDoc] = &[
     doc("storage.models_limit", "Most disk for models; or \"unlimited\"."),
     doc(
         "storage.clips_limit",
-        "Most disk for clips and latents made here. When full of unfetched ones: StoreFull.",
+        "Most disk for clips and latents made here. When full of unfetched ones: StoreFull. The public's may fill three quarters.",
     ),
     doc("storage.replicas_limit", "Most disk for sealed copies kept for others."),
     doc("engine.worker", "The program started as worker; empty for this one."),

@@ -14,9 +14,8 @@ use kinoflock_protocol::units::UnixMillis;
 use kinoflock_protocol::work::work;
 
 use super::{Daemon, Note, jobs, unix_now};
-use crate::clips::{Clips, ClipsError, Owner, OwnerClass};
+use crate::clips::{Clips, ClipsError, Owner};
 use crate::engine::wire::{DoneReport, Failure, FileReport};
-use crate::policy::Class;
 use crate::queue::{Link, Queue, QueueError};
 use crate::scheduler::{DeviceId, Measured};
 use crate::telemetry::ResultLabels;
@@ -126,12 +125,8 @@ impl Daemon {
             sequence: 0,
             previous: None,
         };
-        let class = match live.origin.class {
-            Class::Own => OwnerClass::Own,
-            Class::Collective => OwnerClass::Collective,
-            Class::Public => OwnerClass::Public,
-        };
-        let owner = Owner { job: report.job, requester: live.job.requester(), class };
+        let owner =
+            Owner { job: report.job, requester: live.job.requester(), class: live.origin.class.into() };
         Some((Draft { receipt, keypair: self.identity.keypair().clone(), network: self.network }, owner))
     }
 

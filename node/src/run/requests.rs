@@ -132,7 +132,7 @@ impl Daemon {
         let wanted = self.wanted(&request.model, request.shape)?;
         let origin = self.origin(request.requester, addr);
         let now = Instant::now();
-        let room = self.clips.room(&request.requester, expected_bytes(&request.shape));
+        let room = self.clips.room(&request.requester, origin.class.into(), expected_bytes(&request.shape));
         let promise = self.scheduler.handle_quote(origin, wanted, room, now)?;
         let issued_at = unix_now();
         let quote = Quote {
@@ -250,7 +250,11 @@ impl Daemon {
             deadline: spec.deadline.map(|at| now + remaining(at)),
             needs_inputs: !spec.inputs().is_empty(),
         };
-        let room = self.clips.room(&ordered.job.requester(), expected_bytes(&spec.shape()));
+        let room = self.clips.room(
+            &ordered.job.requester(),
+            ordered.origin.class.into(),
+            expected_bytes(&spec.shape()),
+        );
         match self.scheduler.handle_order(&new, room, now) {
             Ok(Admission::Store { seq }) => self.store(ordered, &new, seq, responder),
             Ok(Admission::Live(_)) => {

@@ -178,13 +178,16 @@ fn lan(local: PeerId) -> Result<mdns::tokio::Behaviour, NetError> {
 
 /// Starts to listen; how many listeners will tell their addresses.
 fn listen(swarm: &mut Swarm<Behaviour>, addrs: &[Multiaddr]) -> Result<usize, NetError> {
+    let failed = |addr: &Multiaddr, error: &(dyn std::error::Error + 'static)| NetError::Listen {
+        addr: addr.clone(),
+        why: root_cause(error),
+    };
+    // All before the first is taken: a plain bind of `::` takes the port of `0.0.0.0` too.
     for addr in addrs {
-        let failed = |error: &(dyn std::error::Error + 'static)| NetError::Listen {
-            addr: addr.clone(),
-            why: root_cause(error),
-        };
-        check_free(addr).map_err(|error| failed(&error))?;
-        swarm.listen_on(addr.clone()).map_err(|error| failed(&error))?;
+        check_free(addr).map_err(|error| failed(addr, &error))?;
+    }
+    for addr in addrs {
+        swarm.listen_on(addr.clone()).map_err(|error| failed(addr, &error))?;
     }
     Ok(addrs.len())
 }

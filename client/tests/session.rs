@@ -116,6 +116,21 @@ async fn when_one_node_refuses_the_other_takes_it_and_when_all_do_each_reason_is
 }
 
 #[tokio::test]
+async fn a_node_that_moved_is_found_again_by_its_new_ticket() {
+    let home = Home::new();
+    let peer = peer::start(11, Script::default()).await;
+    let client = client(&home).await;
+    let record = client.submit(&ask(), &[way(&peer)], &Events::none()).await.unwrap();
+    peer.handle.shutdown().await;
+    let moved = peer::start(11, Script::default()).await;
+    let gone = client.status(&record.job).await.unwrap_err();
+    client.store().insert_ticket(&moved.address()).unwrap();
+    let asked = client.status(&record.job).await.unwrap_err();
+    assert!(matches!(gone, SessionError::Net(_)), "{gone:?}");
+    assert!(matches!(asked, SessionError::Lost { .. }), "it was asked, and has forgotten: {asked:?}");
+}
+
+#[tokio::test]
 async fn a_clock_that_is_an_hour_off_is_told_and_the_job_done_by_the_nodes_clock() {
     for ahead_ms in [3_600_000, -3_600_000] {
         let home = Home::new();

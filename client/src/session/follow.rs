@@ -111,6 +111,13 @@ impl Client {
         for here in local::find(&local::folders()).iter().filter(|here| here.node_id == record.node) {
             addresses.extend(parse_addresses(&here.addresses));
         }
+        // One that moved has sent out a new ticket.
+        let joined = self.store.tickets()?;
+        let ways = joined.iter().filter_map(|text| text.parse::<Way>().ok());
+        let nodes = ways.filter_map(|way| way.nodes()).flatten();
+        for (_, newer) in nodes.filter(|(node, _)| *node == record.node) {
+            addresses.extend(newer);
+        }
         if let Some(nearby) = self.found.borrow().get(&record.node) {
             addresses.extend(nearby.iter().cloned());
         }

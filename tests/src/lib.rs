@@ -2,8 +2,10 @@
 //!
 //! - [`sandbox`]: N daemons on free loopback ports, clients beside them, logs shown where a test fails;
 //! - [`invariants`]: what must hold of every clip and every node, whatever a test is about;
+//! - [`requester`]: somebody who signs by hand, so that a test may bend each message;
 //! - [`test_engine`]: the worker that fails on demand.
 
 pub mod invariants;
+pub mod requester;
 pub mod sandbox;
 pub mod test_engine;

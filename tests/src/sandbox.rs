@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use kinoflock_client::local::LocalNode;
 use kinoflock_node::admin::call;
 use kinoflock_node::admin::report::StatusReport;
+use kinoflock_node::models::ModelStore;
+use kinoflock_protocol::NetworkId;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -21,6 +23,8 @@ use tempfile::TempDir;
 pub const PATIENCE: Duration = Duration::from_secs(120);
 /// Pause between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// What a daemon logs, unless a test asks for more.
+const LOG: &str = "debug,libp2p=warn,multistream_select=warn,yamux=warn,quinn=warn,libp2p_kad=error";
 
 /// Looks until `condition` gives a value.
 ///
@@ -88,9 +92,12 @@ pub struct Sandbox {
 #[derive(Debug)]
 pub struct Node {
     folder: PathBuf,
+    models: PathBuf,
     network: String,
     worker: Worker,
     config: String,
+    log: String,
+    wrapper: Vec<String>,
     child: Option<Child>,
 }
 
@@ -118,18 +125,55 @@ impl Sandbox {
 
     /// Adds a daemon, with further lines of configuration, and waits until it is ready.
     pub fn add(&mut self, worker: &Worker, config: &str) -> &mut Node {
+        self.add_prepared(worker, config, |_| {})
+    }
+
+    /// As [`Sandbox::add`], with a last word before the daemon starts.
+    pub fn add_prepared(
+        &mut self,
+        worker: &Worker,
+        config: &str,
+        prepare: impl FnOnce(&mut Node),
+    ) -> &mut Node {
         let folder = self.folder.path().join(format!("node-{}", self.nodes.len()));
+        let models = match worker {
+            Worker::Real => folder.join("models"),
+            Worker::Test(_) => self.test_models(),
+        };
         let mut node = Node {
             folder,
+            models,
             network: self.network.clone(),
             worker: worker.clone(),
             config: config.to_owned(),
+            log: LOG.to_owned(),
+            wrapper: Vec::new(),
             child: None,
         };
+        fs::create_dir_all(&node.folder).expect("a node's folder");
+        prepare(&mut node);
         node.start();
         node.ready();
         self.nodes.push(node);
         self.nodes.last_mut().expect("just pushed")
+    }
+
+    /// The bundled model without its card, for all daemons with a test engine: what that one draws meets no fingerprint.
+    fn test_models(&self) -> PathBuf {
+        let folder = self.folder.path().join("models");
+        if !folder.exists() {
+            let store = ModelStore::open(&folder, None).expect("a folder of models");
+            let model = store.import_bundled().expect("the bundled model is sound").expect("one is bundled");
+            let card = model.dir.with_file_name("card.json");
+            assert!(!card.exists() || fs::remove_file(card).is_ok());
+        }
+        folder
+    }
+
+    /// The network of all its daemons.
+    #[must_use]
+    pub fn network(&self) -> NetworkId {
+        NetworkId::named(&self.network)
     }
 
     /// A client with a key, a store and a configuration of its own, that knows no node.
@@ -170,12 +214,21 @@ impl Drop for Sandbox {
 }
 
 impl Node {
+    /// Logs everything that there is to log.
+    pub fn log_everything(&mut self) {
+        self.log = "trace".to_owned();
+    }
+
+    /// Starts it by this command line, to which its own is added.
+    pub fn wrap(&mut self, wrapper: &[&str]) {
+        self.wrapper = wrapper.iter().map(ToString::to_string).collect();
+    }
+
     /// Starts the process; its store is what an earlier one left.
     ///
     /// # Panics
     /// When it cannot be started.
     pub fn start(&mut self) {
-        fs::create_dir_all(&self.folder).expect("a node's folder");
         fs::write(self.folder.join("node.toml"), self.config_text()).expect("a configuration");
         let log =
             fs::OpenOptions::new().create(true).append(true).open(self.folder.join("log")).expect("a log");
@@ -186,15 +239,19 @@ impl Node {
     /// The daemon's command with this node's folders.
     #[must_use]
     pub fn command(&self) -> Command {
-        let mut command = Command::new(programs().join("kinoflockd"));
-        command.env(
-            "KINOFLOCKD_LOG",
-            "debug,libp2p=warn,multistream_select=warn,yamux=warn,quinn=warn,libp2p_kad=error",
-        );
+        let program = programs().join("kinoflockd");
+        let mut command = match self.wrapper.split_first() {
+            None => Command::new(program),
+            Some((wrapper, arguments)) => {
+                let mut command = Command::new(wrapper);
+                command.args(arguments).arg(program);
+                command
+            }
+        };
+        command.env("KINOFLOCKD_LOG", &self.log);
         command.arg("--config").arg(self.folder.join("node.toml"));
-        for (flag, name) in [("--state", "state"), ("--models", "models"), ("--runtime", "run")] {
-            command.arg(flag).arg(self.folder.join(name));
-        }
+        command.arg("--state").arg(self.folder.join("state"));
+        command.arg("--models").arg(&self.models).arg("--runtime").arg(self.folder.join("run"));
         command
     }
 
@@ -303,6 +360,34 @@ impl Node {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }
 
+    /// Its pid.
+    ///
+    /// # Panics
+    /// When it does not run.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        let id = self.child.as_ref().expect("the node runs").id();
+        i32::try_from(id).expect("a pid")
+    }
+
+    /// Bytes of memory that it holds.
+    ///
+    /// # Panics
+    /// When the system does not tell.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        let told = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the node runs");
+        let line = told.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("the system tells");
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().expect("a number of KiB");
+        kib * 1024
+    }
+
+    /// Whether it runs.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        call::status(&self.socket()).is_ok()
+    }
+
     /// The pid of its newest worker.
     ///
     /// # Panics
@@ -331,8 +416,7 @@ impl Node {
     /// # Panics
     /// When it does not run.
     pub fn signal(&self, signal: Signal) {
-        let id = self.child.as_ref().expect("the node runs").id();
-        send(i32::try_from(id).expect("a pid"), signal);
+        send(self.pid(), signal);
     }
 
     /// Waits for its end.

@@ -17,6 +17,7 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use kinoflock_inference::weights::WeightsError;
 use kinoflock_protocol::card::{Card, CardError};
 use kinoflock_protocol::codec::TooLong;
 use kinoflock_protocol::id::ModelId;
@@ -102,6 +103,9 @@ pub enum ModelsError {
         /// The file.
         path: PathBuf,
     },
+    /// Weights that are missing, cut short or corrupt.
+    #[error("{0}; download or copy the model's folder again")]
+    Weights(#[from] WeightsError),
     /// An architecture that nobody here runs.
     #[error("unknown architecture {class:?} in {}; known: {known}", path.display())]
     UnknownArchitecture {
@@ -164,6 +168,7 @@ impl ModelsError {
             Self::StoreFull { .. } => "store_full",
             Self::TooMany { .. } => "too_many_models",
             Self::Missing { .. } => "model_file_missing",
+            Self::Weights(source) => source.code(),
             Self::UnknownArchitecture { .. } => "unknown_architecture",
             Self::Config { .. } => "model_config",
             Self::Name { .. } => "model_name",
@@ -225,6 +230,14 @@ impl ModelStore {
     /// When a file is there and cannot be read.
     pub fn verify(&self, model: &Model) -> Result<Vec<Fault>, ModelsError> {
         verify::verify(&model.manifest, &model.dir)
+    }
+
+    /// As [`ModelStore::verify`], but hashes only what changed since it was last found sound.
+    ///
+    /// # Errors
+    /// When a file is there and cannot be read.
+    pub fn unchanged(&self, model: &Model) -> Result<Vec<Fault>, ModelsError> {
+        verify::unchanged(model)
     }
 
     fn path(&self, id: &ModelId) -> PathBuf {

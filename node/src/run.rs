@@ -5,7 +5,8 @@
 //! by the note that tells of the commit, and a slow disk slows the one who asked.
 //!
 //! - `start`: from the configuration to a running daemon;
-//! - `requests`: what peers ask; `jobs`: what scheduler and workers say; `finish`: from a worker's files to a receipt;
+//! - `requests`: what peers ask; `prompts`, `refuse`: why some are told no;
+//! - `jobs`: what scheduler and workers say; `finish`: from a worker's files to a receipt;
 //! - `boards`: what followers of a job are told; `selftest`: which models may be offered; `advert`: what is offered;
 //! - `operator`: what the admin interface asks.
 
@@ -41,6 +42,8 @@ mod finish;
 mod inputs;
 mod jobs;
 mod operator;
+mod prompts;
+mod refuse;
 mod requests;
 mod selftest;
 mod start;
@@ -123,6 +126,7 @@ struct Daemon {
     queue: Queue,
     clips: Clips,
     models: BTreeMap<ModelId, Arc<Model>>,
+    prompts: prompts::Prompts,
     self_tests: crate::models::selftest::Results,
     devices: BTreeMap<DeviceId, Device>,
     live: BTreeMap<JobId, LiveJob>,

@@ -274,6 +274,14 @@ fn shards(file: &Path) -> Result<Vec<PathBuf>, WeightsError> {
         .collect()
 }
 
+/// Whether all weights of a component are there and whole, as far as their headers tell; nothing is loaded.
+///
+/// # Errors
+/// When a file is missing, cut short or corrupt.
+pub fn check(folder: &Path, stem: &str, variant: Option<&str>) -> Result<(), WeightsError> {
+    find(folder, stem, variant)?.iter().try_for_each(|file| check_file(file).map(drop))
+}
+
 /// The tensors of a file with their shapes, after its header and length are checked.
 fn check_file(file: &Path) -> Result<Vec<(String, Vec<usize>)>, WeightsError> {
     use std::io::Read;

@@ -46,7 +46,8 @@ impl ModelStore {
         self.finish(part, name)
     }
 
-    /// Takes in the model that is bundled with this program, unless it is here. `None` if none is bundled.
+    /// Takes in the model that is bundled with this program, unless it is here and sound: one whose files were damaged
+    /// is made anew. `None` if none is bundled.
     ///
     /// # Errors
     /// As [`ModelStore::import`].
@@ -56,7 +57,11 @@ impl ModelStore {
         if let Some(id) = fs::read_to_string(&marker).ok().and_then(|text| marked(&text, &stamp))
             && self.path(&id).join(MANIFEST).is_file()
         {
-            return self.read(id).map(Some);
+            let model = self.read(id)?;
+            if self.unchanged(&model)?.is_empty() {
+                return Ok(Some(model));
+            }
+            fs::remove_dir_all(self.path(&id)).map_err(file_error(&self.path(&id)))?;
         }
         let part = Part::new(&self.folder)?;
         let needed = embedded::FILES.iter().map(|(_, bytes)| bytes.len() as u64).sum();

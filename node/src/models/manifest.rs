@@ -10,10 +10,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use kinoflock_inference::models::ltx::config::TransformerConfig;
-use kinoflock_inference::models::ltx::pipeline::{DEFAULTS, MAX_TEXT_TOKENS};
+use kinoflock_inference::models::ltx::pipeline::{CLASSES, DEFAULTS, LtxClass, TEXT_STEM, WEIGHTS_STEM};
 use kinoflock_inference::models::ltx::vae::config::LtxVaeConfig;
 use kinoflock_inference::registry::ModelIndex;
-use kinoflock_inference::{Defaults, Error};
+use kinoflock_inference::{Defaults, Error, weights};
 use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::id::BlobId;
 use kinoflock_protocol::model::{ModelDefaults, ModelFile, ModelManifest, ModelRules};
@@ -26,8 +26,6 @@ use super::{ModelsError, file_error};
 
 /// Endings of files that belong to a model.
 const ENDINGS: &[&str] = &["json", "safetensors", "model", "txt"];
-/// Pipeline classes of the LTX-Video architecture.
-const LTX_CLASSES: &[&str] = &["LTXPipeline", "LTXConditionPipeline"];
 
 /// The manifest of a folder. Every file is read and hashed.
 ///
@@ -35,6 +33,11 @@ const LTX_CLASSES: &[&str] = &["LTXPipeline", "LTXConditionPipeline"];
 /// When a file of the layout is missing, cannot be read, or holds a value that is not known.
 pub fn of_folder(folder: &Path) -> Result<ModelManifest, ModelsError> {
     let (architecture, rules, defaults, work) = figures(folder)?;
+    for (component, stem) in
+        [("transformer", WEIGHTS_STEM), ("vae", WEIGHTS_STEM), ("text_encoder", TEXT_STEM)]
+    {
+        weights::check(&folder.join(component), stem, None)?;
+    }
     let mut files = Vec::new();
     for relative in files_of(folder)? {
         let path = folder.join(&relative);
@@ -107,13 +110,13 @@ fn figures(folder: &Path) -> Result<Figures, ModelsError> {
         return Err(ModelsError::Missing { path });
     }
     let index = ModelIndex::read(folder).map_err(|error| config(&path, &error))?;
-    if LTX_CLASSES.contains(&index.class.as_str()) {
-        return ltx(folder);
+    match LtxClass::from_name(&index.class) {
+        Some(class) => ltx(folder, class),
+        None => Err(ModelsError::UnknownArchitecture { class: index.class, path, known: CLASSES.join(", ") }),
     }
-    Err(ModelsError::UnknownArchitecture { class: index.class, path, known: LTX_CLASSES.join(", ") })
 }
 
-fn ltx(folder: &Path) -> Result<Figures, ModelsError> {
+fn ltx(folder: &Path, class: LtxClass) -> Result<Figures, ModelsError> {
     let path = component(folder, "transformer")?;
     let transformer = TransformerConfig::read(&path).map_err(|error| config(&path, &error))?;
     let path = component(folder, "vae")?;
@@ -124,7 +127,7 @@ fn ltx(folder: &Path) -> Result<Figures, ModelsError> {
         reason: error.reason,
     })?;
     let encoder: TextEncoder = parse(&component(folder, "text_encoder")?)?;
-    let tokens = token_limit(folder)?;
+    let tokens = token_limit(folder, class.text_tokens() as u32)?;
     let (spatial, temporal) = (vae.spatial_ratio() as u32, vae.temporal_ratio() as u32);
     let (side, frames) = (transformer.patch_size as u32, transformer.patch_size_t as u32);
     let mut work = WorkModel::ltx(&LtxConfig {
@@ -187,14 +190,13 @@ impl TextEncoder {
     }
 }
 
-fn token_limit(folder: &Path) -> Result<u32, ModelsError> {
+/// Text tokens that the model reads: what its class does, unless the tokenizer says fewer.
+fn token_limit(folder: &Path, most: u32) -> Result<u32, ModelsError> {
     let path = folder.join("tokenizer").join("tokenizer_config.json");
     let limit =
         if path.is_file() { read_json(&path)?.get("model_max_length").and_then(Value::as_f64) } else { None };
     // transformers writes 1e30 where it knows none.
-    Ok(limit
-        .filter(|limit| *limit >= 1.0)
-        .map_or(MAX_TEXT_TOKENS as u32, |limit| limit.min(MAX_TEXT_TOKENS as f64) as u32))
+    Ok(limit.filter(|limit| *limit >= 1.0).map_or(most, |limit| limit.min(f64::from(most)) as u32))
 }
 
 fn defaults(folder: &Path) -> Result<ModelDefaults, ModelsError> {

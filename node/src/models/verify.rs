@@ -1,11 +1,17 @@
 //! Whether a model's files are still what its manifest says, named file by file.
+//!
+//! [`verify`] hashes everything. A daemon does so once: [`unchanged`] remembers lengths and times of change of files that
+//! were found sound, beside the manifest, and hashes again only what differs from that.
 
 use std::path::{Path, PathBuf};
 
 use kinoflock_protocol::id::BlobId;
 use kinoflock_protocol::model::ModelManifest;
 
-use super::{ModelsError, manifest};
+use super::{Model, ModelsError, file_error, manifest};
+
+/// Name of the file that remembers what was found sound, beside the manifest.
+const SOUND: &str = "sound";
 
 /// What is wrong with a file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -83,4 +89,41 @@ pub fn verify(manifest: &ModelManifest, dir: &Path) -> Result<Vec<Fault>, Models
         }
     }
     Ok(faults)
+}
+
+/// As [`verify`], but files are hashed only if any of them changed since all were last found sound.
+///
+/// # Errors
+/// When a file is there and cannot be read.
+pub fn unchanged(model: &Model) -> Result<Vec<Fault>, ModelsError> {
+    let note = model.dir.with_file_name(SOUND);
+    let state = state(model)?;
+    if std::fs::read_to_string(&note).is_ok_and(|noted| noted == state) {
+        return Ok(Vec::new());
+    }
+    let faults = verify(&model.manifest, &model.dir)?;
+    if faults.is_empty() {
+        // Where it cannot be noted, everything is hashed again the next time.
+        let _noted = std::fs::write(&note, state);
+    }
+    Ok(faults)
+}
+
+/// Path, length and time of change of every file; what is not there has neither.
+fn state(model: &Model) -> Result<String, ModelsError> {
+    let mut lines = String::new();
+    for file in &model.manifest.files {
+        let path = model.dir.join(file.path.as_str());
+        let seen = match std::fs::metadata(&path) {
+            Ok(metadata) => {
+                let changed = metadata.modified().map_err(file_error(&path))?;
+                let changed = changed.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+                format!("{} {}", metadata.len(), changed.as_nanos())
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => "missing".to_owned(),
+            Err(source) => return Err(ModelsError::File { path, source }),
+        };
+        lines.push_str(&format!("{} {seen}\n", file.path.as_str()));
+    }
+    Ok(lines)
 }

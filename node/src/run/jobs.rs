@@ -21,6 +21,10 @@ const PREVIEW_EVERY: u32 = 2;
 /// Part of a job's thousandths that its steps are; the rest is decoding and encoding.
 const STEPS_SHARE: u64 = 900;
 
+/// The named operations that [`extra`] knows.
+pub(super) const OPERATIONS: [&str; 6] =
+    ["timesteps", "decode_timestep", "decode_noise_scale", "decode_tile", "decode_chunk", "truncate_prompt"];
+
 impl Daemon {
     pub(super) fn handle_event(&mut self, event: Event) {
         match event {
@@ -58,7 +62,6 @@ impl Daemon {
     /// Records the start; the worker gets the job when that is on disk.
     fn start(&mut self, device: DeviceId, job: JobId, attempt: u32) {
         tracing::info!(job = %job.short(), device = device.0, attempt, "starting");
-        self.boards.tell(&job, JobEvent::Loading);
         let queue = self.queue.clone();
         self.spawn(async move {
             let result = queue.start(job, unix_now()).await;

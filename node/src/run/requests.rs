@@ -11,8 +11,8 @@ use kinoflock_net::{Multiaddr, Responder};
 use kinoflock_protocol::codec::{Bytes, List};
 use kinoflock_protocol::envelope::Envelope;
 use kinoflock_protocol::id::{JobId, NodeId, RequesterId};
-use kinoflock_protocol::job::{Addressee, JobError, JobKind, ValidJob};
-use kinoflock_protocol::order::{OrderError, Quote, QuoteRequest, ValidOrder};
+use kinoflock_protocol::job::{Addressee, JobKind, ValidJob};
+use kinoflock_protocol::order::{Quote, QuoteRequest, ValidOrder};
 use kinoflock_protocol::progress::JobEvent;
 use kinoflock_protocol::query::{QueryAction, ValidQuery};
 use kinoflock_protocol::receipt::{ReceiptAnswer, ValidReceipt, Verdict};
@@ -21,9 +21,12 @@ use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
 use kinoflock_protocol::units::{Millis, UnixMillis};
 use kinoflock_protocol::work::{JobShape, work};
 
+use super::refuse::{
+    check_adapters, check_inputs_len, invalid, job_refusal, order_refusal, unserved, unsupported,
+};
 use super::{Daemon, LiveJob, Note, Rejected, ip_of, jobs, unix_now};
 use crate::models::Model;
-use crate::policy::{Rule, Wanted, hook};
+use crate::policy::{Wanted, hook};
 use crate::queue::{End, JobRecord, StoredState};
 use crate::scheduler::{Admission, Cancelled, NetPrefix, NewJob, Origin, Stage};
 use crate::telemetry::{ReasonLabels, ResultLabels};
@@ -198,9 +201,15 @@ impl Daemon {
             return Err(unsupported(name, "this release makes clips from a prompt, and from latents"));
         }
         check_inputs_len(spec.inputs().iter().map(|blob| blob.len).sum())?;
-        jobs::extra(spec)
-            .map_err(|name| unsupported(&name, "see `kinoflock generate --help` for what --set knows"))?;
+        let extra = jobs::extra(spec).map_err(|name| {
+            unsupported(&name, &format!("known for --set are {}", jobs::OPERATIONS.join(", ")))
+        })?;
         let wanted = self.wanted(&spec.model, spec.shape())?;
+        if !extra.truncate_prompt
+            && let Some(model) = self.models.get(&spec.model)
+        {
+            self.prompts.check(model, spec)?;
+        }
         let origin = self.origin(job.requester(), addr);
         Ok(Ordered { job, job_envelope, order, order_envelope, origin, wanted, submitter })
     }
@@ -552,48 +561,4 @@ fn eta_millis(finishes: Option<Instant>, now: Instant) -> Millis {
 
 pub(super) fn millis(duration: Duration) -> Millis {
     Millis(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
-}
-
-fn unserved(model: &kinoflock_protocol::ModelId) -> Box<Refusal> {
-    Box::new(Rule::NoDevice.refuse("models that passed their self-test here", model))
-}
-
-fn unsupported(name: &str, advice: &str) -> Box<Refusal> {
-    Box::new(Refusal::new(Reason::UnknownOperation, name).given(name).advice(advice))
-}
-
-fn check_adapters(given: usize) -> Result<(), Box<Refusal>> {
-    if given == 0 {
-        return Ok(());
-    }
-    let refusal = Refusal::new(Reason::AdapterNotServed, "adapters").limit(0, given);
-    Err(Box::new(refusal.advice("this release runs models without adapters")))
-}
-
-fn check_inputs_len(given: u64) -> Result<(), Box<Refusal>> {
-    if given <= MAX_INPUT_BYTES {
-        return Ok(());
-    }
-    let refusal = Refusal::new(Reason::TooLarge, "inputs").limit(MAX_INPUT_BYTES, given);
-    Err(Box::new(refusal.advice("bring fewer bytes of inputs")))
-}
-
-fn invalid(rule: &str, why: &impl std::fmt::Display) -> Box<Refusal> {
-    Box::new(Refusal::new(Reason::Invalid, rule).given(why))
-}
-
-fn job_refusal(error: JobError) -> Box<Refusal> {
-    let reason = match error {
-        JobError::ClockSkew { .. } => Reason::ClockSkew,
-        _ => Reason::Invalid,
-    };
-    Box::new(Refusal::new(reason, error.code()).given(&error))
-}
-
-fn order_refusal(error: OrderError) -> Box<Refusal> {
-    let reason = match error {
-        OrderError::ClockSkew { .. } => Reason::ClockSkew,
-        _ => Reason::Invalid,
-    };
-    Box::new(Refusal::new(reason, error.code()).given(&error))
 }

@@ -20,7 +20,7 @@ use crate::config::{Config, DeviceConfig};
 use crate::engine::supervisor::{self, WorkerConfig};
 use crate::identity::{Identity, IdentityError};
 use crate::models::selftest::Results;
-use crate::models::{Model, ModelStore, ModelsError, manifest};
+use crate::models::{Model, ModelStore, ModelsError, manifest, verify};
 use crate::policy::Policy;
 use crate::queue::{JobRecord, Queue, QueueError};
 use crate::scheduler::{DeviceId, DeviceSetup, RestoredJob, Scheduler, Setup};
@@ -48,9 +48,12 @@ pub enum RunError {
     /// The model store.
     #[error(transparent)]
     Models(#[from] ModelsError),
+    /// An address that cannot be listened on.
+    #[error("{0}; stop the program that has it, or choose another with network.listen or --listen")]
+    Listen(NetError),
     /// The network.
     #[error(transparent)]
-    Net(#[from] NetError),
+    Net(NetError),
     /// The admin interface.
     #[error(transparent)]
     Admin(#[from] AdminError),
@@ -119,13 +122,15 @@ async fn run(config: Config) -> Result<(), RunError> {
     let (notes, inbox) = mpsc::channel(MAX_NOTES);
     let runtime_folder = config.storage.runtime.clone();
     let scheduler = scheduler(&config, &models)?;
-    let devices = start_devices(&config, &models, &scheduler, &notes).await?;
+    let unsound = unsound(&models).await;
+    let devices = start_devices(&config, &models, &unsound, &scheduler, &notes).await?;
     let mut daemon = Daemon {
         network,
         net,
         scheduler,
         queue,
         clips,
+        prompts: super::prompts::Prompts::of(&models),
         models,
         self_tests: Results::open(&config.storage.state.join(SELF_TESTS)),
         devices,
@@ -249,6 +254,7 @@ fn find(models: &BTreeMap<ModelId, Arc<Model>>, name: &str) -> Option<ModelId> {
 async fn start_devices(
     config: &Config,
     models: &BTreeMap<ModelId, Arc<Model>>,
+    unsound: &BTreeMap<ModelId, String>,
     scheduler: &Scheduler,
     notes: &mpsc::Sender<Note>,
 ) -> Result<BTreeMap<DeviceId, Device>, RunError> {
@@ -266,10 +272,33 @@ async fn start_devices(
                 }
             }
         });
-        let tests = Tests::of(models_of(device, models, scheduler), program);
+        let wanted = models_of(device, models, scheduler);
+        let (faulty, sound): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|id| unsound.contains_key(id));
+        let mut tests = Tests::of(sound, program);
+        tests.results.extend(faulty.into_iter().map(|id| (id, Err(unsound[&id].clone()))));
         devices.insert(id, Device { name: device.name.clone(), engine, worker: None, tests });
     }
     Ok(devices)
+}
+
+/// Models whose files are not what their manifests say, each with what is wrong. They are neither tested nor offered:
+/// what they compute would go out under another model's id.
+async fn unsound(models: &BTreeMap<ModelId, Arc<Model>>) -> BTreeMap<ModelId, String> {
+    let mut unsound = BTreeMap::new();
+    for model in models.values() {
+        let looked_at = Arc::clone(model);
+        let faults = tokio::task::spawn_blocking(move || verify::unchanged(&looked_at)).await;
+        let wrong = match faults {
+            Ok(Ok(faults)) => faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        if !wrong.is_empty() {
+            tracing::error!(model = %model.name, reason = wrong, "the model is not offered");
+            unsound.insert(model.id, wrong);
+        }
+    }
+    unsound
 }
 
 /// What of a worker its self-tests depend on.
@@ -323,7 +352,10 @@ async fn start_net(
         rates: Rates { upload: rate(settings.upload), download: rate(settings.download) },
         ..NetConfig::node(identity.keypair().clone(), network, 0)
     };
-    Ok(kinoflock_net::start(net).await?)
+    kinoflock_net::start(net).await.map_err(|error| match error {
+        error @ NetError::Listen { .. } => RunError::Listen(error),
+        error => RunError::Net(error),
+    })
 }
 
 fn local_node(
@@ -376,7 +408,11 @@ impl BlobReader for ClipReader {
             let at = offset + done as u64;
             let chunk = self.clips.read_chunk(&self.id, at / chunk_bytes).map_err(|error| {
                 tracing::error!(blob = %self.id.short(), %error, "a stored blob cannot be served");
-                std::io::Error::other(error)
+                let kind = match error {
+                    ClipsError::Tampered { .. } => std::io::ErrorKind::InvalidData,
+                    _ => std::io::ErrorKind::Other,
+                };
+                std::io::Error::new(kind, error)
             })?;
             let within = chunk.get((at % chunk_bytes) as usize..).filter(|rest| !rest.is_empty());
             let rest = within.ok_or(std::io::ErrorKind::UnexpectedEof)?;

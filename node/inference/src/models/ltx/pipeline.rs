@@ -34,8 +34,6 @@ pub const CLASSES: &[&str] = &["LTXPipeline", "LTXConditionPipeline"];
 pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
 /// Stem of the text encoder's weight files.
 pub const TEXT_STEM: &str = "model";
-/// Text tokens that LTX reads, where the tokenizer does not say fewer.
-pub const MAX_TEXT_TOKENS: usize = 128;
 /// What the reference makes when it is told nothing.
 pub const DEFAULTS: Defaults =
     Defaults { width: 704, height: 512, frames: 161, fps: 25.0, steps: 50, guidance: 3.0 };
@@ -61,7 +59,8 @@ impl LtxClass {
     }
 
     /// Text tokens that it reads, where the tokenizer does not say fewer.
-    fn text_tokens(self) -> usize {
+    #[must_use]
+    pub fn text_tokens(self) -> usize {
         match self {
             Self::Text => 128,
             Self::Condition => 256,

@@ -1,0 +1,65 @@
+//! Whether a model reads a prompt whole: counted when the order comes, so that the artist hears of it at once and not
+//! when the job's turn has come.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use kinoflock_inference::text::PromptTokenizer;
+use kinoflock_protocol::id::ModelId;
+use kinoflock_protocol::job::JobSpec;
+use kinoflock_protocol::refusal::{Reason, Refusal};
+use kinoflock_protocol::units::Micro;
+
+use crate::models::Model;
+
+/// The rule's name, as it stands in a model's manifest.
+const RULE: &str = "max_prompt_tokens";
+/// Characters of what would be cut that a refusal repeats.
+const MAX_QUOTE: usize = 160;
+
+/// The tokenizers of this node's models.
+#[derive(Default)]
+pub(super) struct Prompts(BTreeMap<ModelId, PromptTokenizer>);
+
+impl Prompts {
+    /// Reads every model's tokenizer. Of a model whose tokenizer cannot be read the worker says so, in its self-test.
+    pub(super) fn of(models: &BTreeMap<ModelId, Arc<Model>>) -> Self {
+        let read = |model: &Arc<Model>| match PromptTokenizer::load(&model.dir.join("tokenizer")) {
+            Ok(tokenizer) => Some((model.id, tokenizer)),
+            Err(error) => {
+                tracing::warn!(model = %model.name, %error, "prompts for this model cannot be counted");
+                None
+            }
+        };
+        Self(models.values().filter_map(read).collect())
+    }
+
+    /// Checks prompt and, where it is used, negative prompt of a job for this model.
+    pub(super) fn check(&self, model: &Model, spec: &JobSpec) -> Result<(), Box<Refusal>> {
+        let Some(tokenizer) = self.0.get(&model.id) else { return Ok(()) };
+        let limit = model.manifest.rules.max_prompt_tokens;
+        let guided = spec.guidance > Micro::ONE;
+        let negative = guided.then_some(("negative prompt", &spec.negative_prompt));
+        for (what, text) in [Some(("prompt", &spec.prompt)), negative].into_iter().flatten() {
+            let encoded = tokenizer
+                .encode(text.as_str(), limit as usize)
+                .map_err(|error| Box::new(Refusal::new(Reason::Invalid, what).given(error)))?;
+            if let Some(cut) = encoded.cut_text {
+                return Err(Box::new(too_long(what, encoded.tokens, limit, &cut)));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn too_long(what: &str, tokens: usize, limit: u32, cut: &str) -> Refusal {
+    let cut = cut.trim();
+    let quote: String = cut.chars().take(MAX_QUOTE).collect();
+    let more = if quote.len() < cut.len() { "..." } else { "" };
+    let advice = format!(
+        "this would be cut: {quote:?}{more} Shorten the {what}, or have it cut with --set truncate_prompt=true"
+    );
+    Refusal::new(Reason::PromptTooLong, RULE)
+        .limit(format_args!("{limit} tokens"), format_args!("a {what} of {tokens} tokens"))
+        .advice(&advice)
+}

@@ -79,7 +79,9 @@ pub enum AdminError {
         source: std::io::Error,
     },
     /// The port could not be bound.
-    #[error("admin port {address}: {source}; set admin.listen to another port, or to \"\" for none")]
+    #[error(
+        "admin port {address}: {source}; stop the program that has it, or set admin.listen to another port (0 takes a free one)"
+    )]
     Port {
         /// The address from the configuration.
         address: std::net::SocketAddr,

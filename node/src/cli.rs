@@ -98,8 +98,8 @@ enum Command {
     /// Start no further job; what waits keeps its place.
     Pause(ControlArgs),
     /// Start jobs again after `pause` or `drain`.
-    Resume(ControlArgs),
-    /// Take no new jobs and finish those that are here.
+    Resume(ResumeArgs),
+    /// Take no new jobs and start none; the running one is finished, what waits keeps its place.
     Drain(ControlArgs),
     /// Print a ticket: what an artist pastes into `kinoflock join`.
     Ticket,
@@ -139,7 +139,21 @@ struct RunArgs {
     worker: Option<PathBuf>,
 }
 
-/// Flags of `pause`, `resume` and `drain`.
+/// Flags of `resume`.
+#[derive(Debug, Args)]
+struct ResumeArgs {
+    /// Only this device, by name or number.
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+}
+
+impl From<ResumeArgs> for DeviceCommand {
+    fn from(args: ResumeArgs) -> Self {
+        Self { device: args.device, for_seconds: None }
+    }
+}
+
+/// Flags of `pause` and `drain`.
 #[derive(Debug, Args)]
 struct ControlArgs {
     /// Only this device, by name or number.

@@ -85,7 +85,7 @@ pub enum ConfigError {
         message: String,
     },
     /// A value of the right type that cannot be used.
-    #[error("{key} = {given}: {expected}")]
+    #[error("{key}: '{given}' cannot be used: {expected}")]
     Invalid {
         /// The key.
         key: String,
@@ -337,19 +337,19 @@ fn check(
 fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError> {
     let id = section.id.trim();
     if id.is_empty() {
-        return Err(invalid("network.id", "''", "a name of at least one character"));
+        return Err(invalid("network.id", "", "a network has a name of at least one character"));
     }
     let listen = addresses("network.listen", &section.listen)?;
     if listen.is_empty() {
         return Err(invalid(
             "network.listen",
             "[]",
-            "at least one address, for example \"/ip4/0.0.0.0/tcp/4820\"",
+            "at least one address is needed, for example \"/ip4/0.0.0.0/tcp/4820\"",
         ));
     }
     let bootstrap = addresses("network.bootstrap", &section.bootstrap)?;
     if let Some(bare) = bootstrap.iter().find(|address| address.peer().is_none()) {
-        return Err(invalid("network.bootstrap", &bare.to_string(), "an address that ends in /p2p/NODE"));
+        return Err(invalid("network.bootstrap", &bare.to_string(), "it must end in /p2p/NODE"));
     }
     Ok(Network {
         id: id.to_owned(),
@@ -365,7 +365,7 @@ fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError>
 fn check_serve(section: &file::ServeSection) -> Result<Serve, ConfigError> {
     if section.public_share > 100 {
         let given = section.public_share.to_string();
-        return Err(invalid("serve.public_share", &given, "a percentage, 0 to 100"));
+        return Err(invalid("serve.public_share", &given, "it must be a percentage, 0 to 100"));
     }
     Ok(Serve {
         own_keys: ids("serve.own_keys", &section.own_keys)?,
@@ -384,7 +384,7 @@ fn check_policy(section: &file::PolicySection) -> Result<PolicyConfig, ConfigErr
             timeout: section.hook_timeout.duration(),
         }),
         None if section.hook_sees_prompt => {
-            return Err(invalid("policy.hook_sees_prompt", "true", "needs a command in policy.hook"));
+            return Err(invalid("policy.hook_sees_prompt", "true", "it needs a command in policy.hook"));
         }
         None => None,
     };
@@ -440,7 +440,7 @@ fn check_storage(section: &file::StorageSection, folders: Option<&Folders>) -> R
         }
         // A relative folder would move with the shell that the daemon was started from.
         let path = PathBuf::from(given);
-        if path.is_absolute() { Ok(path) } else { Err(invalid(key, given, "an absolute path")) }
+        if path.is_absolute() { Ok(path) } else { Err(invalid(key, given, "it must be an absolute path")) }
     };
     let state = folder("storage.state", &section.state, folders.map(|folders| folders.state.clone()))?;
     // A daemon with a state folder of its own keeps the rest there too, so that two of them never meet.
@@ -469,7 +469,7 @@ fn check_engine(section: &file::EngineSection) -> Result<EngineConfig, ConfigErr
 }
 
 fn check_admin(section: &file::AdminSection) -> Result<SocketAddr, ConfigError> {
-    let expected = "a loopback address with a port, for example 127.0.0.1:4821";
+    let expected = "it must be a loopback address with a port, for example 127.0.0.1:4821";
     let address: SocketAddr =
         section.listen.parse().map_err(|_| invalid("admin.listen", &section.listen, expected))?;
     // The admin port pauses, drains and imports without a password: only this machine may reach it.

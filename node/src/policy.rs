@@ -173,7 +173,7 @@ impl Policy {
 
     fn check_requester(&self, ask: &Ask) -> Result<(), Refusal> {
         if self.rules.deny.contains(&ask.requester) {
-            return Err(Rule::RequesterDenied.refuse("not on the list", ask.requester));
+            return Err(Rule::RequesterDenied.refuse("keys that are not on the list", ask.requester));
         }
         if !self.rules.allow.is_empty() && !self.rules.allow.contains(&ask.requester) {
             return Err(Rule::RequesterNotAllowed.refuse("keys on the list", ask.requester));

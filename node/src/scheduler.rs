@@ -418,10 +418,7 @@ impl Scheduler {
             let inputs = if let Stage::AwaitingInputs { until } = job.stage { Some(until) } else { None };
             [inputs, job.deadline.filter(|_| job.waits() && job.stage != Stage::Committing)]
         });
-        let of_devices = self.devices.values().map(|device| match device.mode {
-            DeviceMode::Paused { until } | DeviceMode::Draining { until } => until,
-            DeviceMode::Open | DeviceMode::Down => None,
-        });
+        let of_devices = self.devices.values().map(|device| device.mode.until());
         of_jobs.chain(of_devices).chain([self.leases.next_expiry()]).flatten().min()
     }
 
@@ -471,14 +468,12 @@ impl Scheduler {
         if fitting.is_empty() {
             return Err(refusal);
         }
-        let takes =
-            |mode: &DeviceMode| matches!(mode, DeviceMode::Open | DeviceMode::Paused { until: Some(_) });
-        if fitting.iter().any(takes) {
+        if fitting.iter().any(|mode| mode.takes_jobs()) {
             return Ok(());
         }
         let draining = fitting.iter().all(|mode| matches!(mode, DeviceMode::Draining { .. }));
         Err(if draining { Rule::Draining } else { Rule::Paused }
-            .refuse("open devices", "none open for this model"))
+            .refuse("an open device", "no device is open for this model"))
     }
 
     fn check_queue(&self, origin: &Origin) -> Result<(), Refusal> {

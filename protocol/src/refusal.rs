@@ -69,8 +69,12 @@ impl fmt::Display for Refusal {
         if !self.rule.is_empty() {
             write!(f, " (rule {})", &*self.rule)?;
         }
+        let is_number = self.limit.starts_with(|first: char| first.is_ascii_digit());
         match (self.given.is_empty(), self.limit.is_empty()) {
-            (false, false) => write!(f, ": {} is beyond the limit of {}", &*self.given, &*self.limit)?,
+            (false, false) if is_number => {
+                write!(f, ": {} is beyond the limit of {}", &*self.given, &*self.limit)?;
+            }
+            (false, false) => write!(f, ": {} (allowed: {})", &*self.given, &*self.limit)?,
             (false, true) => write!(f, ": {}", &*self.given)?,
             (true, false) => write!(f, ": the limit is {}", &*self.limit)?,
             (true, true) => {}
@@ -167,4 +171,6 @@ reasons! {
     Internal "internal" "this node has a fault",
     /// Not served by this release.
     NotSupported "not_supported" "this node's release cannot do that",
+    /// Its copy of the content is not what it was.
+    BlobDamaged "blob_damaged" "this node's copy of that content is damaged",
 }

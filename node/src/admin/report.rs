@@ -44,8 +44,11 @@ pub struct StatusReport {
 pub struct DeviceReport {
     /// The name from the configuration.
     pub name: String,
-    /// `idle`, `running`, `paused`, `draining`, `starting`, `failed`.
+    /// `idle`, `running`, `paused`, `draining`, `testing models`, `without a worker`.
     pub state: String,
+    /// Seconds until it leaves that state by itself, if it does.
+    #[serde(default)]
+    pub for_seconds: Option<u64>,
     /// Models served here, with their measured speed.
     pub models: Vec<ModelReport>,
 }
@@ -85,14 +88,15 @@ impl fmt::Display for StatusReport {
         writeln!(f, "node {} on network {}", self.node, self.network)?;
         writeln!(f, "kinoflockd {}, up {}", self.version, Span(self.uptime_seconds))?;
         match &self.accepting {
-            Ok(()) => writeln!(f, "takes jobs, {} peer(s) connected", self.peers)?,
-            Err(reason) => writeln!(f, "takes no jobs: {reason}; {} peer(s) connected", self.peers)?,
-        }
-        for address in &self.addresses {
-            writeln!(f, "  {address}")?;
+            Ok(()) => writeln!(f, "takes jobs, peers connected: {}", self.peers)?,
+            Err(reason) => writeln!(f, "takes no jobs: {reason}; peers connected: {}", self.peers)?,
         }
         for device in &self.devices {
-            writeln!(f, "device {}: {}", device.name, device.state)?;
+            write!(f, "device {}: {}", device.name, device.state)?;
+            match device.for_seconds {
+                Some(seconds) => writeln!(f, ", for another {}", Span(seconds))?,
+                None => writeln!(f)?,
+            }
             for model in &device.models {
                 write!(f, "  {} self-test {}", model.name, model.self_test)?;
                 match model.tflop_per_second {
@@ -112,7 +116,12 @@ impl fmt::Display for StatusReport {
             "done {}, failed {}, cancelled {} since the start",
             self.jobs_done, self.jobs_failed, self.jobs_cancelled
         )?;
-        write!(f, "clips {} of {}", Size(self.clip_bytes), Size(self.clip_bytes_limit))
+        write!(f, "clips {} of {}", Size(self.clip_bytes), Size(self.clip_bytes_limit))?;
+        let own = format!("/p2p/{}", self.node);
+        for address in &self.addresses {
+            write!(f, "\nlistens on {}", address.strip_suffix(&own).unwrap_or(address))?;
+        }
+        Ok(())
     }
 }
 
@@ -136,7 +145,7 @@ impl fmt::Display for JobReport {
 }
 
 /// Seconds as people say them.
-struct Span(u64);
+pub(crate) struct Span(pub(crate) u64);
 
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

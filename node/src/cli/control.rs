@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::say;
+use crate::admin::report::Span;
 use crate::admin::{DeviceCommand, call};
 use crate::config::Config;
 
@@ -19,12 +20,39 @@ pub(super) fn status(config: &Config, json: bool) -> anyhow::Result<()> {
 
 pub(super) fn command(config: &Config, verb: &str, command: &DeviceCommand) -> anyhow::Result<()> {
     call::command(&socket(config), verb, command)?;
-    let device = command.device.as_deref().unwrap_or("all devices");
-    match command.for_seconds {
-        Some(seconds) => say::words(&format!("{verb}: {device}, for {seconds} s")),
-        None => say::words(&format!("{verb}: {device}")),
-    }
+    say::words(&done(verb, command));
     Ok(())
+}
+
+/// What a command did, and how to take it back.
+fn done(verb: &str, command: &DeviceCommand) -> String {
+    let device = command.device.as_deref().unwrap_or("all devices");
+    let resume = match &command.device {
+        Some(device) => format!("kinoflockd resume --device {device}"),
+        None => "kinoflockd resume".to_owned(),
+    };
+    let until = match command.for_seconds {
+        Some(seconds) => format!("for {}, or until: {resume}", Span(seconds)),
+        None => format!("until: {resume}"),
+    };
+    match (verb, command.for_seconds) {
+        ("pause", Some(_)) => {
+            format!(
+                "paused {device} {until}\nthe running job goes on; what comes meanwhile is taken and waits"
+            )
+        }
+        ("pause", None) => {
+            format!(
+                "paused {device} {until}\nthe running job goes on, what waits keeps its place, no new jobs are taken"
+            )
+        }
+        ("drain", _) => {
+            format!(
+                "draining {device} {until}\nthe running job is finished, none is started or taken after it"
+            )
+        }
+        _ => format!("resumed {device}"),
+    }
 }
 
 pub(super) fn ticket(config: &Config) -> anyhow::Result<()> {

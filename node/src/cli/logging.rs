@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
 /// What is logged unless `KINOFLOCKD_LOG` says otherwise.
-const DEFAULT_FILTER: &str = "info,libp2p=warn,quinn=warn,netlink_proto=error";
+const DEFAULT_FILTER: &str = "info,libp2p=warn,libp2p_kad=error,quinn=warn,netlink_proto=error";
 
 /// Starts logging. `KINOFLOCKD_LOG` filters (as in `debug` or `info,kinoflock_node=trace`), `KINOFLOCKD_LOG_FORMAT=json`
 /// chooses JSON lines.

@@ -124,18 +124,20 @@ pub(super) fn check_all(file: &FileConfig) -> Result<Vec<DeviceConfig>, ConfigEr
     let devices: Vec<_> = sections.iter().map(|section| check(section, file)).collect::<Result<_, _>>()?;
     let mut names = BTreeSet::new();
     match devices.iter().find(|device| !names.insert(&device.name)) {
-        Some(twice) => Err(invalid("device.name", &twice.name, "a name that no other [[device]] has")),
+        Some(twice) => Err(invalid("device.name", &twice.name, "another [[device]] has that name")),
         None => Ok(devices),
     }
 }
 
 fn check(section: &DeviceSection, file: &FileConfig) -> Result<DeviceConfig, ConfigError> {
-    let kind =
-        section.kind.parse().map_err(|()| invalid("device.kind", &section.kind, "cpu, cuda:N or metal"))?;
+    let kind = section
+        .kind
+        .parse()
+        .map_err(|()| invalid("device.kind", &section.kind, "known are cpu, cuda:N and metal"))?;
     let dtype = section
         .dtype
         .parse()
-        .map_err(|()| invalid("device.dtype", &section.dtype, "auto, f32, bf16 or f16"))?;
+        .map_err(|()| invalid("device.dtype", &section.dtype, "known are auto, f32, bf16 and f16"))?;
     let name = if section.name.is_empty() { section.kind.clone() } else { section.name.clone() };
     // The name is a metric label and an argument on the command line.
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);

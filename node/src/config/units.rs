@@ -199,7 +199,7 @@ macro_rules! text_serde {
 text_serde!(ByteSize, "a size such as \"20 GiB\"");
 text_serde!(Span, "a length of time such as \"90 s\", \"2 h\" or \"7 d\"");
 text_serde!(Ceiling<ByteSize>, "a size such as \"20 GiB\", or \"unlimited\"");
-text_serde!(Ceiling<u32>, "a whole number, or \"unlimited\"");
+text_serde!(Ceiling<u32>, "a whole number up to 4294967295, or \"unlimited\"");
 text_serde!(Ceiling<u64>, "a whole number, or \"unlimited\"");
 
 /// Reads a value from its text, or from a bare whole number.
@@ -220,7 +220,7 @@ where
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
-        text.parse().map_err(|error| E::custom(format_args!("{error}; expected {}", self.expecting)))
+        text.parse().map_err(|_| E::custom(format_args!("'{text}' is not {}", self.expecting)))
     }
 
     fn visit_i64<E: de::Error>(self, number: i64) -> Result<T, E> {

@@ -61,7 +61,7 @@ pub struct HookJob<'a> {
 /// # Errors
 /// A refusal by [`Rule::Hook`] with the hook's reason, or with what went wrong with the hook.
 pub async fn run(hook: &HookConfig, job: &HookJob<'_>) -> Result<(), Refusal> {
-    let refused = |reason: &str| Rule::Hook.refuse("allowed by the operator's hook", reason);
+    let refused = |reason: &str| Rule::Hook.refuse("what the operator's own command allows", reason);
     match tokio::time::timeout(hook.timeout, ask(hook, job)).await {
         Ok(Ok(None)) => Ok(()),
         Ok(Ok(Some(reason))) => Err(refused(&reason)),

@@ -18,6 +18,7 @@ use kinoflock_protocol::work::Work;
 
 use super::{Daemon, finish, requests, unix_now};
 use crate::models::Model;
+use crate::scheduler::{DeviceMode, DeviceStatus};
 
 /// Nodes whose adverts are kept; more are not listened to until some have run out.
 const MAX_KNOWN: usize = 4096;
@@ -116,17 +117,15 @@ impl Daemon {
         }
     }
 
-    fn state(&self, devices: &[crate::scheduler::DeviceStatus]) -> NodeState {
-        use crate::scheduler::DeviceMode;
-        if self.draining || devices.iter().all(|device| matches!(device.mode, DeviceMode::Draining { .. })) {
+    /// As the scheduler would answer: a device that is paused until a known time takes jobs for later.
+    fn state(&self, devices: &[DeviceStatus]) -> NodeState {
+        let draining = |device: &DeviceStatus| matches!(device.mode, DeviceMode::Draining { .. });
+        if self.draining || devices.iter().all(draining) {
             NodeState::Draining
-        } else if devices
-            .iter()
-            .all(|device| matches!(device.mode, DeviceMode::Paused { .. } | DeviceMode::Down))
-        {
-            NodeState::Paused
-        } else {
+        } else if devices.iter().any(|device| device.mode.takes_jobs()) {
             NodeState::Open
+        } else {
+            NodeState::Paused
         }
     }
 

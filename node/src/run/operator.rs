@@ -88,7 +88,7 @@ impl Daemon {
             peers: self.peers,
             accepting: self.accepting(&devices),
             jobs: self.jobs(&devices, now),
-            devices: devices.iter().map(|device| self.device_report(device)).collect(),
+            devices: devices.iter().map(|device| self.device_report(device, now)).collect(),
             clip_bytes: fill.used,
             clip_bytes_limit: fill.limit,
             jobs_done: self.counts.done,
@@ -100,17 +100,17 @@ impl Daemon {
     fn accepting(&self, devices: &[DeviceStatus]) -> Result<(), String> {
         let testing = self.devices.values().any(|device| device.tests.pending());
         let served = devices.iter().any(|device| !device.speeds.is_empty());
-        let open = devices.iter().any(|device| device.mode == DeviceMode::Open);
+        let open = devices.iter().any(|device| device.mode.takes_jobs());
         match () {
             () if self.draining => Err("it is about to stop".to_owned()),
             () if !served && testing => Err("models are being tested".to_owned()),
             () if !served => Err("no model passed its self-test; see the devices below".to_owned()),
-            () if !open => Err("every device is paused, draining or without a worker".to_owned()),
+            () if !open => Err("no device is open; see the devices below".to_owned()),
             () => Ok(()),
         }
     }
 
-    fn device_report(&self, status: &DeviceStatus) -> DeviceReport {
+    fn device_report(&self, status: &DeviceStatus, now: Instant) -> DeviceReport {
         let device = self.devices.get(&status.id);
         let testing = device.is_some_and(|device| device.tests.pending());
         let state = match status.mode {
@@ -139,7 +139,13 @@ impl Daemon {
                 .flatten()
                 .map(|speed| speed as f64 / UNITS_PER_TFLOP),
         });
-        DeviceReport { name: status.name.clone(), state: state.to_owned(), models: models.collect() }
+        let until = status.mode.until();
+        DeviceReport {
+            name: status.name.clone(),
+            state: state.to_owned(),
+            for_seconds: until.map(|until| until.saturating_duration_since(now).as_secs_f64().ceil() as u64),
+            models: models.collect(),
+        }
     }
 
     fn jobs(&self, devices: &[DeviceStatus], now: Instant) -> Vec<JobReport> {

@@ -59,6 +59,23 @@ pub enum DeviceMode {
     Down,
 }
 
+impl DeviceMode {
+    /// Whether jobs are taken for it, to be started now or at a known time.
+    #[must_use]
+    pub const fn takes_jobs(self) -> bool {
+        matches!(self, Self::Open | Self::Paused { until: Some(_) })
+    }
+
+    /// When it opens again by itself.
+    #[must_use]
+    pub const fn until(self) -> Option<Instant> {
+        match self {
+            Self::Paused { until } | Self::Draining { until } => until,
+            Self::Open | Self::Down => None,
+        }
+    }
+}
+
 /// What was measured on a finished job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Measured {

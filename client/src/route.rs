@@ -98,6 +98,14 @@ impl Why {
             Self::OtherModels(_) | Self::Closed(_) | Self::Failed(_) => false,
         }
     }
+
+    /// Whether the same node may take the same job within seconds: other jobs of the same artist hold its places now,
+    /// or its lease ended before the order came.
+    #[must_use]
+    pub fn is_momentary(&self) -> bool {
+        use kinoflock_protocol::Reason::{LeaseExpired, LeaseUnknown, TooManyLeases};
+        matches!(self, Self::Refused(Refusal { reason: TooManyLeases | LeaseUnknown | LeaseExpired, .. }))
+    }
 }
 
 impl fmt::Display for Why {
@@ -118,12 +126,14 @@ impl fmt::Display for Why {
 
 impl fmt::Display for Declined {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.name.is_empty() {
-            write!(f, "node ...{}: {}", self.node.short(), self.why)
-        } else {
-            write!(f, "node {} (...{}): {}", self.name, self.node.short(), self.why)
-        }
+        write!(f, "node {}: {}", called(&self.name, &self.node), self.why)
     }
+}
+
+/// A node as people call it: by the name that it gave itself, if any, and the end of its id.
+#[must_use]
+pub fn called(name: &str, node: &NodeId) -> String {
+    if name.is_empty() { format!("...{}", node.short()) } else { format!("{name} (...{})", node.short()) }
 }
 
 /// Checks an advert's signature and gives its node.

@@ -227,7 +227,8 @@ pub struct Generate {
     /// Adapter and its weight, such as blob1...@0.8 (not there yet)
     #[arg(long, value_name = "ID@WEIGHT")]
     pub lora: Vec<String>,
-    /// A further operation by name; a node that does not know it says so
+    /// A further operation by name: timesteps, decode_timestep, decode_noise_scale, decode_tile, decode_chunk,
+    /// truncate_prompt, and whatever the node knows; one that does not know it says so
     #[arg(long, value_name = "K=V", value_parser = operation)]
     pub set: Vec<(String, OpValue)>,
     /// Which node is to make it.

@@ -76,6 +76,7 @@ pub(super) fn ls(context: &Context<'_>) -> Result<(), Failure> {
 }
 
 pub(super) async fn get(text: &str, save: &Save, context: &Context<'_>) -> Result<(), Failure> {
+    generate::check_place(save, context)?;
     let store = context.store()?;
     let clip = if text.starts_with(CLIP_TICKET) {
         fetch_ticket(text, context).await?

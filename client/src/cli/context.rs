@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use kinoflock_protocol::Keypair;
+use kinoflock_net::Multiaddr;
+use kinoflock_protocol::{Keypair, NodeId};
 
 use super::args::{Common, Where};
 use super::failure::Failure;
@@ -64,10 +65,14 @@ impl<'a> Context<'a> {
 
     /// The ways to nodes, and whether they were named for this command alone.
     pub(super) fn ways(&self, client: &Client, at: &Where) -> Result<(Vec<Way>, bool), Failure> {
-        if let Some(text) = &at.node {
-            return Ok((vec![self.way(text)?], true));
-        }
         let (ways, wrong) = client.known_ways(&self.config)?;
+        if let Some(text) = &at.node {
+            let way = match self.way(text)? {
+                Way::Node(node, addresses) => Way::Node(node, addresses_of(node, addresses, &ways)),
+                way => way,
+            };
+            return Ok((vec![way], true));
+        }
         for (way, error) in wrong {
             self.out.words(&format!("{way}...: {error}"));
         }
@@ -79,4 +84,15 @@ impl<'a> Context<'a> {
         way.check_network(&self.config.network)?;
         Ok(way)
     }
+}
+
+/// A node's addresses, those that are known of it otherwise among them.
+fn addresses_of(node: NodeId, mut addresses: Vec<Multiaddr>, known: &[Way]) -> Vec<Multiaddr> {
+    let nodes = known.iter().filter_map(Way::nodes).flatten();
+    for addr in nodes.filter(|(id, _)| *id == node).flat_map(|(_, known)| known) {
+        if !addresses.contains(&addr) {
+            addresses.push(addr);
+        }
+    }
+    addresses
 }

@@ -69,10 +69,17 @@ impl Failure {
     /// A file of the artist that cannot be read or written.
     pub fn file(action: &str, path: &std::path::Path, error: &std::io::Error) -> Self {
         let advice = match error.kind() {
-            std::io::ErrorKind::StorageFull => "; the disk is full: free some space and get the clip again",
+            std::io::ErrorKind::StorageFull => "; the disk is full: free some space",
             _ => "",
         };
         Self::new(Exit::Other, "file", format!("cannot {action} {}: {error}{advice}", path.display()))
+    }
+
+    /// The same with a further word of advice.
+    #[must_use]
+    pub fn and(mut self, advice: &str) -> Self {
+        self.text = format!("{}; {advice}", self.text);
+        self
     }
 
     /// Tells it.
@@ -92,7 +99,9 @@ impl From<SessionError> for Failure {
             E::Net(error) => net_exit(error),
             E::Store(error) => store_exit(error),
             E::Ask(_) | E::SeveralModels { .. } => Exit::Usage,
-            E::NoNode { .. } | E::UnknownModel { .. } | E::NoManifest { .. } => Exit::NoNode,
+            E::NoNode { .. } | E::NoModel { .. } | E::UnknownModel { .. } | E::NoManifest { .. } => {
+                Exit::NoNode
+            }
             E::NoTaker { reasons, .. } if reasons.iter().any(|declined| declined.why.is_policy()) => {
                 Exit::Refused
             }
@@ -102,7 +111,7 @@ impl From<SessionError> for Failure {
             E::OutOfReach { .. } => Exit::Timeout,
             E::Disputed { .. } => Exit::Verify,
             E::Fetch { error: FetchError::AllFailed { holders, .. }, .. }
-                if holders.iter().any(|holder| holder.fault.as_ref().is_some_and(|fault| fault.is_lie())) =>
+                if holders.iter().filter_map(|holder| holder.fault.as_ref()).any(is_wrong_content) =>
             {
                 Exit::Verify
             }
@@ -139,6 +148,10 @@ failure_from! {
     KeyError => Exit::Config,
     WayError => Exit::Usage,
     AskError => Exit::Usage,
+}
+
+fn is_wrong_content(fault: &kinoflock_net::HolderFault) -> bool {
+    fault.is_lie() || fault.is_damage()
 }
 
 fn store_exit(error: &StoreError) -> Exit {

@@ -37,6 +37,7 @@ struct Handed {
 
 pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Failure> {
     refuse_what_is_not_there(&args)?;
+    check_place(&args.save, context)?;
     let ask = ask(&args, context)?;
     ask.check()?;
     let client = context.client().await?;
@@ -105,16 +106,37 @@ pub(super) fn write(
     };
     let bytes = exported.as_deref().unwrap_or(bare);
     if save.output.as_deref() == Some(Path::new("-")) {
-        if context.out.is_json() {
-            return Err(Failure::usage("-o - and --json both want standard output; give a file name"));
-        }
         context.out.bytes(bytes);
         return Ok(None);
     }
     let path = save.output.clone().unwrap_or_else(|| PathBuf::from(crate::file_name(&clip)));
-    write_file(&path, bytes)?;
+    write_file(&path, bytes).map_err(|failure| {
+        failure.and(&format!("the clip is kept, save it with: kinoflock get {} -o FILE", clip.short()))
+    })?;
     context.out.line(&path.display().to_string());
     Ok(Some(path))
+}
+
+/// Says what stands against saving a clip where the flags say, before anything is made.
+pub(super) fn check_place(save: &Save, context: &Context<'_>) -> Result<(), Failure> {
+    let Some(path) = save.output.as_deref() else { return Ok(()) };
+    let shown = path.display();
+    if path == Path::new("-") {
+        if context.out.is_json() {
+            return Err(Failure::usage("-o - and --json both want standard output; give a file name"));
+        }
+        return Ok(());
+    }
+    if path.is_dir() {
+        return Err(Failure::usage(format!("{shown} is a folder; give the name of a file in it")));
+    }
+    match path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+        Some(folder) => Err(Failure::usage(format!(
+            "{shown} cannot be written: there is no folder {}; make it first",
+            folder.display()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Beside its place first, so that a full disk does not leave half a clip under its name.

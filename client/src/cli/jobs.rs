@@ -50,10 +50,9 @@ pub(super) fn ps(all: bool, context: &Context<'_>) -> Result<(), Failure> {
         context.out.record(&Row { job });
         let clip = job.clip.map_or_else(|| "-".to_owned(), |clip| clip.short());
         let (id, when, state) = (job.job.short(), short_time(job.created_at), job.state.name());
-        context.out.line(&format!(
-            "{id}  {when}  {state:<9}  {:<16}  {:<16}  {clip}",
-            job.model_name, job.node_name
-        ));
+        let node =
+            if job.node_name.is_empty() { format!("...{}", job.node.short()) } else { job.node_name.clone() };
+        context.out.line(&format!("{id}  {when}  {state:<9}  {:<16}  {node:<16}  {clip}", job.model_name));
     }
     Ok(())
 }
@@ -88,6 +87,7 @@ pub(super) async fn wait(
     save: &Save,
     context: &Context<'_>,
 ) -> Result<(), Failure> {
+    generate::check_place(save, context)?;
     let job = context.store()?.find_job(job)?;
     let client = context.client().await?;
     let delivered = follow::job(context, &client, job, timeout).await?;
@@ -128,7 +128,8 @@ fn show(record: &JobRecord, told: Option<(u32, u64)>, context: &Context<'_>) {
     let out = context.out;
     out.line(&format!("job    {}", status.job));
     out.line(&format!("state  {}", status.state));
-    out.line(&format!("node   {} ({})", status.node_name, status.node));
+    let name = if status.node_name.is_empty() { String::new() } else { format!(" ({})", status.node_name) };
+    out.line(&format!("node   {}{name}", status.node));
     out.line(&format!("model  {}", status.model));
     out.line(&format!("from   {}", status.created_at));
     if let (Some((position, eta)), false) = (told, record.state.is_final()) {

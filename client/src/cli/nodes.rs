@@ -55,12 +55,13 @@ pub(super) async fn nodes(at: &Where, context: &Context<'_>) -> Result<(), Failu
         };
         let models: Vec<String> = capacity.models.iter().map(|offer| offer.name.to_string()).collect();
         let (node, name) = (found.candidate.node, capacity.name.as_str());
-        context.out.line(&format!("{node}  {name}"));
+        context.out.line(format!("{node}  {name}").trim_end());
         let wait = capacity.queue.wait;
         let jobs = capacity.queue.jobs;
         context.out.line(&format!(
-            "  {state}; {}; {jobs} jobs, about {wait} until the next begins",
-            models.join(", ")
+            "  {state}; {}; {}, about {wait} until a new one begins",
+            if models.is_empty() { "no model now".to_owned() } else { models.join(", ") },
+            counted(jobs as usize, "job"),
         ));
         context.out.line(&format!("  {}", terms_sentence(&capacity.terms)));
         if capacity.content_rules {
@@ -104,8 +105,8 @@ pub(super) async fn models(at: &Where, context: &Context<'_>) -> Result<(), Fail
     }
     for row in rows.values() {
         let tested = if row.referenced { "matches its card's fingerprint" } else { "unreferenced" };
-        let (name, kind, nodes) = (&row.name, &row.architecture, row.nodes);
-        context.out.line(&format!("{name:<20} {kind:<14} {nodes} nodes  {tested}  {}", row.model));
+        let (name, kind, nodes) = (&row.name, &row.architecture, counted(row.nodes, "node"));
+        context.out.line(&format!("{name:<20} {kind:<14} {nodes:<9}  {tested}  {}", row.model));
         context.out.record(row);
     }
     Ok(())
@@ -135,19 +136,28 @@ pub(super) async fn join(text: &str, context: &Context<'_>) -> Result<(), Failur
             .out
             .words("remembered, but nobody there answers now; it is tried again with every command"),
         _ => context.out.words(&format!(
-            "joined: {reached} nodes known; make a clip with: kinoflock generate \"PROMPT\""
+            "joined: {} known; make a clip with: kinoflock generate \"PROMPT\"",
+            counted(reached, "node")
         )),
     }
     context.out.record(&Joined { event: "joined", reached });
     Ok(())
 }
 
+/// `1 node`, `2 nodes`.
+fn counted(count: usize, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
 async fn find(at: &Where, context: &Context<'_>) -> Result<Vec<Found>, Failure> {
     let client = context.client().await?;
     let (events, told) = Client::events();
     let mut progress = context.out.progress();
-    let (ways, _) = context.ways(&client, at)?;
-    let found = follow::show_while(client.find(&ways, &events), told, &mut progress).await?;
+    let (ways, pinned) = context.ways(&client, at)?;
+    let finding = async {
+        if pinned { client.find_named(&ways, &events).await } else { client.find(&ways, &events).await }
+    };
+    let found = follow::show_while(finding, told, &mut progress).await?;
     client.stop().await;
     Ok(found)
 }

@@ -36,8 +36,14 @@ pub enum SessionError {
         /// Each way that was tried, and why it led nowhere.
         reasons: Vec<(String, String)>,
     },
+    /// No model at all is offered.
+    #[error("no node that was found serves a model now:{}", lines(reasons))]
+    NoModel {
+        /// Each node.
+        reasons: Vec<Declined>,
+    },
     /// A model that nobody offers.
-    #[error("unknown model {given:?}: {}{}", offered(known), did_you_mean(nearest))]
+    #[error("unknown model {given:?}{}; {}:{}", did_you_mean(nearest), offered(known), lines(reasons))]
     UnknownModel {
         /// What was asked for.
         given: String,
@@ -45,6 +51,8 @@ pub enum SessionError {
         known: Vec<String>,
         /// The nearest of them, if any is near.
         nearest: Option<String>,
+        /// Each node, and what it serves instead.
+        reasons: Vec<Declined>,
     },
     /// No model was named and several are offered.
     #[error("several models are offered, name one with --model: {}", known.join(", "))]
@@ -87,7 +95,7 @@ pub enum SessionError {
         given: String,
     },
     /// The job failed at the node.
-    #[error("job {} failed at its node ({code}): {text}{}", job.short(), again(*retryable))]
+    #[error("job {} failed at its node{}: {text}{}", job.short(), named(code), again(*retryable))]
     Failed {
         /// Which job.
         job: JobId,
@@ -151,6 +159,7 @@ impl SessionError {
             Self::Envelope(error) => error.code(),
             Self::Random(_) => "random",
             Self::NoNode { .. } => "no_node",
+            Self::NoModel { .. } => "no_model",
             Self::UnknownModel { .. } => "unknown_model",
             Self::SeveralModels { .. } => "several_models",
             Self::NoManifest { .. } => "no_manifest",
@@ -171,20 +180,29 @@ fn tried(reasons: &[(String, String)]) -> String {
     reasons.iter().map(|(way, why)| format!("\n  tried {way}: {why}")).collect()
 }
 
+/// One node on the same line, several on a line each.
 fn lines(reasons: &[Declined]) -> String {
+    if let [only] = reasons {
+        return format!(" {only}");
+    }
     reasons.iter().map(|reason| format!("\n  {reason}")).collect()
 }
 
 fn offered(known: &[String]) -> String {
     if known.is_empty() {
-        "the nodes found serve none".to_owned()
+        "no node that was found serves a model now".to_owned()
     } else {
-        format!("the nodes found serve {}", known.join(", "))
+        format!("name one of those that are served with --model {}", known.join(" or "))
     }
 }
 
 fn did_you_mean(nearest: &Option<String>) -> String {
-    nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean {name:?}?"))
+    nearest.as_ref().map_or_else(String::new, |name| format!(", did you mean {name:?}?"))
+}
+
+/// The cause's name, unless only the failure itself is known.
+fn named(code: &str) -> String {
+    if code.is_empty() || code == "failed" { String::new() } else { format!(" ({code})") }
 }
 
 fn again(retryable: bool) -> &'static str {

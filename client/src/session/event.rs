@@ -7,7 +7,7 @@ use kinoflock_protocol::{ClipId, JobId, Millis, NodeId};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use crate::route::{Declined, terms_sentence};
+use crate::route::{Declined, called, terms_sentence};
 
 /// Something that happened. The `Display` form is a line for people; serde gives the form for programs, tagged `event`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -156,10 +156,11 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unreachable { way, why } => write!(f, "could not reach {way}: {why}"),
-            Self::Reached { node, name } => write!(f, "reached node {name} (...{})", node.short()),
-            Self::Declined { node, name, why } => write!(f, "node {name} (...{}): {why}", node.short()),
+            Self::Reached { node, name } => write!(f, "reached node {}", called(name, node)),
+            Self::Declined { node, name, why } => write!(f, "node {}: {why}", called(name, node)),
             Self::Chosen { node, name, model, position, eta, seed, sees, terms, content_rules } => {
-                write!(f, "node {name} ({node}) will make it with {model}, seed {seed}: ")?;
+                let name = if name.is_empty() { node.to_string() } else { format!("{name} ({node})") };
+                write!(f, "node {name} will make it with {model}, seed {seed}: ")?;
                 writeln!(f, "{position} ahead, about {eta}")?;
                 write!(f, "that node will see {sees}; {}", terms_sentence(terms))?;
                 if *content_rules {

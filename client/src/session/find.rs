@@ -13,7 +13,7 @@ use kinoflock_protocol::{BlobId, Millis, ModelId, NodeId};
 use super::{Client, Event, Events, SessionError, corrected};
 use crate::config::Config;
 use crate::local;
-use crate::route::{Candidate, read_advert};
+use crate::route::{Candidate, Declined, Why, read_advert};
 use crate::ticket::{Way, WayError};
 
 /// Nodes that are asked at once.
@@ -79,6 +79,27 @@ impl Client {
             }
         }
         Ok((ways, wrong))
+    }
+
+    /// Tries these ways and nobody else: on the local network only nodes are looked for that are named by their id.
+    ///
+    /// # Errors
+    /// `NoNode` with what was tried.
+    pub async fn find_named(&self, ways: &[Way], events: &Events) -> Result<Vec<Found>, SessionError> {
+        let mut reasons = Vec::new();
+        let mut targets = targets(ways);
+        if self.mdns {
+            for target in targets.iter_mut().filter(|target| target.addresses.is_empty()) {
+                let Some(node) = target.node else { continue };
+                let mut nearby = self.found.clone();
+                // One that is not there is told as out of reach.
+                let _ =
+                    tokio::time::timeout(MDNS_WAIT, nearby.wait_for(|found| found.contains_key(&node))).await;
+                target.addresses = nearby.borrow().get(&node).cloned().unwrap_or_default();
+            }
+        }
+        let found = self.probe_all(targets, &mut reasons, events).await;
+        if found.is_empty() { Err(SessionError::NoNode { reasons }) } else { Ok(found) }
     }
 
     /// Tries every way, and the local network if that is on. Nodes that answered come first.
@@ -203,7 +224,7 @@ impl Client {
     /// The model that is meant: by id, by name, or the only one that is offered.
     ///
     /// # Errors
-    /// `UnknownModel`, `SeveralModels`.
+    /// `NoModel`, `UnknownModel`, `SeveralModels`.
     pub fn choose_model(&self, wanted: Option<&str>, found: &[Found]) -> Result<Model, SessionError> {
         let models = offered(found);
         let names = || models.values().cloned().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>();
@@ -211,9 +232,7 @@ impl Client {
         let Some(wanted) = wanted else {
             return match models.len() {
                 1 => Ok(models.iter().map(model).next().expect("invariant: there is one")),
-                0 => {
-                    Err(SessionError::UnknownModel { given: String::new(), known: Vec::new(), nearest: None })
-                }
+                0 => Err(SessionError::NoModel { reasons: other_models(found) }),
                 _ => Err(SessionError::SeveralModels { known: names() }),
             };
         };
@@ -229,7 +248,8 @@ impl Client {
                 let known = names();
                 let near = known.iter().min_by_key(|name| strsim::damerau_levenshtein(name, wanted));
                 let near = near.filter(|name| strsim::damerau_levenshtein(name, wanted) <= 3).cloned();
-                Err(SessionError::UnknownModel { given: wanted.to_owned(), known, nearest: near })
+                let (given, reasons) = (wanted.to_owned(), other_models(found));
+                Err(SessionError::UnknownModel { given, known, nearest: near, reasons })
             }
             several => {
                 let known = several.iter().map(|model| format!("{} ({})", model.id, model.name)).collect();
@@ -276,6 +296,16 @@ fn offered(found: &[Found]) -> BTreeMap<ModelId, String> {
         models.entry(offer.model).or_insert_with(|| offer.name.to_string());
     }
     models
+}
+
+/// What each node serves instead.
+fn other_models(found: &[Found]) -> Vec<Declined> {
+    let declined = |found: &Found| {
+        let Candidate { node, capacity, .. } = &found.candidate;
+        let models = capacity.models.iter().map(|offer| offer.name.to_string()).collect();
+        Declined { node: *node, name: capacity.name.to_string(), why: Why::OtherModels(models) }
+    };
+    found.iter().map(declined).collect()
 }
 
 fn targets(ways: &[Way]) -> Vec<Target> {

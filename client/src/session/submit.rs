@@ -24,6 +24,10 @@ const QUOTES_AT_ONCE: usize = 3;
 const SUBMIT_TRIES: u32 = 4;
 /// Pause between two tries.
 const SUBMIT_PAUSE: Duration = Duration::from_millis(400);
+/// How long a node that only holds too many places for this key just now is asked again: its leases last seconds.
+const PLACES_WAIT: Duration = Duration::from_secs(60);
+/// Pause before it is asked again.
+const PLACES_PAUSE: Duration = Duration::from_millis(300);
 /// Difference of clocks that is corrected without a word.
 const SKEW_IGNORED_MS: u64 = 30_000;
 
@@ -34,6 +38,31 @@ struct Offered<'a> {
     skew_ms: i64,
 }
 
+/// Those who offered a place, and the job that one of them is to have.
+struct Place<'a> {
+    ask: &'a Ask,
+    model: &'a Model,
+    offers: Vec<Offered<'a>>,
+    signed: &'a mut Option<Envelope>,
+}
+
+/// Who declined, each told once however often it was asked.
+struct Told<'a> {
+    events: &'a Events,
+    declined: Vec<Declined>,
+}
+
+impl Told<'_> {
+    async fn all(&mut self, declined: &[Declined]) {
+        for declined in declined {
+            if !self.declined.contains(declined) {
+                self.events.tell(Event::from(declined)).await;
+                self.declined.push(declined.clone());
+            }
+        }
+    }
+}
+
 impl Client {
     /// Finds nodes, chooses one, and hands the job to it. From the moment it is sent, its record is in the store.
     ///
@@ -41,7 +70,9 @@ impl Client {
     /// See [`SessionError`]; `NoTaker` tells every node's reason.
     pub async fn submit(&self, ask: &Ask, ways: &[Way], events: &Events) -> Result<JobRecord, SessionError> {
         ask.check()?;
-        let found = self.find(ways, events).await?;
+        // Who names a node trusts that one with the prompt, and not whoever else is near.
+        let found =
+            if ask.pinned { self.find_named(ways, events).await? } else { self.find(ways, events).await? };
         let model = self.choose_model(ask.model.as_deref(), &found)?;
         let manifest = self.manifest(&model, &found).await?;
         let mut spec = ask.to_spec(model.id, &manifest, seed(ask.seed)?, nonce()?)?;
@@ -52,8 +83,7 @@ impl Client {
             self.store.insert_blob(latents)?;
         }
         self.inputs.serve(spec.inputs().iter().map(|blob| blob.id));
-        let named: Vec<_> = if ask.pinned { found.into_iter().filter(|f| f.direct).collect() } else { found };
-        self.order(ask, spec, &model, &manifest, &named, events).await
+        self.order(ask, spec, &model, &manifest, &found, events).await
     }
 
     async fn order(
@@ -74,37 +104,62 @@ impl Client {
             require_terms: ask.require_terms,
         };
         let candidates: Vec<Candidate> = found.iter().map(|found| found.candidate.clone()).collect();
-        let (ranked, mut reasons) = route::rank(&candidates, &needs);
+        let (ranked, unfit) = route::rank(&candidates, &needs);
+        let mut told = Told { events, declined: Vec::new() };
+        told.all(&unfit).await;
+        let until = Instant::now() + PLACES_WAIT;
         let mut signed: Option<Envelope> = None;
-        for few in ranked.chunks(QUOTES_AT_ONCE) {
-            let asked: Vec<&Found> = few.iter().map(|ranked| &found[ranked.index]).collect();
-            let (mut offers, declined) = self.quotes(&asked, &spec, work).await;
-            for declined in &declined {
-                events.tell(Event::from(declined)).await;
+        loop {
+            let mut reasons = unfit.clone();
+            for few in ranked.chunks(QUOTES_AT_ONCE) {
+                let asked: Vec<&Found> = few.iter().map(|ranked| &found[ranked.index]).collect();
+                let (offers, declined) = self.quotes(&asked, &spec, work).await;
+                told.all(&declined).await;
+                reasons.extend(declined);
+                let place = Place { ask, model, offers, signed: &mut signed };
+                if let Some(record) = self.take(place, &mut spec, &mut reasons, &mut told).await? {
+                    return Ok(record);
+                }
             }
-            reasons.extend(declined);
-            offers.sort_by_key(|offer| (offer.quote.quote().eta, offer.quote.node()));
-            let mut offers = offers.into_iter();
-            while let Some(offer) = offers.next() {
-                let job = match &signed {
-                    Some(job) => job.clone(),
-                    None => signed.insert(self.sign(&mut spec, ask, offer.skew_ms)?).clone(),
-                };
-                self.announce(&offer, model, &spec, events).await;
-                match self.hand_over(&offer, model, job, events).await? {
-                    Ok(record) => {
-                        self.release(offers).await;
-                        return Ok(record);
-                    }
-                    Err(why) => {
-                        let declined = self.declined(offer.found, why);
-                        events.tell(Event::from(&declined)).await;
-                        reasons.push(declined);
-                    }
+            let is_momentary = reasons.iter().any(|declined| declined.why.is_momentary());
+            if !is_momentary || Instant::now() + PLACES_PAUSE > until {
+                return Err(SessionError::NoTaker { model: model.name.clone(), reasons });
+            }
+            tokio::time::sleep(PLACES_PAUSE).await;
+        }
+    }
+
+    /// Hands the job to the first of those who offered that takes it. The job is signed once, by the clock of the node
+    /// that was chosen first.
+    async fn take(
+        &self,
+        place: Place<'_>,
+        spec: &mut JobSpec,
+        reasons: &mut Vec<Declined>,
+        told: &mut Told<'_>,
+    ) -> Result<Option<JobRecord>, SessionError> {
+        let Place { ask, model, mut offers, signed } = place;
+        offers.sort_by_key(|offer| (offer.quote.quote().eta, offer.quote.node()));
+        let mut offers = offers.into_iter();
+        while let Some(offer) = offers.next() {
+            let job = match &signed {
+                Some(job) => job.clone(),
+                None => signed.insert(self.sign(spec, ask, offer.skew_ms)?).clone(),
+            };
+            self.announce(&offer, model, spec, told.events).await;
+            match self.hand_over(&offer, model, job, told.events).await? {
+                Ok(record) => {
+                    self.release(offers).await;
+                    return Ok(Some(record));
+                }
+                Err(why) => {
+                    let declined = self.declined(offer.found, why);
+                    told.all(std::slice::from_ref(&declined)).await;
+                    reasons.push(declined);
                 }
             }
         }
-        Err(SessionError::NoTaker { model: model.name.clone(), reasons })
+        Ok(None)
     }
 
     async fn quotes<'a>(

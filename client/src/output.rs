@@ -100,7 +100,7 @@ impl Output {
             bar.set_style(waiting());
             bar
         });
-        Progress { out: self, bar, told_percent: 0 }
+        Progress { out: self, bar, told_percent: 0, declined: Vec::new() }
     }
 }
 
@@ -110,6 +110,8 @@ pub struct Progress<'a> {
     out: &'a Output,
     bar: Option<ProgressBar>,
     told_percent: u32,
+    /// Who declined, until another is chosen: if nobody is, the error at the end says it all. As many as were asked.
+    declined: Vec<String>,
 }
 
 impl Progress<'_> {
@@ -117,6 +119,15 @@ impl Progress<'_> {
     pub fn show(&mut self, event: &Event) {
         if self.out.json {
             self.out.record(event);
+        }
+        match event {
+            Event::Declined { .. } => self.declined.push(event.to_string()),
+            Event::Chosen { .. } if !self.out.json => {
+                for declined in std::mem::take(&mut self.declined) {
+                    self.aside(|| self.out.words(&declined));
+                }
+            }
+            _ => {}
         }
         match &self.bar {
             Some(bar) => move_bar(bar, event),

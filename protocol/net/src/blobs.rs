@@ -38,7 +38,8 @@ pub trait BlobReader: Send + 'static {
     /// Fills `buffer` from `offset` on; the range lies within the blob.
     ///
     /// # Errors
-    /// Whatever the store met; the stream ends.
+    /// Whatever the store met; `InvalidData` where the content is not what it was. A peer hears of it if it is met at
+    /// the first byte that it asked for; else its stream ends, and it asks again from there.
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 }
 

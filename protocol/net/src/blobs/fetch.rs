@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures::stream::{FuturesUnordered, StreamExt};
 use kinoflock_protocol::clip::{Outline, chunk_count, chunk_len};
 use kinoflock_protocol::limits::MAX_BLOB_BYTES;
-use kinoflock_protocol::{BlobId, NodeId, Refusal};
+use kinoflock_protocol::{BlobId, NodeId, Reason, Refusal};
 use tokio::sync::watch;
 
 use super::BlobSink;
@@ -148,6 +148,12 @@ impl HolderFault {
     #[must_use]
     pub fn is_lie(&self) -> bool {
         matches!(self, Self::WrongOutline { .. } | Self::WrongChunk { .. })
+    }
+
+    /// Whether the holder itself found that its copy is not what it was.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Refused(refusal) if refusal.reason == Reason::BlobDamaged)
     }
 }
 

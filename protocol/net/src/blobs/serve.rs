@@ -88,8 +88,17 @@ impl Server {
         };
         let blob = BlobRef { id: request.id, len: outline.len };
         let outline = request.outline.then(|| outline.clone());
-        write_message(stream, &BlobReply::Found { blob, outline }).await?;
         let mut opened = opened;
+        if request.chunks > 0 && blob.len > 0 {
+            opened = match self.probe(opened, request.first_chunk).await {
+                Ok(opened) => opened,
+                Err(error) => {
+                    write_message(stream, &BlobReply::Refused(unreadable(&error))).await?;
+                    return Ok(None);
+                }
+            };
+        }
+        write_message(stream, &BlobReply::Found { blob, outline }).await?;
         for index in request.first_chunk..end {
             opened = self.send_chunk(stream, opened, index, blob.len).await?;
         }
@@ -106,6 +115,14 @@ impl Server {
                 None
             }
         }
+    }
+
+    /// Reads the first byte of a chunk: a store that cannot give it is found out while the peer can still be told.
+    async fn probe(&self, opened: Opened, chunk: u64) -> std::io::Result<Opened> {
+        let Opened { id, mut reader } = opened;
+        let read = move || reader.read_at(chunk * CHUNK_BYTES as u64, &mut [0]).map(|()| reader);
+        let reader = self.blocking(read).await?;
+        Ok(Opened { id, reader })
     }
 
     async fn send_chunk(
@@ -146,4 +163,12 @@ impl Server {
         let _place = self.reads.acquire().await.expect("invariant: the semaphore is never closed");
         tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other)?
     }
+}
+
+fn unreadable(error: &std::io::Error) -> Refusal {
+    let reason = match error.kind() {
+        std::io::ErrorKind::InvalidData => Reason::BlobDamaged,
+        _ => Reason::Internal,
+    };
+    Refusal::new(reason, "blob").advice("ask another holder")
 }

@@ -1,8 +1,10 @@
 //! What must hold whatever a test is about.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use kinoflock_client::provenance::{self, Verified};
+use kinoflock_protocol::receipt::Verdict;
 
 use crate::sandbox::Node;
 
@@ -21,14 +23,57 @@ pub fn delivered(file: &Path, node: &Node) -> Verified {
     verified
 }
 
-/// Nothing of a prompt or a frame is in a node's log or metrics, and nothing of it panicked.
+/// Nothing of a prompt or a frame is in anything that a node tells or leaves lying about: its log, its metrics, its
+/// status, its runtime folder. And nothing of it panicked.
 ///
 /// # Panics
 /// When something is.
 pub fn discreet(node: &Node, secret: &str) {
+    assert_eq!(found_in(node, secret), Vec::<String>::new(), "a prompt is told");
     let log = node.log();
-    assert!(!log.contains(secret), "the log tells a prompt");
     assert!(!log.contains("panicked at"), "something panicked:\n{log}");
+}
+
+/// Where outside its store a node tells these words.
+#[must_use]
+pub fn found_in(node: &Node, secret: &str) -> Vec<String> {
+    let mut places: Vec<(String, Vec<u8>)> = vec![("log".to_owned(), node.log().into_bytes())];
+    if node.runs() {
+        let status = serde_json::to_vec(&node.status()).expect("a report encodes");
+        places.push(("status".to_owned(), status));
+        places.push(("metrics".to_owned(), node.metrics().into_bytes()));
+    }
+    places.extend(files_below(&node.path("run")));
+    let tells = |content: &[u8]| String::from_utf8_lossy(content).contains(secret);
+    places.into_iter().filter(|(_, content)| tells(content)).map(|(place, _)| place).collect()
+}
+
+/// Every regular file below a folder, with its content.
+fn files_below(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .flat_map(|entry| match entry.file_type() {
+            Ok(kind) if kind.is_dir() => files_below(&entry.path()),
+            Ok(kind) if kind.is_file() => {
+                let path = entry.path();
+                let content = std::fs::read(&path).unwrap_or_default();
+                vec![(path.display().to_string(), content)]
+            }
+            _ => Vec::new(),
+        })
+        .collect()
+}
+
+/// Each job came to one outcome: no two receipts are for one job, and no job is in two receipts.
+///
+/// # Panics
+/// When they are.
+pub fn one_outcome_each(made: &[Verified]) {
+    let jobs: BTreeSet<_> = made.iter().map(|one| one.receipt.receipt().job).collect();
+    let receipts: BTreeSet<_> = made.iter().map(|one| one.receipt.id()).collect();
+    assert_eq!((jobs.len(), receipts.len()), (made.len(), made.len()), "a job has two outcomes");
+    let disputed = |one: &Verified| matches!(one.verdict, Some(Verdict::Dispute { .. }));
+    assert!(!made.iter().any(disputed), "a delivered clip is disputed");
 }
 
 /// The node's receipts are one chain without a gap: as many as jobs were done.

@@ -210,7 +210,7 @@ impl Daemon {
             }
             NetEvent::Found { node, addr } => self.handle_found(node, addr),
             NetEvent::OtherVersion { node, speaks, ours } => {
-                tracing::warn!(peer = %node.short(), ?speaks, ours, "a peer speaks another version of the protocol");
+                tracing::warn!(peer = %node.short(), ?speaks, ours, "a peer speaks another version of the protocol; the older one should update");
             }
             NetEvent::Listening { addr } => tracing::info!(%addr, "listening"),
             other => {

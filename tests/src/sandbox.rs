@@ -255,6 +255,12 @@ impl Node {
         command
     }
 
+    /// The folder of its models.
+    #[must_use]
+    pub fn models(&self) -> &Path {
+        &self.models
+    }
+
     /// The ports of an earlier run, so that who knows the node finds it again; free ones the first time.
     fn listen(&self) -> String {
         let free = ["/ip4/127.0.0.1/udp/0/quic-v1", "/ip4/127.0.0.1/tcp/0"].map(str::to_owned).to_vec();

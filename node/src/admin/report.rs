@@ -153,6 +153,7 @@ impl fmt::Display for Span {
         match (days, hours, minutes) {
             (0, 0, 0) => write!(f, "{} s", self.0),
             (0, 0, minutes) => write!(f, "{minutes} min"),
+            (0, hours, 0) => write!(f, "{hours} h"),
             (0, hours, minutes) => write!(f, "{hours} h {minutes} min"),
             (days, hours, _) => write!(f, "{days} d {hours} h"),
         }
@@ -181,6 +182,7 @@ mod tests {
     #[test]
     fn spans_and_sizes_read_as_people_say_them() {
         assert_eq!(Span(59).to_string(), "59 s");
+        assert_eq!(Span(7_200).to_string(), "2 h");
         assert_eq!(Span(3_700).to_string(), "1 h 1 min");
         assert_eq!(Span(200_000).to_string(), "2 d 7 h");
         assert_eq!(Size(1).to_string(), "1 KiB");

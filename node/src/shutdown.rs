@@ -11,11 +11,14 @@ pub enum Shutdown {
     Now,
 }
 
-/// Listens for SIGTERM and SIGINT.
+/// Listens for SIGTERM and SIGINT, and keeps SIGXFSZ from ending the process.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Never read. While it is here, a write beyond a limit on file sizes is an error like that of a full disk; the
+    /// system's default is to end the process.
+    _file_too_large: Signal,
     asked: bool,
 }
 
@@ -28,6 +31,7 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            _file_too_large: signal(SignalKind::from_raw(libc::SIGXFSZ))?,
             asked: false,
         })
     }

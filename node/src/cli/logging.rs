@@ -14,6 +14,8 @@ pub(super) fn start() {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(std::io::stderr)
+        // What cannot be written, to a log on a full disk, would be told on the same stderr, and panic there.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none());
     let started = if std::env::var("KINOFLOCKD_LOG_FORMAT").is_ok_and(|format| format == "json") {
         builder.json().try_init()

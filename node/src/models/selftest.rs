@@ -15,7 +15,7 @@ use kinoflock_protocol::job::Prompt;
 use kinoflock_protocol::units::{Micro, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use super::{Model, ModelsError, file_error};
+use super::{Model, ModelsError, file_error, verify};
 use crate::engine::wire::{DoneReport, Extra, LoadRequest, Output, RunRequest};
 
 /// The prompt where no card names one.
@@ -199,26 +199,12 @@ impl ResultKey {
     /// # Errors
     /// When the model's files cannot be looked at.
     pub fn new(model: &Model, worker: BlobId, device: String) -> Result<Self, ModelsError> {
-        Ok(Self { model: model.id, files: state_of_files(model)?, worker, device })
+        Ok(Self { model: model.id, files: BlobId::of(verify::state(model)?.as_bytes()), worker, device })
     }
 
     fn text(&self) -> String {
         format!("{} {} {} {}", self.model, self.files.to_hex(), self.worker.to_hex(), self.device)
     }
-}
-
-/// A hash over path, length and time of change of every file of a model.
-fn state_of_files(model: &Model) -> Result<BlobId, ModelsError> {
-    let mut hasher = blake3::Hasher::new();
-    for file in model.manifest.files.iter() {
-        let path = model.dir.join(file.path.as_str());
-        let seen = std::fs::metadata(&path).map_err(file_error(&path))?;
-        let changed = seen.modified().map_err(file_error(&path))?;
-        let changed = changed.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        hasher.update(file.path.as_bytes()).update(&[0]);
-        hasher.update(&seen.len().to_le_bytes()).update(&changed.as_nanos().to_le_bytes());
-    }
-    Ok(BlobId::from_bytes(*hasher.finalize().as_bytes()))
 }
 
 /// A result that is kept.

@@ -110,7 +110,7 @@ pub fn unchanged(model: &Model) -> Result<Vec<Fault>, ModelsError> {
 }
 
 /// Path, length and time of change of every file; what is not there has neither.
-fn state(model: &Model) -> Result<String, ModelsError> {
+pub(super) fn state(model: &Model) -> Result<String, ModelsError> {
     let mut lines = String::new();
     for file in &model.manifest.files {
         let path = model.dir.join(file.path.as_str());

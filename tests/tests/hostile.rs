@@ -126,9 +126,9 @@ fn floods_of_opens_leave_an_honest_artist_served() {
 #[test]
 fn slow_streams_and_silent_sockets_hold_nobody_up() {
     /// Silent sockets that are opened in a round; each is held for the whole attack.
-    const SOCKETS: usize = 8;
-    /// Most that are held.
-    const MOST: usize = 48;
+    const SOCKETS: usize = 100;
+    /// Most that are held: more than a node has places for connections that do not get on.
+    const MOST: usize = 300;
     let sandbox = Sandbox::start(1, &Worker::test(&[]));
     let (node, client) = (&sandbox.nodes[0], sandbox.client("artist"));
     let (protocols, port) = (protocols(&sandbox), tcp_port(node));
@@ -146,7 +146,7 @@ fn slow_streams_and_silent_sockets_hold_nobody_up() {
             raws.push(raw);
         }
         while sockets.len() < MOST.min((round + 1) * SOCKETS) {
-            sockets.push(TcpStream::connect(("127.0.0.1", port)).unwrap());
+            sockets.push(elsewhere(port).await);
         }
         // A byte each, so that none of them is idle; one that was hung up on takes none.
         for socket in sockets.iter_mut() {
@@ -157,6 +157,16 @@ fn slow_streams_and_silent_sockets_hold_nobody_up() {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     });
+}
+
+/// A connection from another network than the artist's.
+async fn elsewhere(port: u16) -> TcpStream {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.9.9:0".parse().unwrap()).unwrap();
+    let stream = socket.connect(([127, 0, 0, 1], port).into()).await.unwrap();
+    let stream = stream.into_std().unwrap();
+    stream.set_nonblocking(false).unwrap();
+    stream
 }
 
 fn tcp_port(node: &Node) -> u16 {

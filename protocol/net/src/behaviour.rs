@@ -8,7 +8,7 @@ use libp2p::{
 };
 
 use crate::rpc::ControlCodec;
-use crate::streams;
+use crate::{arrivals, streams};
 
 /// What one swarm does.
 #[derive(NetworkBehaviour)]
@@ -17,6 +17,8 @@ pub(crate) struct Behaviour {
     pub(crate) blocked: allow_block_list::Behaviour<allow_block_list::BlockedPeers>,
     /// Connections, counted.
     pub(crate) connections: connection_limits::Behaviour,
+    /// Unfinished connections from others, counted by network.
+    pub(crate) arrivals: arrivals::Behaviour,
     /// Physical memory of this process, in bytes: a share would trip as soon as weights are mapped.
     pub(crate) memory: memory_connection_limits::Behaviour,
     /// Who a peer is and which protocols it speaks.

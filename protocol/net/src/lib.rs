@@ -27,6 +27,7 @@ pub mod rate;
 pub mod rpc;
 pub mod streams;
 
+mod arrivals;
 mod behaviour;
 mod driver;
 mod framed;

@@ -106,7 +106,9 @@ pub const CONNECTIONS_OUT: u32 = 64;
 /// Connections with one peer.
 pub const CONNECTIONS_PER_PEER: u32 = 4;
 /// Connections from others, handshake not finished.
-pub const CONNECTIONS_PENDING_IN: u32 = 64;
+pub const CONNECTIONS_PENDING_IN: u32 = 256;
+/// Of these, of one network (/24, /56). Further ones are hung up on.
+pub const CONNECTIONS_PENDING_PER_NETWORK: u32 = 48;
 /// Connections to others, handshake not finished.
 pub const CONNECTIONS_PENDING_OUT: u32 = 64;
 /// Physical memory of the process above which new connections are refused, bytes.

@@ -25,7 +25,7 @@ use crate::handle::NetHandle;
 use crate::names::Names;
 use crate::rpc::ControlCodec;
 use crate::streams::Incoming;
-use crate::{discovery, inbound, limits, streams};
+use crate::{arrivals, discovery, inbound, limits, streams};
 
 /// Starts a swarm and its driver task on the current tokio runtime. Returns once every configured address is
 /// listened on. The swarm ends with [`NetHandle::shutdown`] or when the last handle is dropped.
@@ -159,6 +159,7 @@ fn behaviour(
     let behaviour = Behaviour {
         blocked: libp2p::allow_block_list::Behaviour::default(),
         connections: connection_limits::Behaviour::new(connections),
+        arrivals: arrivals::Behaviour::new(limits::CONNECTIONS_PENDING_PER_NETWORK),
         memory: memory_connection_limits::Behaviour::with_max_bytes(config.max_memory),
         identify: identify::Behaviour::new(identify),
         ping: ping::Behaviour::new(ping::Config::new().with_interval(config.ping_interval)),

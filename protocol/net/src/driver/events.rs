@@ -97,6 +97,7 @@ impl Driver {
             BehaviourEvent::Mdns(mdns::Event::Expired(_)) => {}
             BehaviourEvent::Blocked(never) => match never {},
             BehaviourEvent::Connections(never)
+            | BehaviourEvent::Arrivals(never)
             | BehaviourEvent::Memory(never)
             | BehaviourEvent::Streams(never) => match never {},
         }

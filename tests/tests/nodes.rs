@@ -294,6 +294,10 @@ fn a_disk_that_is_full_when_a_clip_is_made_fails_that_job_and_not_the_daemon() {
         limit_files(node, Some(0));
     }
     go_on(&file);
+    eventually("the job has failed", || (node.status().jobs_failed == 1).then_some(()));
+    if !has_disk {
+        limit_files(node, None);
+    }
     let output = client.run(["wait", &job, "-o", "lost.mp4"]);
     assert_eq!(output.status.code(), Some(5), "{}", said(&output));
     assert!(said(&output).to_lowercase().contains("space"), "{}", said(&output));
@@ -302,8 +306,6 @@ fn a_disk_that_is_full_when_a_clip_is_made_fails_that_job_and_not_the_daemon() {
 
     if has_disk {
         fs::remove_file(&ballast).unwrap();
-    } else {
-        limit_files(node, None);
     }
     client.must(["generate", PROMPT, "--node", &node.ticket(), "-o", "clip.mp4", "--steps", "6"]);
     let made = invariants::delivered(&client.path("clip.mp4"), node);

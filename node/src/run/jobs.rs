@@ -1,6 +1,6 @@
 //! From a decision of the scheduler to work of a worker, and back.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::id::JobId;
@@ -12,12 +12,16 @@ use super::{Daemon, Note, requests, unix_now};
 use crate::engine::supervisor::EngineEvent;
 use crate::engine::wire::{Extra, Failure, LoadRequest, Output, Phase, RunRequest, StepReport, WirePath};
 use crate::models::Model;
-use crate::queue::QueueError;
+use crate::queue::{End, QueueError};
 use crate::scheduler::{Cause, DeviceId, Event, Outcome};
 use crate::telemetry::{DeviceLabels, OutcomeLabels};
 
 /// A preview after every so many steps, where they are wanted.
 const PREVIEW_EVERY: u32 = 2;
+/// How often the end of a job is written again while the disk is full; then it runs again after a restart.
+const END_TRIES: u32 = 720;
+/// Pause before it is written again.
+const END_PAUSE: Duration = Duration::from_secs(5);
 /// Part of a job's thousandths that its steps are; the rest is decoding and encoding.
 const STEPS_SHARE: u64 = 900;
 
@@ -211,10 +215,20 @@ impl Daemon {
             tracing::warn!(job = %job.short(), %error, "a job's files could not be removed");
         }
         self.boards.tell(&job, event);
-        let Some(end) = outcome.into() else { return };
+        let end: Option<End> = outcome.into();
+        let Some(end) = end else { return };
         let queue = self.queue.clone();
         self.spawn(async move {
-            let result = queue.end(job, end, unix_now()).await;
+            let mut tries = 0;
+            let result = loop {
+                tries += 1;
+                let result = queue.end(job, end.clone(), unix_now()).await;
+                let is_full = result.as_ref().is_err_and(|error| error.code() == "disk_full");
+                if !is_full || tries == END_TRIES {
+                    break result;
+                }
+                tokio::time::sleep(END_PAUSE).await;
+            };
             Note::Ended { job, result }
         });
     }

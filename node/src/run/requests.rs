@@ -377,9 +377,10 @@ impl Daemon {
         let unknown = || Box::new(Refusal::new(Reason::JobUnknown, "query.job").given(job));
         match self.queue.find(job) {
             Ok(record) => record.ok_or_else(unknown),
+            // Not "unknown", for then its requester would give it up.
             Err(error) => {
                 tracing::error!(job = %job.short(), %error, "a job could not be looked up");
-                Err(unknown())
+                Err(Box::new(Refusal::new(Reason::Busy, error.code()).advice("ask again in some seconds")))
             }
         }
     }

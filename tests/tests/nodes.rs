@@ -125,7 +125,7 @@ fn two_devices_of_one_daemon_run_jobs_at_once_each_within_its_limits() {
     eventually("the short one passes the long one that cannot run yet", || {
         on(node, "left").filter(|id| *id == short)
     });
-    assert_eq!(queue(node), [second_long.clone()]);
+    assert_eq!(queue(node), std::slice::from_ref(&second_long));
     let metrics = eventually("the metrics say so too", || {
         let metrics = node.metrics();
         let both =

@@ -16,6 +16,15 @@ use kinoflock_tests::sandbox::{Node, PATIENCE, Sandbox, Worker, eventually};
 const PROMPT: &str = "a violet heron over the reservoir at dawn";
 const STEPS: u32 = 4;
 
+/// Daemons whose leases last as long as any may, so that a busy machine does not end them in the middle of a test.
+fn nodes(count: usize) -> Sandbox {
+    let mut sandbox = Sandbox::new();
+    for _ in 0..count {
+        sandbox.add(&Worker::test(&[]), "[queue]\nlease = \"60 s\"\n");
+    }
+    sandbox
+}
+
 fn flip(bytes: &[u8], at: usize) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     bytes[at] ^= 1;
@@ -59,7 +68,7 @@ fn accepted(response: &Response) -> JobId {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_forged_signature_is_refused_and_the_lease_is_still_good_for_the_true_one() {
-    let sandbox = Sandbox::start(1, &Worker::test(&[]));
+    let sandbox = nodes(1);
     let node = &sandbox.nodes[0];
     let artist = Requester::new(&sandbox).await;
     let spec = artist.spec(node, PROMPT, STEPS);
@@ -92,7 +101,7 @@ async fn a_forged_signature_is_refused_and_the_lease_is_still_good_for_the_true_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn anothers_order_replayed_gains_nothing_and_makes_no_second_job() {
-    let sandbox = Sandbox::start(1, &Worker::test(&[]));
+    let sandbox = nodes(1);
     let node = &sandbox.nodes[0];
     let here = node.local().node_id;
     let (artist, thief) = (Requester::new(&sandbox).await, Requester::new(&sandbox).await);
@@ -154,7 +163,7 @@ async fn an_order_without_a_lease_of_its_own_is_refused_by_the_reason() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lease_holds_for_its_requester_and_for_the_job_that_it_was_given_for() {
-    let sandbox = Sandbox::start(1, &Worker::test(&[]));
+    let sandbox = nodes(1);
     let node = &sandbox.nodes[0];
     let here = node.local().node_id;
     let (artist, other) = (Requester::new(&sandbox).await, Requester::new(&sandbox).await);
@@ -181,7 +190,7 @@ async fn a_lease_holds_for_its_requester_and_for_the_job_that_it_was_given_for()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_order_for_another_node_is_refused_here_and_taken_there() {
-    let sandbox = Sandbox::start(2, &Worker::test(&[]));
+    let sandbox = nodes(2);
     let (here, there) = (&sandbox.nodes[0], &sandbox.nodes[1]);
     let artist = Requester::new(&sandbox).await;
     let spec = artist.spec(there, PROMPT, STEPS);
@@ -206,7 +215,7 @@ async fn an_order_for_another_node_is_refused_here_and_taken_there() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_past_its_time_or_from_the_future_is_refused_as_such() {
-    let sandbox = Sandbox::start(1, &Worker::test(&[]));
+    let sandbox = nodes(1);
     let node = &sandbox.nodes[0];
     let here = node.local().node_id;
     let artist = Requester::new(&sandbox).await;

@@ -159,9 +159,15 @@ fn a_value_of_the_wrong_type_is_refused_with_its_place() {
 #[test]
 fn a_value_that_cannot_be_used_is_refused_with_key_limit_and_value() {
     for (pair, says) in [
-        ("admin.listen=0.0.0.0:80", "admin.listen: '0.0.0.0:80' cannot be used: it must be a loopback address"),
+        (
+            "admin.listen=0.0.0.0:80",
+            "admin.listen: '0.0.0.0:80' cannot be used: it must be a loopback address",
+        ),
         ("admin.listen=localhost", "127.0.0.1:4821"),
-        ("serve.public_share=101", "serve.public_share: '101' cannot be used: it must be a percentage, 0 to 100"),
+        (
+            "serve.public_share=101",
+            "serve.public_share: '101' cannot be used: it must be a percentage, 0 to 100",
+        ),
         ("network.listen=", "at least one address"),
         ("network.listen=/ip4/1.2.3.4", "network.listen"),
         ("network.bootstrap=/ip4/1.2.3.4/tcp/1", "/p2p/NODE"),
@@ -201,7 +207,10 @@ fn devices_have_their_own_models_limits_and_workers() {
 #[test]
 fn a_bad_device_is_refused() {
     for (text, says) in [
-        ("[[device]]\nkind = \"tpu\"\n", "device.kind: 'tpu' cannot be used: known are cpu, cuda:N and metal"),
+        (
+            "[[device]]\nkind = \"tpu\"\n",
+            "device.kind: 'tpu' cannot be used: known are cpu, cuda:N and metal",
+        ),
         ("[[device]]\ndtype = \"f8\"\n", "known are auto, f32, bf16 and f16"),
         ("[[device]]\n[[device]]\n", "device.name: 'cpu' cannot be used: another [[device]] has that name"),
         ("[[device]]\nname = \"a b\"\n", "device.name: 'a b'"),

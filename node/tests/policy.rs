@@ -72,7 +72,12 @@ fn every_rule_names_itself_its_limit_and_the_given_value() {
             "7.000000 TFLOP",
         ),
         (PolicyConfig { unacknowledged: Some(8), ..none() }, Rule::Unacknowledged, "8 bytes", "9 bytes"),
-        (PolicyConfig { deny: set(1), ..none() }, Rule::RequesterDenied, "keys that are not on the list", "kf1"),
+        (
+            PolicyConfig { deny: set(1), ..none() },
+            Rule::RequesterDenied,
+            "keys that are not on the list",
+            "kf1",
+        ),
         (PolicyConfig { allow: set(2), ..none() }, Rule::RequesterNotAllowed, "keys on the list", "kf1"),
         (
             PolicyConfig { models: vec!["ltx".to_owned()], ..none() },

@@ -231,7 +231,11 @@ pub(super) fn show(what: &str, context: &Context<'_>) -> Result<(), Failure> {
         return verify(path, context);
     }
     let store = context.store()?;
-    let clip = store.find_clip(what)?;
+    let clip = store.find_clip(what).map_err(|error| {
+        let is_path = what.contains(['.', '/', '\\']);
+        let failure = Failure::from(error);
+        if is_path { failure.and("and there is no file of that name") } else { failure }
+    })?;
     let record = store.job_of_clip(&clip)?;
     let Some(facts) = record.as_ref().and_then(of_record) else {
         let bytes = store.read_blob(&clip.into())?;

@@ -43,7 +43,7 @@ pub enum SessionError {
         reasons: Vec<Declined>,
     },
     /// A model that nobody offers.
-    #[error("unknown model {given:?}{}; {}:{}", did_you_mean(nearest), offered(known), lines(reasons))]
+    #[error("unknown model {given:?}; {}{}{}", offered(known), did_you_mean(nearest), each(reasons))]
     UnknownModel {
         /// What was asked for.
         given: String,
@@ -192,12 +192,17 @@ fn offered(known: &[String]) -> String {
     if known.is_empty() {
         "no node that was found serves a model now".to_owned()
     } else {
-        format!("name one of those that are served with --model {}", known.join(" or "))
+        format!("name one that is served with --model: {}", known.join(", "))
     }
 }
 
 fn did_you_mean(nearest: &Option<String>) -> String {
-    nearest.as_ref().map_or_else(String::new, |name| format!(", did you mean {name:?}?"))
+    nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean {name:?}?"))
+}
+
+/// Nothing of a single node, whose models are told already.
+fn each(reasons: &[Declined]) -> String {
+    if reasons.len() > 1 { lines(reasons) } else { String::new() }
 }
 
 /// The cause's name, unless only the failure itself is known.

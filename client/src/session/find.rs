@@ -145,6 +145,9 @@ impl Client {
                     found.push(one);
                 }
                 Err(why) => {
+                    // The way is told beside its reason, which may begin with it.
+                    let why = why.strip_prefix(&format!("cannot reach {way}: ")).unwrap_or(&why);
+                    let why = why.strip_prefix(&format!("{way}: ")).unwrap_or(why).to_owned();
                     events.tell(Event::Unreachable { way: way.clone(), why: why.clone() }).await;
                     reasons.push((way, why));
                 }

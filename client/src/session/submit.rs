@@ -156,6 +156,8 @@ impl Client {
                     let declined = self.declined(offer.found, why);
                     told.all(std::slice::from_ref(&declined)).await;
                     reasons.push(declined);
+                    // Its place is held for some seconds more, and the artist's next try may need it.
+                    self.release(std::iter::once(offer)).await;
                 }
             }
         }

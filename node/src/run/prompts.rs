@@ -57,7 +57,7 @@ fn too_long(what: &str, tokens: usize, limit: u32, cut: &str) -> Refusal {
     let quote: String = cut.chars().take(MAX_QUOTE).collect();
     let more = if quote.len() < cut.len() { "..." } else { "" };
     let advice = format!(
-        "this would be cut: {quote:?}{more} Shorten the {what}, or have it cut with --set truncate_prompt=true"
+        "this would be cut: {quote:?}{more}; shorten the {what}, or have it cut with --set truncate_prompt=true"
     );
     Refusal::new(Reason::PromptTooLong, RULE)
         .limit(format_args!("{limit} tokens"), format_args!("a {what} of {tokens} tokens"))

@@ -79,16 +79,10 @@ impl Output {
         eprintln!("{red}error:{plain} {text}");
     }
 
-    /// A question on the terminal, without a line's end.
-    pub fn ask(&self, text: &str) {
-        eprint!("{text} ");
-        let _ = io::stderr().flush();
-    }
-
     /// Whether somebody can be asked.
     #[must_use]
     pub fn can_ask(&self) -> bool {
-        !self.json && io::stdin().is_terminal() && io::stderr().is_terminal()
+        !self.json && !self.quiet && io::stdin().is_terminal() && io::stderr().is_terminal()
     }
 
     /// What renders a job's events.

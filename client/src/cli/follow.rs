@@ -84,8 +84,9 @@ pub(super) async fn job(
                     return Err(leave(context, &progress, job));
                 }
                 asked = true;
-                progress.aside(|| context.out.ask(
-                    "\n[c]ancel the job, [d]etach and let it go on, or [w]ait? (Ctrl-C again detaches)"));
+                // On a line of its own: the moving line goes on below it.
+                progress.aside(|| context.out.words(
+                    "\nc cancels the job, d detaches and lets it go on, w waits; then Enter (Ctrl-C again detaches)"));
                 read_answer(answers.clone());
             }
             Some(answer) = answered.recv() => match answer {

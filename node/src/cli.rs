@@ -225,7 +225,9 @@ fn answer(command: Command, overrides: &ConfigOverrides) -> anyhow::Result<ExitC
         Command::Ticket => control::ticket(&load(overrides)?)?,
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();
-            clap_complete::generate(shell, &mut command, "kinoflockd", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut command, "kinoflockd", &mut script);
+            say::bytes(&script);
         }
         Command::Worker => {
             unreachable!("invariant: the worker is dispatched before the configuration is read")

@@ -1,9 +1,20 @@
 //! The only place of the daemon that prints: data to stdout, words to stderr.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the command line's output module")]
+#![expect(clippy::print_stderr, reason = "this is the command line's output module")]
+
+use std::io::{ErrorKind, Write};
 
 /// What was asked for.
 pub(super) fn data(text: &str) {
-    println!("{}", text.trim_end_matches('\n'));
+    bytes(format!("{}\n", text.trim_end_matches('\n')).as_bytes());
+}
+
+/// What was asked for, as it is. A reader that has seen enough, such as `head`, is no fault.
+pub(super) fn bytes(bytes: &[u8]) {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => eprintln!("error: cannot write: {error}"),
+        Ok(()) | Err(_) => {}
+    }
 }
 
 /// What a person should know.

@@ -1,17 +1,11 @@
 //! Elementwise mathematics that the compiler vectorises, built once for the baseline and once for AVX2 with FMA.
 
 /// Whether this machine has AVX2 and FMA; the standard library remembers the answer.
+#[cfg(target_arch = "x86_64")]
 #[inline]
 #[must_use]
 pub(crate) fn has_avx2_fma() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        false
-    }
+    std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
 }
 
 /// Declares a function whose body is compiled twice; the AVX2 one runs where the machine has it.

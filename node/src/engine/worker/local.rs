@@ -30,7 +30,7 @@ impl Engine for LocalEngine {
         let threads = candle_threads(request.threads);
         self.device = Some((device, dtype));
         Ok(WorkerInfo {
-            engine: Name::truncated("candle"),
+            engine: Name::truncated("kinoflock"),
             version: Name::truncated(env!("CARGO_PKG_VERSION")),
             device: request.device.clone(),
             device_name: Name::truncated(&device_name(&request.device)),

@@ -213,7 +213,7 @@ fn a_model_folder_without_its_weights_or_with_cut_ones_is_not_imported() {
     };
     fs::write(&weights, &whole[..whole.len() - 1]).unwrap();
     let (has, needs) = (format!("has {} bytes", whole.len() - 1), format!("needs {}", whole.len()));
-    says(&import(), &["diffusion_pytorch_model.safetensors is truncated", &has, &needs, "again"]);
+    says(&import(), &[&format!("weight file {} is truncated", weights.display()), &has, &needs, "again"]);
     fs::remove_file(&weights).unwrap();
     says(&import(), &["no weights in", "transformer", "diffusion_pytorch_model.safetensors", "again"]);
     fs::remove_file(source.join("vae/config.json")).unwrap();

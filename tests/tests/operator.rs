@@ -155,7 +155,11 @@ fn upload_and_download_keep_to_their_ceilings() {
     let ticket = node.ticket();
     let generate = ["generate", PROMPT, "--node", &ticket, "--json", "--steps", "2", "-o", "clip.mp4"];
 
-    let large = generate.iter().copied().chain(["--size", "256x256", "--frames", "33"]).collect::<Vec<_>>();
+    let large = generate
+        .iter()
+        .copied()
+        .chain(["--size", "512x512", "--frames", "33", "--seed", "5"])
+        .collect::<Vec<_>>();
     let (took, made) = between(&client, &large, "made", "verified");
     let bytes = made["len"].as_u64().unwrap() as f64;
     assert!(bytes > 2.0 * RATE, "the clip is too small to tell: {bytes} bytes");

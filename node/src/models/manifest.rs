@@ -32,12 +32,7 @@ const ENDINGS: &[&str] = &["json", "safetensors", "model", "txt"];
 /// # Errors
 /// When a file of the layout is missing, cannot be read, or holds a value that is not known.
 pub fn of_folder(folder: &Path) -> Result<ModelManifest, ModelsError> {
-    let (architecture, rules, defaults, work) = figures(folder)?;
-    for (component, stem) in
-        [("transformer", WEIGHTS_STEM), ("vae", WEIGHTS_STEM), ("text_encoder", TEXT_STEM)]
-    {
-        weights::check(&folder.join(component), stem, None)?;
-    }
+    let (architecture, rules, defaults, work) = looked_at(folder)?;
     let mut files = Vec::new();
     for relative in files_of(folder)? {
         let path = folder.join(&relative);
@@ -102,7 +97,17 @@ pub(super) fn files_of(folder: &Path) -> Result<BTreeSet<String>, ModelsError> {
     Ok(files)
 }
 
-type Figures = (&'static str, ModelRules, ModelDefaults, WorkModel);
+/// What a folder's configuration says, once its weights are seen to be there and whole.
+pub(super) fn looked_at(folder: &Path) -> Result<Figures, ModelsError> {
+    let figures = figures(folder)?;
+    let weighty = [("transformer", WEIGHTS_STEM), ("vae", WEIGHTS_STEM), ("text_encoder", TEXT_STEM)];
+    for (component, stem) in weighty {
+        weights::check(&folder.join(component), stem, None)?;
+    }
+    Ok(figures)
+}
+
+pub(super) type Figures = (&'static str, ModelRules, ModelDefaults, WorkModel);
 
 fn figures(folder: &Path) -> Result<Figures, ModelsError> {
     let path = folder.join("model_index.json");

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use kinoflock_net::discovery::{Advert, Verdict};
+use kinoflock_protocol::Millis;
 use kinoflock_protocol::capacity::{
     Capacity, Device, NodeState, Offer, OfferLimits, QueueState, Serves, Terms,
 };
@@ -16,7 +17,8 @@ use kinoflock_protocol::limits::{ADVERT_MEMORY_MS, MAX_NODES, SPOKEN_VERSIONS};
 use kinoflock_protocol::rpc::{FindNodes, Response};
 use kinoflock_protocol::work::Work;
 
-use super::{Daemon, finish, requests, unix_now};
+use super::inputs::MAX_INPUT_BYTES;
+use super::{Daemon, finish, unix_now};
 use crate::models::Model;
 use crate::scheduler::{DeviceMode, DeviceStatus};
 
@@ -98,13 +100,13 @@ impl Daemon {
                 max_height: limits.height.unwrap_or(0),
                 max_steps: limits.steps.unwrap_or(0),
                 max_work: Work(0),
-                max_input_bytes: requests::MAX_INPUT_BYTES,
+                max_input_bytes: MAX_INPUT_BYTES,
                 max_queue: self.config.queue.jobs,
             },
             queue: QueueState {
                 jobs: queue.waiting + queue.running,
                 work: Work(queue.work),
-                wait: requests::millis(queue.wait.unwrap_or_default()),
+                wait: Millis::from(queue.wait.unwrap_or_default()),
             },
             state: self.state(&devices),
             serves: self.serves(),
@@ -139,12 +141,12 @@ impl Daemon {
     }
 
     fn terms(&self) -> Terms {
-        let acknowledged = requests::millis(self.config.terms.keep_acknowledged);
+        let acknowledged = Millis::from(self.config.terms.keep_acknowledged);
         Terms {
             keeps_prompts: acknowledged,
             keeps_clips: acknowledged,
             keeps_latents: acknowledged,
-            keeps_unacknowledged: requests::millis(self.config.terms.keep_at_most),
+            keeps_unacknowledged: Millis::from(self.config.terms.keep_at_most),
             ..Terms::default()
         }
     }

@@ -3,9 +3,11 @@
 use kinoflock_net::{FetchOptions, FileSink};
 use kinoflock_protocol::id::JobId;
 
-use super::{Daemon, Note, requests};
+use super::{Daemon, Note};
 use crate::scheduler::Cause;
 
+/// Bytes of inputs that a job may bring.
+pub(super) const MAX_INPUT_BYTES: u64 = 256 << 20;
 /// Name of the initial latents in a job's folder.
 pub(super) const LATENTS: &str = "initial-latents.safetensors";
 
@@ -23,10 +25,8 @@ impl Daemon {
             let fetched = async {
                 std::fs::create_dir_all(&folder).map_err(|error| error.to_string())?;
                 let sink = FileSink::new(folder.join(LATENTS));
-                let options = FetchOptions {
-                    max_len: latents.len.min(requests::MAX_INPUT_BYTES),
-                    ..FetchOptions::default()
-                };
+                let options =
+                    FetchOptions { max_len: latents.len.min(MAX_INPUT_BYTES), ..FetchOptions::default() };
                 net.fetch_blob(latents.id, &[submitter], sink, options)
                     .await
                     .map_err(|error| error.to_string())

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use kinoflock_protocol::Millis;
 use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::id::JobId;
 use kinoflock_protocol::job::{JobSpec, OpValue};
 use kinoflock_protocol::progress::JobEvent;
 use kinoflock_protocol::units::Micro;
 
-use super::{Daemon, Note, requests, unix_now};
+use super::{Daemon, Note, unix_now};
 use crate::engine::supervisor::EngineEvent;
 use crate::engine::wire::{Extra, Failure, LoadRequest, Output, Phase, RunRequest, StepReport, WirePath};
 use crate::models::Model;
@@ -43,7 +44,7 @@ impl Daemon {
             }
             Event::Queued { job, position, eta } => {
                 let eta = eta.map(|times| times.finishes.saturating_duration_since(Instant::now()));
-                let eta = eta.map_or(kinoflock_protocol::Millis(u64::MAX), requests::millis);
+                let eta = eta.map_or(Millis(u64::MAX), Millis::from);
                 self.boards.tell(&job, JobEvent::Queued { position, eta });
             }
             Event::Requeued { job, cause } => {

@@ -4,7 +4,7 @@ use kinoflock_protocol::job::JobError;
 use kinoflock_protocol::order::OrderError;
 use kinoflock_protocol::refusal::{Reason, Refusal};
 
-use super::requests::MAX_INPUT_BYTES;
+use super::inputs::MAX_INPUT_BYTES;
 use crate::policy::Rule;
 
 pub(super) fn unserved(model: &kinoflock_protocol::ModelId) -> Box<Refusal> {

@@ -21,6 +21,7 @@ use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
 use kinoflock_protocol::units::{Millis, UnixMillis};
 use kinoflock_protocol::work::{JobShape, work};
 
+use super::inputs::MAX_INPUT_BYTES;
 use super::refuse::{
     check_adapters, check_inputs_len, invalid, job_refusal, order_refusal, unserved, unsupported,
 };
@@ -35,8 +36,6 @@ use crate::telemetry::{ReasonLabels, ResultLabels};
 const CLIP_OVERHEAD: u64 = 64 * 1024;
 /// Pixels per byte of a clip that are reserved at admission. The encoder's quality mode stays well below one byte.
 const PIXELS_PER_BYTE: u64 = 2;
-/// Bytes of inputs that a job may bring.
-pub(super) const MAX_INPUT_BYTES: u64 = 256 << 20;
 
 /// An order that passed every check but the operator's hook.
 #[derive(Debug)]
@@ -143,7 +142,7 @@ impl Daemon {
             requester: request.requester,
             lease: promise.lease,
             issued_at,
-            expires_at: issued_at.plus(millis(promise.expires.saturating_duration_since(now))),
+            expires_at: issued_at.plus(Millis::from(promise.expires.saturating_duration_since(now))),
             position: promise.position,
             eta: eta_millis(promise.eta.map(|times| times.finishes), now),
             work: wanted.work,
@@ -352,7 +351,7 @@ impl Daemon {
         }
         let devices = self.scheduler.devices(now);
         let busy = devices.iter().find(|device| device.running == Some(*job)).map(|device| device.busy_for);
-        (0, millis(busy.unwrap_or_default()))
+        (0, Millis::from(busy.unwrap_or_default()))
     }
 
     /// Checks a signed query and that its signer owns the job.
@@ -557,9 +556,5 @@ fn expected_bytes(shape: &JobShape) -> u64 {
 }
 
 fn eta_millis(finishes: Option<Instant>, now: Instant) -> Millis {
-    finishes.map_or(Millis(u64::MAX), |at| millis(at.saturating_duration_since(now)))
-}
-
-pub(super) fn millis(duration: Duration) -> Millis {
-    Millis(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+    finishes.map_or(Millis(u64::MAX), |at| Millis::from(at.saturating_duration_since(now)))
 }

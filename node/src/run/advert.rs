@@ -3,8 +3,10 @@
 //! An advert is signed, short and short-lived. One that was heard is kept until its life is over; of each node the newest.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use kinoflock_net::Multiaddr;
 use kinoflock_net::discovery::{Advert, Verdict};
 use kinoflock_protocol::Millis;
 use kinoflock_protocol::capacity::{
@@ -18,7 +20,7 @@ use kinoflock_protocol::rpc::{FindNodes, Response};
 use kinoflock_protocol::work::Work;
 
 use super::inputs::MAX_INPUT_BYTES;
-use super::{Daemon, finish, unix_now};
+use super::{Daemon, finish, ip_of, unix_now};
 use crate::models::Model;
 use crate::scheduler::{DeviceMode, DeviceStatus};
 
@@ -151,10 +153,13 @@ impl Daemon {
         }
     }
 
-    /// The addresses under which this node may be reached, those named by the operator first.
+    /// The addresses under which this node may be reached, those named by the operator first. What only this machine or
+    /// its cable reaches is told only where there is nothing else.
     pub(super) fn addresses(&self) -> Vec<String> {
         let external = self.config.network.external.iter().map(|addr| addr.as_str().to_owned());
-        external.chain(self.net.listen_addrs().iter().map(ToString::to_string)).collect()
+        let (near, far): (Vec<_>, Vec<_>) = self.net.listen_addrs().into_iter().partition(is_near);
+        let far: Vec<_> = external.chain(far.iter().map(ToString::to_string)).collect();
+        if far.is_empty() { near.iter().map(ToString::to_string).collect() } else { far }
     }
 
     pub(super) fn own_advert(&self) -> Response {
@@ -225,5 +230,36 @@ impl Daemon {
     /// The id of the card that this node signs about a model.
     pub(super) fn card_id(&self, model: &Model) -> Option<CardId> {
         self.card_of(model).map(|envelope| CardId::of(&envelope, &self.network))
+    }
+}
+
+/// Whether an address means another machine, or none, to whoever is told it elsewhere.
+fn is_near(addr: &Multiaddr) -> bool {
+    match ip_of(addr) {
+        Some(IpAddr::V4(ip)) => ip.is_loopback() || ip.is_link_local(),
+        Some(IpAddr::V6(ip)) => ip.is_loopback() || ip.is_unicast_link_local(),
+        None => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn loopback_and_link_local_addresses_are_near_and_no_others() {
+        for (addr, near) in [
+            ("/ip4/127.0.0.1/tcp/1", true),
+            ("/ip4/169.254.7.7/tcp/1", true),
+            ("/ip6/::1/udp/1/quic-v1", true),
+            ("/ip6/fe80::1/tcp/1", true),
+            ("/ip4/192.168.1.2/tcp/1", false),
+            ("/ip6/fd00::2/udp/1/quic-v1", false),
+            ("/dns4/node.example/tcp/1", false),
+        ] {
+            assert_eq!(is_near(&addr.parse().unwrap()), near, "{addr}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Which node to ask first, and why others cannot take the job. Sans-IO: adverts in, an order and reasons out.
 //!
-//! Nodes are ranked by when the clip would be there: the queue they told, the work at their measured speed, the round
-//! trip. What a node's advert already rules out is not asked, and the reason is kept for the artist. Whom a node serves
+//! Nodes are ranked by when the clip is to be expected: the queue they told, the work at their measured speed, the round
+//! trip, and what was seen of them before ([`experience`]). [`turn`] says who is asked first. What a node's advert already rules out is not asked, and the reason is kept for the artist. Whom a node serves
 //! is not guessed from its advert: the key may be on its list, and only its quote tells.
 
 use std::fmt;
@@ -9,7 +9,12 @@ use std::fmt;
 use kinoflock_protocol::capacity::{Capacity, NodeState, Terms};
 use kinoflock_protocol::limits::JOB_LIFE_MS;
 use kinoflock_protocol::{Envelope, Refusal};
-use kinoflock_protocol::{EnvelopeError, JobShape, Millis, ModelId, NetworkId, NodeId, Work};
+use kinoflock_protocol::{EnvelopeError, JobShape, Millis, ModelId, NetworkId, NodeId, UnixMillis, Work};
+
+pub mod experience;
+pub mod turn;
+
+use experience::Experience;
 
 /// Speed that is assumed of a node that tells none, in work units a second.
 const UNKNOWN_SPEED: u64 = 1;
@@ -23,6 +28,8 @@ pub struct Candidate {
     pub capacity: Capacity,
     /// Round trip, if it was measured.
     pub round_trip: Option<Millis>,
+    /// What was seen of it before.
+    pub seen: Experience,
 }
 
 /// What a job needs of a node.
@@ -50,6 +57,12 @@ pub struct Ranked {
     pub node: NodeId,
     /// When the clip would be there, by the advert.
     pub finish: Millis,
+    /// What the nodes are ordered by; see [`cost`].
+    pub cost: u64,
+    /// Whether no job of ours was ever seen to its end there.
+    pub is_new: bool,
+    /// Whether it did wrong a moment ago.
+    pub is_avoided: bool,
 }
 
 /// Why a node cannot take the job.
@@ -145,19 +158,32 @@ pub fn read_advert(envelope: &Envelope, network: &NetworkId) -> Result<(NodeId, 
     Ok((opened.signer.into(), opened.value))
 }
 
-/// Those who could take the job, soonest first, and why the others cannot.
+/// Those who could take the job, the most promising first, and why the others cannot.
 #[must_use]
-pub fn rank(candidates: &[Candidate], needs: &Needs) -> (Vec<Ranked>, Vec<Declined>) {
+pub fn rank(candidates: &[Candidate], needs: &Needs, now: UnixMillis) -> (Vec<Ranked>, Vec<Declined>) {
     let (mut fit, mut unfit) = (Vec::new(), Vec::new());
     for (index, candidate) in candidates.iter().enumerate() {
         let Candidate { node, capacity, .. } = candidate;
         match unfit_for(capacity, needs) {
-            None => fit.push(Ranked { index, node: *node, finish: finish(candidate, needs) }),
+            None => {
+                let finish = finish(candidate, needs);
+                let (is_avoided, cost) = cost(&candidate.seen, finish, now);
+                let is_new = candidate.seen.is_new();
+                fit.push(Ranked { index, node: *node, finish, cost, is_new, is_avoided });
+            }
             Some(why) => unfit.push(Declined { node: *node, name: capacity.name.to_string(), why }),
         }
     }
-    fit.sort_by_key(|ranked| (ranked.finish, ranked.node));
+    fit.sort_by_key(|ranked| (ranked.is_avoided, ranked.cost, ranked.node));
     (fit, unfit)
+}
+
+/// What a promise of this node is worth: whether it did wrong a moment ago, and the time in milliseconds after which the
+/// clip is to be expected, by how true its times were and how often its jobs ended well. Less is better.
+#[must_use]
+pub fn cost(seen: &Experience, promised: Millis, now: UnixMillis) -> (bool, u64) {
+    let expected = promised.0 as f64 * seen.time_factor(now) / seen.reliability(now);
+    (seen.is_avoided(now), expected as u64)
 }
 
 fn finish(candidate: &Candidate, needs: &Needs) -> Millis {

@@ -6,6 +6,7 @@
 //! clips/ID.json     one record for each clip that came by a ticket
 //! blobs/ab/HEX      content by its blake3
 //! tickets/HEX.json  networks that were joined
+//! nodes/ID.json     what was seen of a node; may be removed at any time
 //! index.json        what a listing shows; may be deleted at any time, it is made again from the records
 //! tmp/              what is being written; never read
 //! lock              held while a record is read, changed and written again
@@ -19,9 +20,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use kinoflock_protocol::{BlobId, ClipId, JobId};
+use kinoflock_protocol::{BlobId, ClipId, JobId, NodeId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+use crate::route::experience::Experience;
 
 mod index;
 mod record;
@@ -161,7 +164,7 @@ impl Store {
         make_private_dir(&root)?;
         let store = Self { root };
         store.check_version()?;
-        for folder in ["jobs", "clips", "blobs", "tickets", "tmp"] {
+        for folder in ["jobs", "clips", "blobs", "tickets", "nodes", "tmp"] {
             make_private_dir(&store.root.join(folder))?;
         }
         store.sweep();
@@ -365,6 +368,24 @@ impl Store {
         names.sort();
         let read = |name: &String| read_json::<String>(&self.root.join("tickets").join(name)).ok().flatten();
         Ok(names.iter().filter_map(read).collect())
+    }
+
+    /// What was seen of a node. One that was never seen, or whose file is damaged, is a new one.
+    #[must_use]
+    pub fn experience(&self, node: &NodeId) -> Experience {
+        read_json(&self.node_path(node)).ok().flatten().unwrap_or_default()
+    }
+
+    /// Remembers what was seen of a node. Of two processes that do so at once one may be forgotten.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn keep_experience(&self, node: &NodeId, seen: &Experience) -> Result<(), StoreError> {
+        self.write_json(&self.node_path(node), seen)
+    }
+
+    fn node_path(&self, node: &NodeId) -> PathBuf {
+        self.root.join("nodes").join(format!("{node}.json"))
     }
 
     pub(crate) fn job_path(&self, id: &JobId) -> PathBuf {

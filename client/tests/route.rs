@@ -1,11 +1,14 @@
 //! Which node is asked first, and why others cannot.
 #![allow(clippy::unwrap_used)]
 
+use kinoflock_client::route::experience::{Experience, Fault};
 use kinoflock_client::route::{Candidate, Needs, rank, read_advert};
 use kinoflock_protocol::capacity::{
     Capacity, NodeState, Offer, OfferLimits, QueueState, SelfTest, Serves, Terms,
 };
 use kinoflock_protocol::*;
+
+const NOW: UnixMillis = UnixMillis(1_000_000);
 
 fn model() -> ModelId {
     ModelId::from_bytes([9; 32])
@@ -39,7 +42,12 @@ fn capacity(speed: u64, wait: u64) -> Capacity {
 }
 
 fn candidate(number: u8, capacity: Capacity) -> Candidate {
-    Candidate { node: NodeId::from_bytes([number; 32]), capacity, round_trip: None }
+    Candidate {
+        node: NodeId::from_bytes([number; 32]),
+        capacity,
+        round_trip: None,
+        seen: Experience::default(),
+    }
 }
 
 fn needs() -> Needs {
@@ -55,11 +63,26 @@ fn who_is_done_first_is_asked_first() {
     let fast_idle = candidate(3, capacity(1000, 2_000));
     let mut far = candidate(4, capacity(1000, 2_000));
     far.round_trip = Some(Millis(300));
-    let (ranked, unfit) = rank(&[slow_idle, fast_busy, fast_idle, far], &needs());
+    let (ranked, unfit) = rank(&[slow_idle, fast_busy, fast_idle, far], &needs(), NOW);
     let nodes: Vec<u8> = ranked.iter().map(|ranked| ranked.node.as_bytes()[0]).collect();
     assert_eq!(nodes, [3, 4, 2, 1]);
     assert_eq!(ranked[0].finish, Millis(12_000));
     assert!(unfit.is_empty());
+}
+
+#[test]
+fn a_node_that_failed_before_stands_behind_a_slower_one_that_did_not() {
+    let mut failed = candidate(1, capacity(1000, 2_000));
+    failed.seen.fault(Fault::WrongClip, NOW);
+    let mut late = candidate(2, capacity(1000, 2_000));
+    (0..50).for_each(|_| late.seen.done(Millis(1_000), Millis(8_000), NOW));
+    let sound = candidate(3, capacity(500, 2_000));
+    let of = |now| {
+        let (ranked, _) = rank(&[failed.clone(), late.clone(), sound.clone()], &needs(), now);
+        ranked.iter().map(|ranked| ranked.node.as_bytes()[0]).collect::<Vec<_>>()
+    };
+    assert_eq!(of(NOW), [3, 2, 1]);
+    assert_eq!(of(NOW.plus(Millis(400 * 3_600_000))), [1, 2, 3], "what was long ago counts no more");
 }
 
 #[test]
@@ -76,7 +99,7 @@ fn every_node_that_cannot_has_its_own_reason() {
     greedy.terms.trains_on_them = true;
     let candidates: Vec<_> =
         (1..).zip([other, paused, small, full, greedy]).map(|(n, c)| candidate(n, c)).collect();
-    let (ranked, unfit) = rank(&candidates, &Needs { require_terms: true, ..needs() });
+    let (ranked, unfit) = rank(&candidates, &Needs { require_terms: true, ..needs() }, NOW);
     assert!(ranked.is_empty());
     let texts: Vec<String> = unfit.iter().map(|declined| declined.why.to_string()).collect();
     assert_eq!(
@@ -91,7 +114,7 @@ fn every_node_that_cannot_has_its_own_reason() {
     );
     assert!(unfit[2].why.is_policy() && !unfit[0].why.is_policy());
     assert!(unfit[1].to_string().starts_with("node attic (..."), "{}", unfit[1]);
-    let (ranked, _) = rank(&candidates, &needs());
+    let (ranked, _) = rank(&candidates, &needs(), NOW);
     assert_eq!(ranked.len(), 1, "terms count only when they are required");
 }
 

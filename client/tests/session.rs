@@ -8,6 +8,7 @@ mod support;
 
 use kinoflock_client::ask::{Ask, Length};
 use kinoflock_client::provenance;
+use kinoflock_client::route::experience::Experience;
 use kinoflock_client::session::{Client, ClientOptions, Event, Events, SessionError};
 use kinoflock_client::store::{RecordState, Store};
 use kinoflock_client::ticket::Way;
@@ -42,6 +43,8 @@ async fn a_prompt_becomes_a_verified_clip_over_a_broken_stream() {
     assert_eq!(peer.answers.recv().await, Some(Verdict::Accept));
     let record = client.store().job(&delivered.record.job).unwrap();
     assert_eq!((record.state, record.answered), (RecordState::Done, true));
+    let seen = client.store().experience(&record.node);
+    assert!(seen.reliability(kinoflock_client::now()) > Experience::default().reliability(record.created_at));
     let mut seen = Vec::new();
     while let Some(event) = told.recv().await {
         seen.push(event);
@@ -69,6 +72,8 @@ async fn a_receipt_for_something_else_is_disputed() {
     assert!(matches!(error, SessionError::Disputed { .. }), "{error}");
     assert!(error.to_string().contains("the receipt says seed 8, the job says 7"), "{error}");
     assert!(matches!(peer.answers.recv().await, Some(Verdict::Dispute { .. })));
+    let node = peer.handle.local_node();
+    assert!(client.store().experience(&node).is_avoided(kinoflock_client::now()), "it is remembered");
 }
 
 #[tokio::test]

@@ -176,7 +176,7 @@ impl Client {
         // Just signed by whoever answers: what is beyond the limit is a clock that is wrong.
         let ahead = i128::from(capacity.issued_at.0) - i128::from(crate::now().0);
         let skew_ms = if ahead.unsigned_abs() > u128::from(MAX_CLOCK_SKEW_MS) { ahead as i64 } else { 0 };
-        let candidate = Candidate { node, capacity, round_trip };
+        let candidate = Candidate { node, capacity, round_trip, seen: self.store.experience(&node) };
         Ok(Found { candidate, addresses: target.addresses.clone(), direct: true, skew_ms })
     }
 
@@ -217,7 +217,8 @@ impl Client {
                 }
                 let addresses: Vec<_> = capacity.addresses.iter().filter_map(|a| a.parse().ok()).collect();
                 if self.net.add_addresses(node, addresses.clone()).await.is_ok() {
-                    let candidate = Candidate { node, capacity, round_trip: None };
+                    let seen = self.store.experience(&node);
+                    let candidate = Candidate { node, capacity, round_trip: None, seen };
                     found.push(Found { candidate, addresses, direct: false, skew_ms });
                 }
             }

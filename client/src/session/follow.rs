@@ -18,6 +18,7 @@ use super::submit::is_passing;
 use super::{Client, Delivered, Event, Events, SessionError};
 use crate::ask::Ask;
 use crate::local;
+use crate::route::experience::Fault;
 use crate::store::{JobRecord, RecordError, RecordState};
 use crate::ticket::{Way, parse_addresses};
 
@@ -34,6 +35,14 @@ impl Client {
     pub async fn follow(&self, job: &JobId, events: &Events) -> Result<Delivered, SessionError> {
         let record = self.store.job(job)?;
         self.serve_inputs(&record);
+        let outcome = self.follow_to_end(job, events).await;
+        if !record.state.is_final() {
+            self.remember(&record, &outcome);
+        }
+        outcome
+    }
+
+    async fn follow_to_end(&self, job: &JobId, events: &Events) -> Result<Delivered, SessionError> {
         let mut heard = Instant::now();
         let mut pause = FIRST_PAUSE;
         loop {
@@ -62,6 +71,26 @@ impl Client {
             let lost = Event::Reconnecting { node: record.node, why: error.to_string(), after: pause.into() };
             events.tell(lost).await;
             tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Keeps how it went, for the next choice of a node. What the artist or the job did is not the node's.
+    fn remember(&self, record: &JobRecord, outcome: &Result<Delivered, SessionError>) {
+        let (mut seen, now) = (self.store.experience(&record.node), crate::now());
+        match outcome {
+            Ok(delivered) => {
+                let made = delivered.receipt.receipt();
+                let took = made.finished_at.since(made.accepted_at);
+                seen.done(record.told.unwrap_or(took), took, now);
+            }
+            Err(SessionError::Failed { retryable: true, .. }) => seen.fault(Fault::Failed, now),
+            Err(SessionError::Lost { .. }) => seen.fault(Fault::Forgot, now),
+            Err(SessionError::OutOfReach { .. }) => seen.fault(Fault::OutOfReach, now),
+            Err(SessionError::Disputed { .. }) => seen.fault(Fault::WrongClip, now),
+            Err(_) => return,
+        }
+        if let Err(error) = self.store.keep_experience(&record.node, &seen) {
+            tracing::warn!(node = %record.node.short(), %error, "what was seen of a node could not be kept");
         }
     }
 

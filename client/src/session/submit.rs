@@ -104,7 +104,8 @@ impl Client {
             require_terms: ask.require_terms,
         };
         let candidates: Vec<Candidate> = found.iter().map(|found| found.candidate.clone()).collect();
-        let (ranked, unfit) = route::rank(&candidates, &needs);
+        let (ranked, unfit) = route::rank(&candidates, &needs, crate::now());
+        let ranked = route::turn::in_turn(ranked, QUOTES_AT_ONCE, seed(None)?);
         let mut told = Told { events, declined: Vec::new() };
         told.all(&unfit).await;
         let until = Instant::now() + PLACES_WAIT;
@@ -139,7 +140,11 @@ impl Client {
         told: &mut Told<'_>,
     ) -> Result<Option<JobRecord>, SessionError> {
         let Place { ask, model, mut offers, signed } = place;
-        offers.sort_by_key(|offer| (offer.quote.quote().eta, offer.quote.node()));
+        let now = crate::now();
+        offers.sort_by_key(|offer| {
+            let cost = route::cost(&offer.found.candidate.seen, offer.quote.quote().eta, now);
+            (cost, offer.quote.node())
+        });
         let mut offers = offers.into_iter();
         while let Some(offer) = offers.next() {
             let job = match &signed {
@@ -262,7 +267,11 @@ impl Client {
             let (why, pause) = match self.net.request(node, request).await {
                 Ok(Response::Accepted { job, position, eta }) if job == id => {
                     events.tell(Event::Accepted { job, position, eta }).await;
-                    return Ok(Ok(self.update(&id, |record| record.state = RecordState::Queued)?));
+                    let taken = self.update(&id, |record| {
+                        record.state = RecordState::Queued;
+                        record.told = Some(eta);
+                    })?;
+                    return Ok(Ok(taken));
                 }
                 Ok(Response::Busy { retry_after }) => (Why::Failed("is busy".to_owned()), retry_after.into()),
                 Err(error) if error.is_transient() => (Why::Failed(error.to_string()), SUBMIT_PAUSE),
@@ -314,6 +323,7 @@ impl Client {
             created_at: crate::now(),
             updated_at: crate::now(),
             clock_skew_ms: offer.skew_ms,
+            told: None,
             state: RecordState::Sent,
             next_seq: 0,
             error: None,

@@ -1,7 +1,7 @@
 //! What the store remembers of a job and of a clip.
 
 use kinoflock_protocol::clip::BlobRef;
-use kinoflock_protocol::{ClipId, Envelope, JobId, ModelId, NetworkId, NodeId, UnixMillis};
+use kinoflock_protocol::{ClipId, Envelope, JobId, Millis, ModelId, NetworkId, NodeId, UnixMillis};
 use serde::{Deserialize, Serialize};
 
 /// A job as the artist's machine knows it. Whatever is signed is kept as it was signed.
@@ -31,6 +31,9 @@ pub struct JobRecord {
     pub updated_at: UnixMillis,
     /// How far the node's clock is ahead of this machine's, in milliseconds.
     pub clock_skew_ms: i64,
+    /// How long the node said that it would take, when it took it.
+    #[serde(default)]
+    pub told: Option<Millis>,
     /// How it stands.
     pub state: RecordState,
     /// Sequence number of the next event wanted.

@@ -136,6 +136,7 @@ pub fn job_record(number: u64) -> JobRecord {
         created_at: UnixMillis(1_800_000_000_000 + number % 1000),
         updated_at: UnixMillis(1_800_000_000_000),
         clock_skew_ms: 0,
+        told: None,
         state: RecordState::Queued,
         next_seq: 0,
         error: None,

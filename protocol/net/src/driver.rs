@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use kinoflock_protocol::NodeId;
 use kinoflock_protocol::rpc::Request;
 use libp2p::gossipsub::{IdentTopic, PublishError};
@@ -33,6 +33,9 @@ mod book;
 mod events;
 
 use book::Book;
+
+/// Events of the swarm that are handled at most before a command counts as carried out.
+const SETTLED_EVENTS: usize = 256;
 
 /// What the handle asks of the driver.
 #[derive(Debug)]
@@ -199,11 +202,23 @@ impl Driver {
             }
             Command::Block { peer, blocked: true } => {
                 self.swarm.behaviour_mut().blocked.block_peer(peer);
+                self.settle();
             }
             Command::Block { peer, blocked: false } => {
                 self.swarm.behaviour_mut().blocked.unblock_peer(peer);
             }
             Command::Shutdown { .. } => {}
+        }
+    }
+
+    /// Lets the swarm do what it was told before the next command. A block that is carried out only after it was lifted
+    /// would end the attempt to connect that followed.
+    fn settle(&mut self) {
+        for _ in 0..SETTLED_EVENTS {
+            match self.swarm.select_next_some().now_or_never() {
+                Some(event) => self.on_swarm_event(event),
+                None => return,
+            }
         }
     }
 

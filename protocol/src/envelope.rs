@@ -38,11 +38,19 @@ pub enum Kind {
     JobQuery = 8,
     /// A [`crate::progress::Checkpoint`].
     Checkpoint = 9,
+    /// A [`crate::custody::Custody`].
+    Custody = 10,
+    /// A [`crate::custody::Keep`].
+    Keep = 11,
+    /// A [`crate::list::NodeList`].
+    NodeList = 12,
+    /// A [`crate::list::ModelList`].
+    ModelList = 13,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::Job,
         Self::Order,
         Self::Capacity,
@@ -52,6 +60,10 @@ impl Kind {
         Self::Card,
         Self::JobQuery,
         Self::Checkpoint,
+        Self::Custody,
+        Self::Keep,
+        Self::NodeList,
+        Self::ModelList,
     ];
 
     /// The kind of this number.
@@ -71,6 +83,10 @@ impl Kind {
             Self::Card => "card",
             Self::JobQuery => "job-query",
             Self::Checkpoint => "checkpoint",
+            Self::Custody => "custody",
+            Self::Keep => "keep",
+            Self::NodeList => "node-list",
+            Self::ModelList => "model-list",
         }
     }
 }

@@ -18,6 +18,9 @@
 //! [`work::Work`], without the prompt. The client fetches the [clip](clip) by its hash, verifying each MiB before
 //! it is written, and answers with a signed [`receipt::ReceiptAnswer`].
 //!
+//! A job may name custodians, nodes that watch it while its client is away and can hand it on; finished clips are held by
+//! others too, [sealed](seal) ([`custody`]). [Lists](list) of nodes and models can be published by anybody.
+//!
 //! What computes is a [`model::ModelManifest`], whose hash is the model's id; what people say about it is on signed
 //! [`card::Card`]s.
 //!
@@ -31,11 +34,13 @@ pub mod capacity;
 pub mod card;
 pub mod clip;
 pub mod codec;
+pub mod custody;
 pub mod envelope;
 pub mod frame;
 pub mod id;
 pub mod job;
 pub mod limits;
+pub mod list;
 pub mod model;
 pub mod names;
 pub mod order;
@@ -44,6 +49,7 @@ pub mod query;
 pub mod receipt;
 pub mod refusal;
 pub mod rpc;
+pub mod seal;
 pub mod units;
 pub mod work;
 

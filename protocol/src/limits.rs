@@ -56,6 +56,14 @@ pub const MAX_KEYFRAMES: usize = 64;
 pub const MAX_PARENTS: usize = 32;
 /// Most custodians of one job.
 pub const MAX_CUSTODIANS: usize = 8;
+/// Greatest sealed statement (a receipt or a checkpoint in its envelope), in bytes.
+pub const MAX_STATEMENT: usize = 20 * 1024;
+/// Most sealed blobs that one node holds for one job.
+pub const MAX_HELD: usize = 8;
+/// Most nodes on a published list.
+pub const MAX_LISTED_NODES: usize = 64;
+/// Most models on a published list.
+pub const MAX_LISTED_MODELS: usize = 64;
 /// Most extra operations of one job.
 pub const MAX_OPS: usize = 32;
 /// Most numbers in one operation's list.

@@ -34,6 +34,10 @@ pub enum QueryAction {
     Progress,
     /// Tell its events, with previews.
     Previews,
+    /// What do you hold for it?
+    Held,
+    /// Forget it: clip, latents, checkpoints, prompt. The receipt stays.
+    Forget,
 }
 
 impl Message for JobQuery {

@@ -9,13 +9,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::clip::{BlobRef, Outline};
 use crate::codec::{self, Bytes, CodecError, List, Text, text_u64};
+use crate::custody::{Held, Look, Seen};
 use crate::envelope::Envelope;
 use crate::id::{BlobId, JobId, LeaseId, ModelId};
 use crate::limits::*;
+use crate::list::ListName;
 use crate::order::QuoteRequest;
 use crate::progress::{ProgressFrame, ProgressOpen};
 use crate::refusal::Refusal;
-use crate::units::Millis;
+use crate::units::{Millis, UnixMillis};
 use crate::work::JobShape;
 
 /// A question to a node.
@@ -51,6 +53,23 @@ pub enum Request {
     Manifest(ModelId),
     /// Cards about this model?
     Cards(ModelId),
+    /// Watch this job while its client is away.
+    Custody {
+        /// The signed [`crate::custody::Custody`].
+        custody: Envelope,
+        /// The signed [`crate::job::JobSpec`].
+        job: Envelope,
+    },
+    /// Hold this sealed blob. A signed [`crate::custody::Keep`].
+    Keep(Envelope),
+    /// What do you hold for the job? A signed [`crate::query::JobQuery`].
+    Held(Envelope),
+    /// Forget the job. A signed [`crate::query::JobQuery`].
+    Forget(Envelope),
+    /// Can you see me, as a stranger would?
+    Look(Look),
+    /// The newest edition of this list that you know?
+    List(ListName),
 }
 
 impl Request {
@@ -67,6 +86,12 @@ impl Request {
             Self::Release { .. } => "release",
             Self::Manifest(_) => "manifest",
             Self::Cards(_) => "cards",
+            Self::Custody { .. } => "custody",
+            Self::Keep(_) => "keep",
+            Self::Held(_) => "held",
+            Self::Forget(_) => "forget",
+            Self::Look(_) => "look",
+            Self::List(_) => "list",
         }
     }
 }
@@ -89,6 +114,25 @@ pub enum ReleaseReason {
     ChoseAnother,
     /// The artist changed their mind.
     Cancelled,
+    /// Another was expected to be done so much sooner.
+    Sooner(Millis),
+    /// Another answered sooner.
+    Latency,
+    /// Another's jobs have ended well more often.
+    Reliability,
+}
+
+impl ReleaseReason {
+    /// Stable name for metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ChoseAnother => "chose_another",
+            Self::Cancelled => "cancelled",
+            Self::Sooner(_) => "sooner",
+            Self::Latency => "latency",
+            Self::Reliability => "reliability",
+        }
+    }
 }
 
 /// A node's answer.
@@ -143,6 +187,22 @@ pub enum Response {
         /// For people.
         text: Text<MAX_LINE>,
     },
+    /// The sealed blob is on disk here.
+    Kept {
+        /// How long it stays, at most.
+        until: UnixMillis,
+    },
+    /// What is held here for a job.
+    Held(Held),
+    /// Nothing of the job is here any more but its receipt.
+    Forgotten {
+        /// Which job.
+        job: JobId,
+    },
+    /// What was seen.
+    Seen(Seen),
+    /// The signed list.
+    List(Envelope),
 }
 
 impl Response {
@@ -162,6 +222,11 @@ impl Response {
             Self::Busy { .. } => "busy",
             Self::UnsupportedVersion { .. } => "unsupported_version",
             Self::Error { .. } => "error",
+            Self::Kept { .. } => "kept",
+            Self::Held(_) => "held",
+            Self::Forgotten { .. } => "forgotten",
+            Self::Seen(_) => "seen",
+            Self::List(_) => "list",
         }
     }
 

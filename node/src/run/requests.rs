@@ -84,6 +84,12 @@ impl Daemon {
                 Some(model) => Response::Cards(List::first_of(self.card_of(model))),
                 None => Response::Refused(*unserved(&id)),
             },
+            Request::Custody { .. }
+            | Request::Keep(_)
+            | Request::Held(_)
+            | Request::Forget(_)
+            | Request::Look(_)
+            | Request::List(_) => Response::Refused(*unsupported(kind, "this release only makes clips")),
         };
         self.respond(kind, responder, response);
     }

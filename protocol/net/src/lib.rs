@@ -25,6 +25,7 @@ pub mod peer;
 pub mod progress;
 pub mod rate;
 pub mod rpc;
+pub mod sealed;
 pub mod streams;
 
 mod arrivals;

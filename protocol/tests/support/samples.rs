@@ -3,8 +3,10 @@
 use kinoflock_protocol::capacity::*;
 use kinoflock_protocol::card::*;
 use kinoflock_protocol::clip::*;
+use kinoflock_protocol::custody::*;
 use kinoflock_protocol::job::*;
 use kinoflock_protocol::limits::*;
+use kinoflock_protocol::list::*;
 use kinoflock_protocol::model::*;
 use kinoflock_protocol::names::*;
 use kinoflock_protocol::order::*;
@@ -46,6 +48,10 @@ pub(crate) fn every_signed(visit: &mut impl VisitSigned) {
     visit.signed(card);
     visit.signed(job_query);
     visit.signed(checkpoint);
+    visit.signed(custody);
+    visit.signed(keep);
+    visit.signed(node_list);
+    visit.signed(model_list);
 }
 
 pub(crate) fn every_message(visit: &mut impl Visit) {
@@ -59,6 +65,10 @@ pub(crate) fn every_message(visit: &mut impl Visit) {
     visit.message("card", Card::MAX_BODY, card);
     visit.message("job-query", JobQuery::MAX_BODY, job_query);
     visit.message("checkpoint", Checkpoint::MAX_BODY, checkpoint);
+    visit.message("custody", Custody::MAX_BODY, custody);
+    visit.message("keep", Keep::MAX_BODY, keep);
+    visit.message("node-list", NodeList::MAX_BODY, node_list);
+    visit.message("model-list", ModelList::MAX_BODY, model_list);
     visit.message("envelope", MAX_ENVELOPE, envelope);
     visit.message("quote-request", MAX_CONTROL_FRAME, quote_request);
     visit.message("model-manifest", MAX_MANIFEST, manifest);
@@ -80,6 +90,9 @@ pub(crate) fn every_message(visit: &mut impl Visit) {
     visit.message("events", MAX_CONTROL_FRAME, events);
     visit.message("progress-frames", MAX_CONTROL_FRAME, progress_frames);
     visit.message("blob-replies", MAX_CONTROL_FRAME, blob_replies);
+    // Those that joined later stand apart: golden bytes do not change.
+    visit.message("requests-custody", MAX_CONTROL_FRAME, requests_of_custody);
+    visit.message("responses-custody", MAX_CONTROL_FRAME, responses_of_custody);
 }
 
 impl Draw {
@@ -444,6 +457,89 @@ pub(crate) fn checkpoint(d: &mut Draw) -> Checkpoint {
         latents: blob_id(d),
         made_at: d.at(),
     }
+}
+
+pub(crate) fn custody(d: &mut Draw) -> Custody {
+    Custody { job: job_id(d), custodian: node(d), runs_at: node_address(d), issued_at: d.at() }
+}
+
+pub(crate) fn keep(d: &mut Draw) -> Keep {
+    Keep {
+        job: job_id(d),
+        requester: requester(d),
+        holder: node(d),
+        content: content(d),
+        sealed: blob(d),
+        statement: Bytes::new(d.bytes::<40>().to_vec()).unwrap(),
+        until: d.at(),
+        issued_at: d.at(),
+    }
+}
+
+fn content(d: &mut Draw) -> Content {
+    [Content::Clip, Content::Latents, Content::Checkpoint][d.below(3) as usize]
+}
+
+fn held(d: &mut Draw) -> Held {
+    let item = |d: &mut Draw| HeldItem {
+        content: content(d),
+        sealed: blob(d),
+        statement: Bytes::new(d.bytes::<40>().to_vec()).unwrap(),
+    };
+    Held { items: d.list(item), runs_at: d.some(node_address) }
+}
+
+pub(crate) fn node_list(d: &mut Draw) -> NodeList {
+    NodeList {
+        name: d.text(),
+        sequence: d.u64(),
+        issued_at: d.at(),
+        expires_at: d.at(),
+        nodes: d.list(node_address),
+        addresses: d.list(Draw::text),
+    }
+}
+
+pub(crate) fn model_list(d: &mut Draw) -> ModelList {
+    let model = |d: &mut Draw| ListedModel {
+        model: model_id(d),
+        name: d.text(),
+        architecture: d.text(),
+        licence: d.text(),
+        source: d.text(),
+    };
+    ModelList {
+        name: d.text(),
+        sequence: d.u64(),
+        issued_at: d.at(),
+        expires_at: d.at(),
+        models: d.list(model),
+    }
+}
+
+pub(crate) fn requests_of_custody(d: &mut Draw) -> List<Request, 16> {
+    let list = ListName { publisher: d.keypair().public(), kind: ListKind::Models };
+    List::first_of([
+        Request::Custody { custody: envelope(d), job: envelope(d) },
+        Request::Keep(envelope(d)),
+        Request::Held(envelope(d)),
+        Request::Forget(envelope(d)),
+        Request::Look(Look { addresses: d.list(Draw::text), quote: d.some(quote_request) }),
+        Request::List(list),
+        Request::Release { lease: lease(d), reason: ReleaseReason::Sooner(d.millis()) },
+        Request::Release { lease: lease(d), reason: ReleaseReason::Latency },
+        Request::Release { lease: lease(d), reason: ReleaseReason::Reliability },
+    ])
+}
+
+pub(crate) fn responses_of_custody(d: &mut Draw) -> List<Response, 16> {
+    List::first_of([
+        Response::Kept { until: d.at() },
+        Response::Held(held(d)),
+        Response::Forgotten { job: job_id(d) },
+        Response::Seen(Seen { reached: d.flag(), quoted: d.flag(), text: d.text() }),
+        Response::List(envelope(d)),
+    ])
 }
 
 pub(crate) fn envelope(d: &mut Draw) -> Envelope {

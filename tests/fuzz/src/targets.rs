@@ -5,9 +5,11 @@ use kinoflock_protocol::capacity::Capacity;
 use kinoflock_protocol::card::Card;
 use kinoflock_protocol::clip::{self, ChainingValue, ChunkHasher, Outline};
 use kinoflock_protocol::codec::{decode, encode};
+use kinoflock_protocol::custody::{Custody, Keep};
 use kinoflock_protocol::frame::FrameReader;
 use kinoflock_protocol::job::{Addressee, JobSpec, ValidJob};
 use kinoflock_protocol::limits::*;
+use kinoflock_protocol::list::{ModelList, NodeList};
 use kinoflock_protocol::model::ModelManifest;
 use kinoflock_protocol::names::{ClipTicket, NodeTicket};
 use kinoflock_protocol::order::{Order, Quote, QuoteRequest};
@@ -16,7 +18,7 @@ use kinoflock_protocol::query::JobQuery;
 use kinoflock_protocol::receipt::{Receipt, ReceiptAnswer};
 use kinoflock_protocol::refusal::Refusal;
 use kinoflock_protocol::rpc::{BlobReply, BlobRequest, Request, Response, decode_request, decode_response};
-use kinoflock_protocol::{BlobId, Envelope, List, NetworkId, NodeId, UnixMillis, work};
+use kinoflock_protocol::{BlobId, Envelope, List, NetworkId, NodeId, UnixMillis, seal, work};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -56,6 +58,13 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("requests", message::<List<Request, 16>>),
     ("response", response),
     ("responses", message::<List<Response, 16>>),
+    ("custody", message::<Custody>),
+    ("keep", message::<Keep>),
+    ("node_list", message::<NodeList>),
+    ("model_list", message::<ModelList>),
+    ("requests_custody", message::<List<Request, 16>>),
+    ("responses_custody", message::<List<Response, 16>>),
+    ("sealed", sealed),
 ];
 
 /// Runs the target of this name.
@@ -69,6 +78,24 @@ fn message<T: Serialize + DeserializeOwned>(data: &[u8]) {
     if let Ok(value) = decode::<T>(data, MAX_OUTLINE_FRAME) {
         assert_eq!(encode(&value), data, "a second encoding of one value");
     }
+}
+
+/// Nothing opens but what this key sealed.
+fn sealed(data: &[u8]) {
+    let keypair = kinoflock_protocol::Keypair::from_seed(&[1; 32]);
+    let network = NetworkId::named("fuzz");
+    let query = JobQuery {
+        job: kinoflock_protocol::JobId::from_bytes([2; 32]),
+        action: kinoflock_protocol::query::QueryAction::Status,
+        node: NodeId::from_bytes([1; 32]),
+        issued_at: UnixMillis(1),
+        nonce: kinoflock_protocol::Nonce::from_bytes([3; 16]),
+    };
+    let Ok(job) = Envelope::seal(&keypair, &network, &query) else { return };
+    let key = seal::SealKey::of_job(&job);
+    assert!(seal::open_bytes(&key, data).is_err(), "opened what was never sealed");
+    let whole = seal::seal_bytes(&key, data);
+    assert_eq!(seal::open_bytes(&key, &whole).as_deref(), Ok(data));
 }
 
 fn envelope(data: &[u8]) {

@@ -1,0 +1,4 @@
+//! Fuzz target `requests_custody`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| kinoflock_fuzz::targets::run("requests_custody", data));

@@ -23,6 +23,9 @@ mod error;
 mod event;
 mod find;
 mod follow;
+mod pace;
+mod place;
+mod rescue;
 mod submit;
 
 pub use deliver::Delivered;
@@ -129,6 +132,12 @@ impl Client {
 /// This time by a clock that is so far ahead.
 fn corrected(time: UnixMillis, ahead_ms: i64) -> UnixMillis {
     UnixMillis(time.0.saturating_add_signed(ahead_ms))
+}
+
+fn random() -> Result<u64, SessionError> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(SessionError::Random)?;
+    Ok(u64::from_le_bytes(bytes))
 }
 
 fn nonce() -> Result<Nonce, SessionError> {

@@ -30,7 +30,7 @@ mod index;
 mod record;
 
 pub use index::{ClipEntry, JobEntry};
-pub use record::{ClipRecord, JobRecord, RecordError, RecordState};
+pub use record::{ClipRecord, Former, JobRecord, RecordError, RecordState};
 
 /// The version of the layout that this release reads and writes.
 pub const STORE_VERSION: u32 = 1;
@@ -327,6 +327,14 @@ impl Store {
             self.write_whole(&self.blob_path(&id), bytes)?;
         }
         Ok(id)
+    }
+
+    /// Removes content that is of no more use.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn remove_blob(&self, id: &BlobId) -> Result<(), StoreError> {
+        remove(&self.blob_path(id))
     }
 
     /// Takes over a file whose content was verified to be `id`.

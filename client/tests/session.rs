@@ -12,8 +12,9 @@ use kinoflock_client::route::experience::Experience;
 use kinoflock_client::session::{Client, ClientOptions, Event, Events, SessionError};
 use kinoflock_client::store::{RecordState, Store};
 use kinoflock_client::ticket::Way;
-use kinoflock_protocol::ClipId;
 use kinoflock_protocol::receipt::Verdict;
+use kinoflock_protocol::rpc::ReleaseReason;
+use kinoflock_protocol::{ClipId, Millis};
 use peer::{Peer, Script};
 use support::{CLIP, Home, artist, network, text};
 
@@ -59,7 +60,7 @@ async fn a_prompt_becomes_a_verified_clip_over_a_broken_stream() {
     assert!(matches!(seen.last(), Some(Event::Answered)));
     // Again, by another process, with nobody to ask: everything is here.
     peer.handle.shutdown().await;
-    let again = client.follow(&delivered.record.job, &Events::none()).await.unwrap();
+    let again = client.follow(&delivered.record.job, &[], &Events::none()).await.unwrap();
     assert_eq!(again.clip, delivered.clip);
 }
 
@@ -118,6 +119,92 @@ async fn when_one_node_refuses_the_other_takes_it_and_when_all_do_each_reason_is
     let mut command = home.command(&["generate", "x", "--node", &refusing.address()]);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     assert_eq!(output.status.code(), Some(6), "{}", text(&output.stderr));
+}
+
+/// Makes a clip with a first node, the quicker by its word, that does as `script` says, and a second one that is sound.
+async fn handed_on(seed: u8, script: Script, stop_first: bool) -> (Peer, Peer, Vec<Event>) {
+    let home = Home::new();
+    let mut first = peer::start(seed, script).await;
+    let second = peer::start(seed + 1, Script { eta_ms: 9000, ..Script::default() }).await;
+    let client = client(&home).await;
+    let (events, mut told) = Client::events();
+    let ways = [way(&first), way(&second)];
+    let record = client.submit(&ask(), &ways, &events).await.unwrap();
+    assert_eq!(record.node, first.handle.local_node(), "it promised to be done sooner");
+    if stop_first {
+        first.handle.shutdown().await;
+    }
+    let delivered = client.follow(&record.job, &ways, &events).await.unwrap();
+    assert_eq!(delivered.record.node, second.handle.local_node());
+    assert_eq!((delivered.clip, delivered.record.job), (ClipId::of(CLIP), record.job), "the job is the same");
+    let seen = client.store().experience(&record.node);
+    assert!(seen.is_avoided(kinoflock_client::now()), "the first one is passed over for a while");
+    let former = client.store().job(&record.job).unwrap().former;
+    assert_eq!(former.iter().map(|former| former.node).collect::<Vec<_>>(), [record.node]);
+    if !stop_first {
+        assert_eq!(first.cancels.recv().await, Some(record.job), "it need not go on");
+    }
+    drop(events);
+    let mut seen = Vec::new();
+    while let Some(event) = told.recv().await {
+        seen.push(event);
+    }
+    (first, second, seen)
+}
+
+fn moves(events: &[Event]) -> Vec<String> {
+    events.iter().filter(|event| matches!(event, Event::Moved { .. })).map(ToString::to_string).collect()
+}
+
+#[tokio::test]
+async fn a_job_that_fails_at_one_node_goes_to_another_and_one_line_says_so() {
+    let (_, second, seen) = handed_on(21, Script { fails: true, ..Script::default() }, false).await;
+    let moves = moves(&seen);
+    assert_eq!(moves.len(), 1, "{moves:?}");
+    let line = &moves[0];
+    let taken = format!("(...{}) takes it from the beginning", second.handle.local_node().short());
+    assert!(line.contains("device memory is full") && line.contains(&taken), "{line}");
+    assert!(line.contains("will see your prompt and the frames"), "{line}");
+}
+
+#[tokio::test]
+async fn a_wrong_clip_is_disputed_and_the_job_done_by_another_node() {
+    let (mut first, mut second, seen) =
+        handed_on(23, Script { wrong_seed: true, ..Script::default() }, false).await;
+    assert!(matches!(first.answers.recv().await, Some(Verdict::Dispute { .. })));
+    assert_eq!(second.answers.recv().await, Some(Verdict::Accept), "one outcome is accepted");
+    assert_eq!(moves(&seen).len(), 1);
+}
+
+#[tokio::test]
+async fn a_job_whose_node_is_gone_goes_to_another_within_seconds() {
+    let started = std::time::Instant::now();
+    let (.., seen) = handed_on(25, Script { holds: true, ..Script::default() }, true).await;
+    println!("handed on and done after {:?}", started.elapsed());
+    assert_eq!(moves(&seen).len(), 1);
+}
+
+#[tokio::test]
+async fn the_place_that_is_not_needed_is_given_back_with_its_reason() {
+    let home = Home::new();
+    let sooner = peer::start(27, Script::default()).await;
+    let mut later = peer::start(28, Script { eta_ms: 41_000, ..Script::default() }).await;
+    let client = client(&home).await;
+    client.submit(&ask(), &[way(&sooner), way(&later)], &Events::none()).await.unwrap();
+    let reason = later.releases.recv().await;
+    assert_eq!(reason, Some(ReleaseReason::Sooner(Millis(40_000))));
+}
+
+#[tokio::test]
+async fn a_job_for_one_named_node_goes_to_no_other() {
+    let home = Home::new();
+    let first = peer::start(29, Script { fails: true, ..Script::default() }).await;
+    let other = peer::start(30, Script::default()).await;
+    let client = client(&home).await;
+    let pinned = Ask { pinned: true, ..ask() };
+    let record = client.submit(&pinned, &[way(&first)], &Events::none()).await.unwrap();
+    let error = client.follow(&record.job, &[way(&first), way(&other)], &Events::none()).await.unwrap_err();
+    assert!(matches!(error, SessionError::Failed { .. }), "{error}");
 }
 
 #[tokio::test]

@@ -155,7 +155,7 @@ pub enum Command {
 }
 
 /// Which nodes to ask.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub struct Where {
     /// Only this node: a ticket, an address, or a node id
     #[arg(long, value_name = "ADDR|TICKET", env = "KINOFLOCK_NODE")]

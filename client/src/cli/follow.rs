@@ -11,6 +11,7 @@ use super::context::Context;
 use super::failure::{Exit, Failure};
 use crate::output::Progress;
 use crate::session::{Client, Delivered, Event, SessionError};
+use crate::ticket::Way;
 
 #[derive(Serialize)]
 struct Left {
@@ -49,11 +50,12 @@ pub(super) async fn job(
     context: &Context<'_>,
     client: &Client,
     job: JobId,
+    ways: &[Way],
     timeout: Option<u64>,
 ) -> Result<Delivered, Failure> {
     let (events, mut told) = Client::events();
     let mut progress = context.out.progress();
-    let mut work = std::pin::pin!(client.follow(&job, &events));
+    let mut work = std::pin::pin!(client.follow(&job, ways, &events));
     let mut deadline = std::pin::pin!(sleep_or_never(timeout));
     let (answers, mut answered) = mpsc::channel(1);
     let mut asked = false;

@@ -15,6 +15,7 @@ use crate::ask::{Ask, Length};
 use crate::provenance::{self, Statement};
 use crate::session::{Client, Delivered};
 use crate::store::JobRecord;
+use crate::ticket::Way;
 
 /// Greatest file of latents that is read, in bytes (1 GiB).
 const MAX_LATENTS: u64 = 1 << 30;
@@ -41,7 +42,9 @@ pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Fai
     let ask = ask(&args, context)?;
     ask.check()?;
     let client = context.client().await?;
-    let record = submit(&args, ask, context, &client).await?;
+    let (ways, pinned) = context.ways(&client, &args.at)?;
+    let ask = Ask { pinned, ..ask };
+    let record = submit(&ask, &ways, context, &client).await?;
     if args.detach {
         context
             .out
@@ -51,7 +54,7 @@ pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Fai
         client.stop().await;
         return Ok(());
     }
-    let delivered = follow::job(context, &client, record.job, args.timeout).await?;
+    let delivered = follow::job(context, &client, record.job, &ways, args.timeout).await?;
     client.stop().await;
     save(&delivered, &client, &args.save, context)
 }
@@ -153,16 +156,14 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
 }
 
 async fn submit(
-    args: &Generate,
-    mut ask: Ask,
+    ask: &Ask,
+    ways: &[Way],
     context: &Context<'_>,
     client: &Client,
 ) -> Result<JobRecord, Failure> {
     let (events, told) = Client::events();
     let mut progress = context.out.progress();
-    let (ways, pinned) = context.ways(client, &args.at)?;
-    ask.pinned = pinned;
-    follow::show_while(client.submit(&ask, &ways, &events), told, &mut progress).await
+    follow::show_while(client.submit(ask, ways, &events), told, &mut progress).await
 }
 
 fn refuse_what_is_not_there(args: &Generate) -> Result<(), Failure> {

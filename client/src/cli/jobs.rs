@@ -5,7 +5,7 @@ use std::time::Duration;
 use kinoflock_protocol::{JobId, UnixMillis};
 use serde::Serialize;
 
-use super::args::Save;
+use super::args::{Save, Where};
 use super::context::Context;
 use super::failure::{Exit, Failure};
 use super::{follow, generate};
@@ -90,7 +90,8 @@ pub(super) async fn wait(
     generate::check_place(save, context)?;
     let job = context.store()?.find_job(job)?;
     let client = context.client().await?;
-    let delivered = follow::job(context, &client, job, timeout).await?;
+    let (ways, _) = context.ways(&client, &Where::default())?;
+    let delivered = follow::job(context, &client, job, &ways, timeout).await?;
     client.stop().await;
     generate::save(&delivered, &client, save, context)
 }

@@ -32,6 +32,8 @@ pub enum Fault {
     Failed,
     /// It could not be reached although it had the job.
     OutOfReach,
+    /// It answered, and did nothing for the job.
+    Stalled,
     /// It did not know the job that it had accepted.
     Forgot,
     /// It delivered something else than was asked for, or signed something else than it delivered.
@@ -41,7 +43,7 @@ pub enum Fault {
 impl Fault {
     fn weight(self) -> f64 {
         match self {
-            Self::Failed | Self::OutOfReach => 1.0,
+            Self::Failed | Self::OutOfReach | Self::Stalled => 1.0,
             Self::Forgot => 2.0,
             Self::WrongClip => 8.0,
         }

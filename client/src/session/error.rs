@@ -120,6 +120,16 @@ pub enum SessionError {
         /// Which node.
         node: NodeId,
     },
+    /// The node answers, but the job stands still.
+    #[error("job {} stood still at node ...{} for {still}", job.short(), node.short())]
+    Stalled {
+        /// Which job.
+        job: JobId,
+        /// Which node.
+        node: NodeId,
+        /// How long.
+        still: Millis,
+    },
     /// The node stayed out of reach.
     #[error("node ...{} was out of reach for {waited}: {reason}; the job is kept, go on with: kinoflock wait {}", node.short(), job.short())]
     OutOfReach {
@@ -169,6 +179,7 @@ impl SessionError {
             Self::Failed { .. } => "job_failed",
             Self::Cancelled { .. } => "job_cancelled",
             Self::Lost { .. } => "job_lost",
+            Self::Stalled { .. } => "job_stalled",
             Self::OutOfReach { .. } => "out_of_reach",
             Self::Disputed { error } => error.code(),
             Self::Fetch { .. } => "fetch",

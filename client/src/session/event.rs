@@ -118,6 +118,25 @@ pub enum Event {
         /// After how long.
         after: Millis,
     },
+    /// The node is lost or did wrong: this one will have the job, and see it. Told before anything is sent.
+    Moved {
+        /// The node that loses it.
+        from: NodeId,
+        /// The name that it gave itself.
+        from_name: String,
+        /// Why it loses it.
+        why: String,
+        /// The node that will have it.
+        node: NodeId,
+        /// The name that it gave itself.
+        name: String,
+        /// From which step it goes on; from the beginning if none.
+        step: Option<u32>,
+        /// Time until the clip would be done.
+        eta: Millis,
+        /// What it will be able to see.
+        sees: &'static str,
+    },
     /// The clip is there, its receipt is good.
     Made {
         /// Which clip.
@@ -189,6 +208,16 @@ impl fmt::Display for Event {
             Self::Encoding => f.write_str("decoding and encoding the clip"),
             Self::Reconnecting { node, why, after } => {
                 write!(f, "lost node ...{} ({why}); trying again in {after}", node.short())
+            }
+            Self::Moved { from, from_name, why, node, name, step, eta, sees } => {
+                let from_step =
+                    step.map_or_else(|| "from the beginning".to_owned(), |step| format!("from step {step}"));
+                write!(f, "node {} loses the job ({why}): ", called(from_name, from))?;
+                write!(
+                    f,
+                    "node {} takes it {from_step}, about {eta}, and will see {sees}",
+                    called(name, node)
+                )
             }
             Self::Made { clip, len } => write!(f, "made: {} ({len} bytes)", clip.short()),
             Self::Transfer { done, len } => write!(f, "fetched {done} of {len} bytes"),

@@ -1,6 +1,7 @@
 //! Following a job to its end, over broken streams and restarted nodes.
 //!
-//! Each connection begins with the question how the job stands, for a node that restarted may count its events anew,
+//! A node that stays silent, that looks alive and does nothing, that fails the job or delivers something else loses it:
+//! it is handed on to another one. Each connection begins with the question how the job stands, for a node that restarted may count its events anew,
 //! and a job may have ended while nobody listened. Then the events are told from the next one wanted.
 
 use std::time::{Duration, Instant};
@@ -14,83 +15,172 @@ use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
 use kinoflock_protocol::{JobId, Millis, NodeId, Reason, ValidJob};
 
 use super::find::unexpected;
-use super::submit::is_passing;
+use super::pace::Watch;
+use super::place::is_passing;
 use super::{Client, Delivered, Event, Events, SessionError};
 use crate::ask::Ask;
 use crate::local;
-use crate::route::experience::Fault;
+use crate::route::experience::{Experience, Fault};
 use crate::store::{JobRecord, RecordError, RecordState};
 use crate::ticket::{Way, parse_addresses};
 
+/// Silence after which another node is looked for.
+const AWAY: Duration = Duration::from_secs(8);
+/// The same when the clip is made: its node may come back sooner than another could make it again.
+const AWAY_WITH_CLIP: Duration = Duration::from_secs(30);
+/// Pause between two looks for another node.
+const RESCUE_EVERY: Duration = Duration::from_secs(15);
+/// Time in which a node must tell how a job stands.
+const STATUS_WITHIN: Duration = Duration::from_secs(5);
 /// First pause before a broken connection is taken up again; it doubles.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
+/// What is known of a job while it is followed.
+struct Following<'a> {
+    job: JobId,
+    ways: &'a [Way],
+    events: &'a Events,
+    /// When its node was last heard.
+    heard: Instant,
+    /// Pause before its node is asked again.
+    pause: Duration,
+    /// Not before this is another node looked for.
+    rescue_at: Instant,
+    watch: Watch,
+}
+
+impl<'a> Following<'a> {
+    fn new(job: JobId, ways: &'a [Way], events: &'a Events) -> Self {
+        let now = Instant::now();
+        let watch = Watch::new(now);
+        Self { job, ways, events, heard: now, pause: FIRST_PAUSE, rescue_at: now, watch }
+    }
+
+    /// Whether it is time to look for another node.
+    fn is_lost(&self, record: &JobRecord, error: &SessionError) -> bool {
+        let made = record.receipt.is_some() && !matches!(error, SessionError::Disputed { .. });
+        let patience = if made { AWAY_WITH_CLIP } else { AWAY };
+        match error {
+            error if is_transient(error) => {
+                self.heard.elapsed() >= patience && Instant::now() >= self.rescue_at
+            }
+            error => fault_of(error).is_some(),
+        }
+    }
+}
+
 impl Client {
-    /// Follows a job until its clip is here and checked. May be called again at any time, by any process.
+    /// Follows a job until its clip is here and checked. May be called again at any time, by any process. A job whose
+    /// node is lost or did wrong is handed on to another one, found by these ways.
     ///
     /// # Errors
     /// `Failed`, `Cancelled`, `Lost`, `OutOfReach`, `Disputed`, and what the store or the fetch meets.
-    pub async fn follow(&self, job: &JobId, events: &Events) -> Result<Delivered, SessionError> {
+    pub async fn follow(
+        &self,
+        job: &JobId,
+        ways: &[Way],
+        events: &Events,
+    ) -> Result<Delivered, SessionError> {
         let record = self.store.job(job)?;
         self.serve_inputs(&record);
-        let outcome = self.follow_to_end(job, events).await;
-        if !record.state.is_final() {
-            self.remember(&record, &outcome);
+        let outcome = self.follow_to_end(Following::new(*job, ways, events)).await;
+        if let (Ok(delivered), false) = (&outcome, record.state.is_final()) {
+            self.remember_done(delivered);
+        }
+        if outcome.is_ok() {
+            self.call_off(job).await;
         }
         outcome
     }
 
-    async fn follow_to_end(&self, job: &JobId, events: &Events) -> Result<Delivered, SessionError> {
-        let mut heard = Instant::now();
-        let mut pause = FIRST_PAUSE;
+    async fn follow_to_end(&self, mut following: Following<'_>) -> Result<Delivered, SessionError> {
         loop {
-            let (record, before) = (self.store.job(job)?, heard);
-            if let Some(ended) = ended(&record) {
-                return Err(ended);
-            }
-            let outcome = match record.receipt {
-                Some(_) => self.deliver(&record, events).await,
-                None => match self.listen(&record, &mut heard, events).await {
+            let (record, before) = (self.store.job(&following.job)?, following.heard);
+            let outcome = match (ended(&record), &record.receipt) {
+                (Some(ended), _) => Err(ended),
+                (None, Some(_)) => self.deliver(&record, following.events).await,
+                (None, None) => match self.listen(&record, &mut following).await {
                     // The receipt is in the store now.
                     Ok(()) => continue,
                     Err(error) => Err(error),
                 },
             };
             let error = match outcome {
-                Err(error) if is_transient(&error) => error,
-                other => return other,
+                Ok(delivered) => return Ok(delivered),
+                Err(error) => error,
             };
-            pause = if heard > before { FIRST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
-            let waited = heard.elapsed();
-            if waited + pause > self.patience {
-                let (job, node, reason) = (record.job, record.node, error.to_string());
-                return Err(SessionError::OutOfReach { job, node, waited: waited.into(), reason });
+            if following.is_lost(&record, &error) {
+                if self.hand_on(&error, &following).await? {
+                    following = Following::new(following.job, following.ways, following.events);
+                    continue;
+                }
+                following.rescue_at = Instant::now() + RESCUE_EVERY;
             }
-            let lost = Event::Reconnecting { node: record.node, why: error.to_string(), after: pause.into() };
-            events.tell(lost).await;
-            tokio::time::sleep(pause).await;
+            self.wait_for_node(&record, error, before, &mut following).await?;
         }
     }
 
-    /// Keeps how it went, for the next choice of a node. What the artist or the job did is not the node's.
-    fn remember(&self, record: &JobRecord, outcome: &Result<Delivered, SessionError>) {
-        let (mut seen, now) = (self.store.experience(&record.node), crate::now());
-        match outcome {
-            Ok(delivered) => {
-                let made = delivered.receipt.receipt();
-                let took = made.finished_at.since(made.accepted_at);
-                seen.done(record.told.unwrap_or(took), took, now);
-            }
-            Err(SessionError::Failed { retryable: true, .. }) => seen.fault(Fault::Failed, now),
-            Err(SessionError::Lost { .. }) => seen.fault(Fault::Forgot, now),
-            Err(SessionError::OutOfReach { .. }) => seen.fault(Fault::OutOfReach, now),
-            Err(SessionError::Disputed { .. }) => seen.fault(Fault::WrongClip, now),
-            Err(_) => return,
+    /// Hands a job on whose node is lost; false if nobody else takes it.
+    async fn hand_on(&self, error: &SessionError, following: &Following<'_>) -> Result<bool, SessionError> {
+        // As it stands now: the error may have been written into it.
+        let record = self.store.job(&following.job)?;
+        let is_moved = self.rescue(&record, error, following.ways, following.events).await?;
+        if is_moved || !is_transient(error) {
+            self.remember_fault(&record, fault_of(error).unwrap_or(Fault::OutOfReach));
         }
-        if let Err(error) = self.store.keep_experience(&record.node, &seen) {
-            tracing::warn!(node = %record.node.short(), %error, "what was seen of a node could not be kept");
+        Ok(is_moved)
+    }
+
+    /// Waits before a node is asked again, if there is hope that it answers.
+    async fn wait_for_node(
+        &self,
+        record: &JobRecord,
+        error: SessionError,
+        before: Instant,
+        following: &mut Following<'_>,
+    ) -> Result<(), SessionError> {
+        let stalled = matches!(error, SessionError::Stalled { .. });
+        if !stalled && !is_transient(&error) {
+            return Err(error);
+        }
+        if stalled {
+            following.watch = Watch::new(Instant::now());
+        }
+        let doubled = (following.pause * 2).min(LONGEST_PAUSE);
+        following.pause = if following.heard > before { FIRST_PAUSE } else { doubled };
+        let (waited, pause) = (following.heard.elapsed(), following.pause);
+        if waited + pause > self.patience {
+            let (job, node, reason) = (record.job, record.node, error.to_string());
+            self.remember_fault(record, Fault::OutOfReach);
+            return Err(SessionError::OutOfReach { job, node, waited: waited.into(), reason });
+        }
+        let lost = Event::Reconnecting { node: record.node, why: error.to_string(), after: pause.into() };
+        following.events.tell(lost).await;
+        tokio::time::sleep(pause).await;
+        Ok(())
+    }
+
+    /// Keeps that it went well, and how true the node's times were, for the next choice of a node.
+    fn remember_done(&self, delivered: &Delivered) {
+        let record = &delivered.record;
+        let made = delivered.receipt.receipt();
+        let took = made.finished_at.since(made.accepted_at);
+        let mut seen = self.store.experience(&record.node);
+        seen.done(record.told.unwrap_or(took), took, crate::now());
+        self.keep_experience(&record.node, &seen);
+    }
+
+    fn remember_fault(&self, record: &JobRecord, fault: Fault) {
+        let mut seen = self.store.experience(&record.node);
+        seen.fault(fault, crate::now());
+        self.keep_experience(&record.node, &seen);
+    }
+
+    fn keep_experience(&self, node: &NodeId, seen: &Experience) {
+        if let Err(error) = self.store.keep_experience(node, seen) {
+            tracing::warn!(node = %node.short(), %error, "what was seen of a node could not be kept");
         }
     }
 
@@ -105,7 +195,7 @@ impl Client {
         events: &Events,
     ) -> Result<Delivered, SessionError> {
         let record = self.submit(ask, ways, events).await?;
-        self.follow(&record.job, events).await
+        self.follow(&record.job, ways, events).await
     }
 
     /// Asks a job's node how the job stands, and keeps what is new.
@@ -154,15 +244,10 @@ impl Client {
         Ok(())
     }
 
-    async fn listen(
-        &self,
-        record: &JobRecord,
-        heard: &mut Instant,
-        events: &Events,
-    ) -> Result<(), SessionError> {
+    async fn listen(&self, record: &JobRecord, following: &mut Following<'_>) -> Result<(), SessionError> {
         self.reach(record).await?;
         let status = self.ask_status(record).await?;
-        *heard = Instant::now();
+        following.heard = Instant::now();
         let record = self.note_status(record, &status)?;
         if record.receipt.is_some() {
             return Ok(());
@@ -182,11 +267,25 @@ impl Client {
             other => other.into(),
         })?;
         let mut stream = Box::pin(stream.into_stream());
-        while let Some(progress) = stream.next().await {
-            let progress = progress?;
-            *heard = Instant::now();
-            if progress.job == record.job {
-                self.note(&record.job, progress, events).await?;
+        loop {
+            match tokio::time::timeout(following.watch.quiet(), stream.next()).await {
+                Ok(None) => break,
+                Ok(Some(progress)) => {
+                    let progress = progress?;
+                    following.heard = Instant::now();
+                    if progress.job == record.job {
+                        following.watch.saw(&progress.event, following.heard);
+                        self.note(&record, progress, following.events).await?;
+                    }
+                }
+                Err(_) => {
+                    self.ask_status(&record).await?;
+                    following.heard = Instant::now();
+                }
+            }
+            if let Some(still) = following.watch.stalled(Instant::now()) {
+                let (job, node) = (record.job, record.node);
+                return Err(SessionError::Stalled { job, node, still: still.into() });
             }
         }
         ended(&self.store.job(&record.job)?).map_or(Ok(()), Err)
@@ -194,7 +293,7 @@ impl Client {
 
     async fn ask_status(&self, record: &JobRecord) -> Result<JobStatus, SessionError> {
         let query = self.query(record, QueryAction::Status)?;
-        match self.net.request(record.node, Request::Status(query)).await? {
+        match self.net.request_within(record.node, Request::Status(query), STATUS_WITHIN).await? {
             Response::Status(status) if status.job == record.job => Ok(status),
             Response::Busy { .. } => Err(NetError::Busy { node: record.node }.into()),
             other => Err(unknown_job(record, unexpected(record.node, "a question for a job", other))),
@@ -228,7 +327,13 @@ impl Client {
     }
 
     /// Keeps what a change of state says, and tells every event.
-    async fn note(&self, job: &JobId, progress: Progress, events: &Events) -> Result<(), SessionError> {
+    async fn note(
+        &self,
+        record: &JobRecord,
+        progress: Progress,
+        events: &Events,
+    ) -> Result<(), SessionError> {
+        let job = &record.job;
         let next_seq = progress.seq.saturating_add(1);
         let state = |state: RecordState| {
             move |record: &mut JobRecord| {
@@ -248,7 +353,7 @@ impl Client {
             // Not worth a write to the disk: a stream that is taken up again tells the step again.
             JobEvent::Step { done, total, eta } => events.tell(Event::Step { done, total, eta }).await,
             JobEvent::Preview { step, png } => events.hint(Event::Preview { step, png: png.into_vec() }),
-            JobEvent::Checkpoint { .. } => {}
+            JobEvent::Checkpoint { checkpoint } => self.keep_checkpoint(record, checkpoint),
             JobEvent::Encoding => events.tell(Event::Encoding).await,
             JobEvent::Done { receipt } => {
                 self.update(job, |record| {
@@ -301,6 +406,17 @@ fn unknown_job(record: &JobRecord, error: SessionError) -> SessionError {
             SessionError::Lost { job: record.job, node }
         }
         other => other,
+    }
+}
+
+/// What a node did wrong, if this error is its fault. A job that can never succeed is not.
+fn fault_of(error: &SessionError) -> Option<Fault> {
+    match error {
+        SessionError::Failed { retryable: true, .. } => Some(Fault::Failed),
+        SessionError::Lost { .. } => Some(Fault::Forgot),
+        SessionError::Stalled { .. } => Some(Fault::Stalled),
+        SessionError::Disputed { .. } => Some(Fault::WrongClip),
+        _ => None,
     }
 }
 

@@ -50,6 +50,43 @@ pub struct JobRecord {
     pub answer: Option<Envelope>,
     /// Whether the node heard the answer.
     pub answered: bool,
+    /// Whether only nodes may have it that neither train on what they see nor claim rights.
+    #[serde(default)]
+    pub require_terms: bool,
+    /// Whether only the nodes that were named for it may have it.
+    #[serde(default)]
+    pub pinned: bool,
+    /// Nodes that had it before, or may have it, and are not to do it any more.
+    #[serde(default)]
+    pub former: Vec<Former>,
+    /// The newest signed checkpoint whose state is in the store.
+    #[serde(default)]
+    pub checkpoint: Option<Envelope>,
+}
+
+/// A node from which a job was taken away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Former {
+    /// Which node.
+    pub node: NodeId,
+    /// Where it was reached.
+    pub addresses: Vec<String>,
+    /// How far its clock is ahead, in milliseconds.
+    pub clock_skew_ms: i64,
+    /// Stable name of the cause.
+    pub why: String,
+    /// Whether it heard that it need not go on.
+    pub cancelled: bool,
+}
+
+impl Former {
+    /// The node that has this job now, from which it is taken.
+    #[must_use]
+    pub fn of(record: &JobRecord, why: &str) -> Self {
+        let JobRecord { node, addresses, clock_skew_ms, .. } = record;
+        let (addresses, why) = (addresses.clone(), why.to_owned());
+        Self { node: *node, addresses, clock_skew_ms: *clock_skew_ms, why, cancelled: false }
+    }
 }
 
 /// How a job stands, as far as this machine knows.

@@ -145,6 +145,10 @@ pub fn job_record(number: u64) -> JobRecord {
         latents: None,
         answer: None,
         answered: false,
+        require_terms: false,
+        pinned: false,
+        former: Vec::new(),
+        checkpoint: None,
     }
 }
 

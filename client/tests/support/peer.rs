@@ -11,7 +11,7 @@ use kinoflock_protocol::order::{Quote, QuoteRequest, ValidOrder};
 use kinoflock_protocol::progress::{JobEvent, Progress};
 use kinoflock_protocol::query::ValidQuery;
 use kinoflock_protocol::receipt::{ReceiptAnswer, Verdict};
-use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
+use kinoflock_protocol::rpc::{JobState, JobStatus, ReleaseReason, Request, Response};
 use kinoflock_protocol::work::WorkModel;
 use kinoflock_protocol::*;
 use tokio::sync::mpsc;
@@ -31,12 +31,18 @@ pub(crate) struct Script {
     pub(crate) wrong_seed: bool,
     /// Its jobs fail.
     pub(crate) fails: bool,
+    /// Its jobs stand still after the first step.
+    pub(crate) holds: bool,
+    /// Time that its quotes tell, in milliseconds; 1000 if zero.
+    pub(crate) eta_ms: u64,
 }
 
 /// A peer and what it heard.
 pub(crate) struct Peer {
     pub(crate) handle: NetHandle,
     pub(crate) answers: mpsc::Receiver<Verdict>,
+    pub(crate) cancels: mpsc::Receiver<JobId>,
+    pub(crate) releases: mpsc::Receiver<ReleaseReason>,
 }
 
 impl Peer {
@@ -75,9 +81,12 @@ pub(crate) async fn start(seed: u8, script: Script) -> Peer {
     blobs.insert(CLIP.to_vec()).unwrap();
     handle.serve_blobs(Arc::new(blobs));
     let (heard, answers) = mpsc::channel(8);
-    let state = State { key, script, job: None, streams: Arc::new(AtomicU32::new(0)), heard };
+    let (cancelled, cancels) = mpsc::channel(8);
+    let (released, releases) = mpsc::channel(8);
+    let streams = Arc::new(AtomicU32::new(0));
+    let state = State { key, script, job: None, streams, heard, cancelled, released };
     tokio::spawn(state.serve(events));
-    Peer { handle, answers }
+    Peer { handle, answers, cancels, releases }
 }
 
 struct State {
@@ -86,6 +95,8 @@ struct State {
     job: Option<Envelope>,
     streams: Arc<AtomicU32>,
     heard: mpsc::Sender<Verdict>,
+    cancelled: mpsc::Sender<JobId>,
+    released: mpsc::Sender<ReleaseReason>,
 }
 
 impl State {
@@ -141,7 +152,12 @@ impl State {
             }
             Request::Cancel(query) => {
                 let query = ValidQuery::parse(&query, &network(), self.now(), &self.key.node_id()).unwrap();
+                self.cancelled.try_send(query.query.job).unwrap();
                 Response::Cancelled { job: query.query.job }
+            }
+            Request::Release { reason, .. } => {
+                self.released.try_send(reason).unwrap();
+                Response::Acknowledged
             }
             _ => Response::Acknowledged,
         }
@@ -167,7 +183,7 @@ impl State {
             issued_at: self.now(),
             expires_at: self.now().plus(Millis(15_000)),
             position: 0,
-            eta: Millis(1000),
+            eta: Millis(if self.script.eta_ms == 0 { 1000 } else { self.script.eta_ms }),
             work: request.work,
             speed: 1000,
             max_input_bytes: 0,
@@ -194,11 +210,15 @@ impl State {
         let step = |done| JobEvent::Step { done, total: 4, eta: Millis(1) };
         let events = [JobEvent::Loading, step(1), step(2), step(3), step(4), JobEvent::Encoding, last];
         let sender = sink.accept();
+        let holds = self.script.holds;
         tokio::spawn(async move {
             for (seq, event) in (0..).zip(events).filter(|(seq, _)| *seq >= from_seq) {
                 let told = sender.send(Progress { job: made.job, seq, event }).await;
                 if told.is_err() || breaks {
                     return;
+                }
+                if holds {
+                    return sender.closed().await;
                 }
             }
         });

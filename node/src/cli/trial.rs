@@ -132,7 +132,7 @@ async fn through_daemon(args: &TryArgs, folder: &Path, daemon: &mut Daemon) -> a
 
 async fn deliver(client: &Client, ask: &Ask, node: &LocalNode, events: &Events) -> anyhow::Result<Delivered> {
     let record = client.submit(ask, &[Way::local(node)], events).await?;
-    Ok(client.follow(&record.job, events).await?)
+    Ok(client.follow(&record.job, &[], events).await?)
 }
 
 fn zeroize_seed() -> anyhow::Result<[u8; 32]> {

@@ -1,0 +1,405 @@
+//! From a job to a node that has it durably: rank, quotes, signature, order.
+//!
+//! The same way is gone for a job that is new and for one that is handed on because its node is gone: that one is signed
+//! already, and begins from its newest checkpoint where one is at hand.
+
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use kinoflock_protocol::limits::MAX_CLOCK_SKEW_MS;
+use kinoflock_protocol::order::{Order, QuoteRequest, Resume, ValidQuote};
+use kinoflock_protocol::rpc::{ReleaseReason, Request, Response};
+use kinoflock_protocol::{Envelope, JobId, JobSpec, Millis, Reason, Work};
+
+use super::find::{Found, Model, unexpected};
+use super::{Client, Event, Events, SessionError, corrected, nonce};
+use crate::route::{self, Candidate, Declined, Needs, Why};
+use crate::store::{Former, JobRecord, RecordState};
+
+/// Nodes that are asked for a quote at once.
+const QUOTES_AT_ONCE: usize = 3;
+/// Tries to hand over an order; the same order again gives the same job.
+const SUBMIT_TRIES: u32 = 4;
+/// Pause between two tries.
+const SUBMIT_PAUSE: Duration = Duration::from_millis(400);
+/// How long a node that only holds too many places for this key just now is asked again: its leases last seconds.
+const PLACES_WAIT: Duration = Duration::from_secs(60);
+/// Pause before it is asked again.
+const PLACES_PAUSE: Duration = Duration::from_millis(300);
+/// Difference of clocks that is corrected without a word.
+const SKEW_IGNORED_MS: u64 = 30_000;
+/// From this much on, a place is given back because another node is expected to be done sooner.
+const SOONER_MS: u64 = 1_000;
+
+/// A node that would take the job, and how far its clock is ahead.
+pub(super) struct Offered<'a> {
+    pub(super) found: &'a Found,
+    pub(super) quote: ValidQuote,
+    skew_ms: i64,
+}
+
+impl Offered<'_> {
+    /// What its promise is worth; see [`route::cost`].
+    fn cost(&self) -> (bool, u64) {
+        route::cost(&self.found.candidate.seen, self.quote.quote().eta, crate::now())
+    }
+}
+
+/// A job that a node is to have.
+pub(super) struct Placing {
+    pub(super) spec: JobSpec,
+    pub(super) model: Model,
+    pub(super) work: Work,
+    pub(super) require_terms: bool,
+    /// Whether only the nodes that were named may have it.
+    pub(super) pinned: bool,
+    /// How long after its signature its result is of no more use.
+    pub(super) deadline: Option<Millis>,
+    /// As it was signed, once it is.
+    pub(super) signed: Option<Envelope>,
+    /// Its record and why its node lost it, when it is handed on.
+    pub(super) before: Option<(JobRecord, String)>,
+    /// Where to go on, when it is handed on.
+    pub(super) resume: Option<Resume>,
+    /// Nodes that have it, or may have it, and are not to do it.
+    pub(super) former: Vec<Former>,
+}
+
+impl Placing {
+    pub(super) fn needs(&self) -> Needs {
+        Needs {
+            model: self.model.id,
+            shape: self.spec.shape(),
+            work: self.work,
+            input_bytes: self.spec.inputs().iter().map(|blob| blob.len).sum(),
+            require_terms: self.require_terms,
+        }
+    }
+}
+
+/// Who declined, each told once however often it was asked.
+struct Told<'a> {
+    events: &'a Events,
+    declined: Vec<Declined>,
+}
+
+impl Told<'_> {
+    async fn all(&mut self, declined: &[Declined]) {
+        for declined in declined {
+            if !self.declined.contains(declined) {
+                self.events.tell(Event::from(declined)).await;
+                self.declined.push(declined.clone());
+            }
+        }
+    }
+}
+
+impl Client {
+    /// Hands the job to the best of those who take it.
+    pub(super) async fn place(
+        &self,
+        mut placing: Placing,
+        found: &[Found],
+        events: &Events,
+    ) -> Result<JobRecord, SessionError> {
+        let candidates: Vec<Candidate> = found.iter().map(|found| found.candidate.clone()).collect();
+        let (ranked, unfit) = route::rank(&candidates, &placing.needs(), crate::now());
+        let ranked = route::turn::in_turn(ranked, QUOTES_AT_ONCE, super::random()?);
+        // Who takes a job that is handed on is told; who does not is of no interest then.
+        let none = Events::none();
+        let whom = if placing.before.is_some() { &none } else { events };
+        let mut told = Told { events: whom, declined: Vec::new() };
+        told.all(&unfit).await;
+        let until = Instant::now() + PLACES_WAIT;
+        loop {
+            let mut reasons = unfit.clone();
+            for few in ranked.chunks(QUOTES_AT_ONCE) {
+                let asked: Vec<&Found> = few.iter().map(|ranked| &found[ranked.index]).collect();
+                let (offers, declined) = self.quotes(&asked, &placing.spec, placing.work).await;
+                told.all(&declined).await;
+                reasons.extend(declined);
+                let taken = self.take(&mut placing, offers, &mut reasons, &mut told, events).await?;
+                if let Some(record) = taken {
+                    return Ok(record);
+                }
+            }
+            let is_momentary = reasons.iter().any(|declined| declined.why.is_momentary());
+            if !is_momentary || Instant::now() + PLACES_PAUSE > until {
+                return Err(SessionError::NoTaker { model: placing.model.name, reasons });
+            }
+            tokio::time::sleep(PLACES_PAUSE).await;
+        }
+    }
+
+    /// Hands the job to the first of those who offered that takes it. The job is signed once, by the clock of the node
+    /// that was chosen first.
+    async fn take(
+        &self,
+        placing: &mut Placing,
+        mut offers: Vec<Offered<'_>>,
+        reasons: &mut Vec<Declined>,
+        told: &mut Told<'_>,
+        events: &Events,
+    ) -> Result<Option<JobRecord>, SessionError> {
+        offers.sort_by_key(|offer| (offer.cost(), offer.quote.node()));
+        let mut offers = offers.into_iter();
+        while let Some(offer) = offers.next() {
+            let job = match &placing.signed {
+                Some(job) => job.clone(),
+                None => {
+                    let job = self.sign(placing, offer.skew_ms)?;
+                    placing.signed.insert(job).clone()
+                }
+            };
+            self.announce(&offer, placing, events).await;
+            match self.hand_over(&offer, placing, job, events).await? {
+                Ok(record) => {
+                    self.release(offers, |other| why_not(other, &offer)).await;
+                    return Ok(Some(record));
+                }
+                Err(why) => {
+                    let declined = self.declined(offer.found, why);
+                    told.all(std::slice::from_ref(&declined)).await;
+                    reasons.push(declined);
+                    // Its place is held for some seconds more, and the artist's next try may need it.
+                    self.release(std::iter::once(offer), |_| ReleaseReason::ChoseAnother).await;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    pub(super) async fn quotes<'a>(
+        &self,
+        asked: &[&'a Found],
+        spec: &JobSpec,
+        work: Work,
+    ) -> (Vec<Offered<'a>>, Vec<Declined>) {
+        let quotes = asked.iter().map(|found| async move { (*found, self.quote(found, spec, work).await) });
+        let (mut offers, mut declined) = (Vec::new(), Vec::new());
+        for (found, quote) in join_all(quotes).await {
+            match quote {
+                Ok((quote, skew_ms)) => offers.push(Offered { found, quote, skew_ms }),
+                Err(why) => declined.push(self.declined(found, why)),
+            }
+        }
+        (offers, declined)
+    }
+
+    async fn quote(&self, found: &Found, spec: &JobSpec, work: Work) -> Result<(ValidQuote, i64), Why> {
+        let failed = |error: SessionError| match error {
+            SessionError::Refused { refusal, .. } => Why::Refused(*refusal),
+            other => Why::Failed(other.to_string()),
+        };
+        let node = found.candidate.node;
+        let nonce = nonce().map_err(failed)?;
+        let mut request = QuoteRequest::for_job(spec, self.requester(), nonce, work);
+        // By the node's clock, as far as its advert told.
+        request.deadline = request.deadline.map(|time| corrected(time, found.skew_ms));
+        match self.net.request(node, Request::Quote(request.clone())).await {
+            Ok(Response::Quote(envelope)) => {
+                let quote = ValidQuote::parse(&envelope, &self.network, &node, &request)
+                    .map_err(|error| Why::Failed(error.to_string()))?;
+                let skew = quote.skew(crate::now());
+                Ok((quote, if skew.unsigned_abs() > SKEW_IGNORED_MS { skew } else { 0 }))
+            }
+            Ok(Response::Busy { retry_after }) => {
+                Err(Why::Failed(format!("is busy, ask again in {retry_after}")))
+            }
+            Ok(other) => Err(failed(unexpected(node, "a question for a quote", other))),
+            Err(error) => Err(Why::Failed(error.to_string())),
+        }
+    }
+
+    /// Signs the job, by the chosen node's clock.
+    fn sign(&self, placing: &mut Placing, skew_ms: i64) -> Result<Envelope, SessionError> {
+        let spec = &mut placing.spec;
+        spec.issued_at = corrected(crate::now(), skew_ms);
+        spec.deadline = placing.deadline.map(|deadline| spec.issued_at.plus(deadline));
+        Ok(Envelope::seal(&self.key, &self.network, spec)?)
+    }
+
+    /// Says who will see what, before anything is sent.
+    async fn announce(&self, offer: &Offered<'_>, placing: &Placing, events: &Events) {
+        let Placing { spec, model, .. } = placing;
+        let Candidate { node, capacity, .. } = &offer.found.candidate;
+        if offer.skew_ms.unsigned_abs() > MAX_CLOCK_SKEW_MS {
+            let limit = Millis(MAX_CLOCK_SKEW_MS);
+            events.tell(Event::ClockSkew { node: *node, ahead_ms: offer.skew_ms, limit }).await;
+        }
+        let sees = if spec.inputs().is_empty() {
+            "your prompt and the frames"
+        } else {
+            "your prompt, your files and the frames"
+        };
+        let (position, eta) = (offer.quote.quote().position, offer.quote.quote().eta);
+        if let Some((before, why)) = &placing.before {
+            let moved = Event::Moved {
+                from: before.node,
+                from_name: before.node_name.clone(),
+                why: why.clone(),
+                node: *node,
+                name: capacity.name.to_string(),
+                step: placing.resume.as_ref().map(|resume| resume.step),
+                eta,
+                sees,
+            };
+            return events.tell(moved).await;
+        }
+        let chosen = Event::Chosen {
+            node: *node,
+            name: capacity.name.to_string(),
+            model: model.name.clone(),
+            position,
+            eta,
+            seed: spec.seed.to_string(),
+            sees,
+            terms: capacity.terms.clone(),
+            content_rules: capacity.content_rules,
+        };
+        events.tell(chosen).await;
+    }
+
+    /// Writes the record, then sends the order. The inner error is the node's no.
+    async fn hand_over(
+        &self,
+        offer: &Offered<'_>,
+        placing: &mut Placing,
+        job: Envelope,
+        events: &Events,
+    ) -> Result<Result<JobRecord, Why>, SessionError> {
+        let node = offer.found.candidate.node;
+        let id = JobId::of(&job, &self.network);
+        let issued_at = corrected(crate::now(), offer.skew_ms);
+        let lease = offer.quote.quote().lease;
+        let order = Order { job: id, node, lease, issued_at, resume: placing.resume.clone() };
+        let order = Envelope::seal(&self.key, &self.network, &order)?;
+        self.store.insert_job(&self.record(id, offer, placing, &job, &order))?;
+        let until = Instant::now() + Duration::from(offer.quote.held_for());
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let request = Request::Submit { order: order.clone(), job: job.clone() };
+            let (why, pause) = match self.net.request(node, request).await {
+                Ok(Response::Accepted { job, position, eta }) if job == id => {
+                    if placing.before.is_none() {
+                        events.tell(Event::Accepted { job, position, eta }).await;
+                    }
+                    let taken = self.update(&id, |record| {
+                        record.state = RecordState::Queued;
+                        record.told = Some(eta);
+                    })?;
+                    return Ok(Ok(taken));
+                }
+                Ok(Response::Busy { retry_after }) => (Why::Failed("is busy".to_owned()), retry_after.into()),
+                Err(error) if error.is_transient() => (Why::Failed(error.to_string()), SUBMIT_PAUSE),
+                Ok(Response::Refused(refusal)) => return self.withdraw(&id, placing, Why::Refused(refusal)),
+                Ok(other) => {
+                    let error = unexpected(node, "an order", other);
+                    return self.withdraw(&id, placing, Why::Failed(error.to_string()));
+                }
+                Err(error) => return self.withdraw(&id, placing, Why::Failed(error.to_string())),
+            };
+            if tries == SUBMIT_TRIES || Instant::now() + pause > until {
+                // Whether the node has it is not known: the record stays, so that nothing is lost.
+                let record = self.update(&id, |record| record.state = RecordState::Sent)?;
+                placing.former.push(Former::of(&record, "unreachable"));
+                return Ok(Err(why));
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// The node said no: there is no such job there.
+    fn withdraw(
+        &self,
+        id: &JobId,
+        placing: &Placing,
+        why: Why,
+    ) -> Result<Result<JobRecord, Why>, SessionError> {
+        match &placing.before {
+            Some((before, _)) => self.store.insert_job(before)?,
+            None => self.store.remove_job(id)?,
+        }
+        Ok(Err(why))
+    }
+
+    fn record(
+        &self,
+        job: JobId,
+        offer: &Offered<'_>,
+        placing: &Placing,
+        envelope: &Envelope,
+        order: &Envelope,
+    ) -> JobRecord {
+        let Found { candidate, addresses, .. } = offer.found;
+        let advertised = candidate.capacity.addresses.iter().map(|address| address.to_string());
+        let mut addresses: Vec<String> =
+            addresses.iter().map(ToString::to_string).chain(advertised).collect();
+        addresses.dedup();
+        let before = placing.before.as_ref().map(|(record, _)| record);
+        JobRecord {
+            job,
+            network: self.network,
+            envelope: envelope.clone(),
+            order: Some(order.clone()),
+            node: candidate.node,
+            node_name: candidate.capacity.name.to_string(),
+            addresses,
+            model: placing.model.id,
+            model_name: placing.model.name.clone(),
+            created_at: before.map_or_else(crate::now, |before| before.created_at),
+            updated_at: crate::now(),
+            clock_skew_ms: offer.skew_ms,
+            told: None,
+            state: RecordState::Sent,
+            next_seq: 0,
+            error: None,
+            receipt: None,
+            clip: None,
+            latents: None,
+            answer: None,
+            answered: false,
+            require_terms: placing.require_terms,
+            pinned: placing.pinned,
+            former: placing.former.clone(),
+            checkpoint: before.and_then(|before| before.checkpoint.clone()),
+        }
+    }
+
+    /// Gives back the places that are not needed, each with its reason. A node that does not hear it gives them away by
+    /// itself.
+    pub(super) async fn release<'a>(
+        &self,
+        offers: impl Iterator<Item = Offered<'a>>,
+        reason: impl Fn(&Offered<'a>) -> ReleaseReason,
+    ) {
+        let released = offers.map(|offer| {
+            let request = Request::Release { lease: offer.quote.quote().lease, reason: reason(&offer) };
+            self.net.request(offer.found.candidate.node, request)
+        });
+        join_all(released).await;
+    }
+
+    fn declined(&self, found: &Found, why: Why) -> Declined {
+        let Candidate { node, capacity, .. } = &found.candidate;
+        Declined { node: *node, name: capacity.name.to_string(), why }
+    }
+}
+
+/// Whether an artist may hope that the same node takes the same job later.
+#[must_use]
+pub(super) fn is_passing(reason: Reason) -> bool {
+    matches!(reason, Reason::Busy | Reason::QueueFull | Reason::TooManyLeases)
+}
+
+/// Why this one's place was not taken: the other is to be done sooner, or its word is worth more.
+fn why_not(other: &Offered<'_>, chosen: &Offered<'_>) -> ReleaseReason {
+    let (theirs, taken) = (other.quote.quote().eta.0, chosen.quote.quote().eta.0);
+    match theirs.saturating_sub(taken) {
+        sooner if sooner >= SOONER_MS => ReleaseReason::Sooner(Millis(sooner)),
+        _ if other.cost() > chosen.cost() && theirs <= taken => ReleaseReason::Reliability,
+        _ if other.found.candidate.round_trip > chosen.found.candidate.round_trip => ReleaseReason::Latency,
+        _ => ReleaseReason::ChoseAnother,
+    }
+}

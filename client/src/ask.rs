@@ -4,7 +4,7 @@
 
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::{List, Text, TooLong};
-use kinoflock_protocol::job::{Audience, Op, OpValue, Returns};
+use kinoflock_protocol::job::{Audience, Op, OpValue, Returns, Share};
 use kinoflock_protocol::limits::{MAX_NAME, MAX_OPS};
 use kinoflock_protocol::model::{ModelManifest, RuleError};
 use kinoflock_protocol::{JobShape, JobSpec, Micro, Millis, ModelId, Nonce, Prompt, UnixMillis};
@@ -46,6 +46,12 @@ pub struct Ask {
     pub require_terms: bool,
     /// Whether only the nodes that were named may run it.
     pub pinned: bool,
+    /// How many nodes are to watch the job while this machine is away; two if nothing is said.
+    pub custodians: Option<usize>,
+    /// How wide the clip may be announced, and who may hold sealed copies.
+    pub share: Share,
+    /// After how many steps each a checkpoint is wanted; as the client chooses if nothing is said.
+    pub checkpoint_every: Option<u32>,
     /// After how long the result is of no more use.
     pub deadline: Option<Millis>,
 }
@@ -179,6 +185,7 @@ impl Ask {
         spec.initial_latents = self.initial_latents.as_deref().map(BlobRef::of);
         spec.returns = Returns { latents: self.latents, previews: self.previews, ..Returns::default() };
         spec.addressed_to = Audience::Anyone;
+        spec.share = self.share;
         spec.ops = self.ops()?;
         spec.artist = name("artist", self.artist.as_deref())?;
         spec.licence = name("licence", self.licence.as_deref())?;

@@ -9,6 +9,7 @@ mod clips;
 mod context;
 mod failure;
 mod follow;
+mod forget;
 mod generate;
 mod jobs;
 mod keys;
@@ -66,6 +67,7 @@ async fn with_context(command: Command, context: &Context<'_>) -> Result<(), Fai
         Command::Get { clip, save } => clips::get(&clip, &save, context).await,
         Command::Share { clip } => clips::share(&clip, context),
         Command::Rm { ids } => clips::rm(&ids, context),
+        Command::Forget { clip } => forget::forget(&clip, context).await,
         Command::Show { what } => clips::show(&what, context),
         Command::Verify { file } => clips::verify(&file, context),
         Command::Nodes { node } => nodes::nodes(&node, context).await,

@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::store::{JobRecord, Store};
 
+mod custody;
 mod deliver;
 mod error;
 mod event;
@@ -36,6 +37,8 @@ pub use find::{Found, Model, WrongWay};
 /// Events that wait for whoever renders them; when it is full, the session waits, except for transfers and previews,
 /// which are passed over.
 pub const EVENTS: usize = 256;
+/// Silence of a job's node after which the requester looks for another one.
+const AWAY: Duration = Duration::from_secs(8);
 /// Nodes that mDNS found and that are remembered; further ones are passed over.
 const MAX_FOUND: usize = 64;
 
@@ -69,6 +72,8 @@ pub struct Client {
     mdns: bool,
     found: watch::Receiver<BTreeMap<NodeId, Vec<Multiaddr>>>,
     inputs: Arc<Inputs>,
+    /// Silence of a job's node after which another is looked for.
+    away: Duration,
 }
 
 impl Client {
@@ -85,7 +90,31 @@ impl Client {
         let inputs = Arc::new(Inputs { store: store.clone(), served: Mutex::default() });
         net.serve_blobs(inputs.clone());
         let ClientOptions { network, mdns, patience } = options;
-        Ok(Self { net, network, store, key, patience, mdns, found, inputs })
+        Ok(Self { net, network, store, key, patience, mdns, found, inputs, away: AWAY })
+    }
+
+    /// A custodian: works over a swarm that runs already, with the custodian's key, for jobs that others signed. It gives up
+    /// a node that is silent for `away`, and never gives up a job by itself. What [`Client::inputs`] gives is to be
+    /// served by the swarm.
+    #[must_use]
+    pub fn custodian(net: NetHandle, network: NetworkId, key: Keypair, store: Store, away: Duration) -> Self {
+        let inputs = Arc::new(Inputs { store: store.clone(), served: Mutex::default() });
+        let (_, found) = watch::channel(BTreeMap::new());
+        let patience = Duration::from_millis(kinoflock_protocol::limits::JOB_LIFE_MS);
+        Self { net, network, store, key, patience, mdns: false, found, inputs, away }
+    }
+
+    /// The same, that gives up a node which is silent for so long.
+    #[must_use]
+    pub fn patient(mut self, away: Duration) -> Self {
+        self.away = away;
+        self
+    }
+
+    /// The inputs of jobs under way, and nothing else of the store.
+    #[must_use]
+    pub fn inputs(&self) -> Arc<dyn BlobSource> {
+        Arc::clone(&self.inputs) as Arc<dyn BlobSource>
     }
 
     /// Ends all connections.

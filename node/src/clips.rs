@@ -236,6 +236,26 @@ impl Clips {
         Ok(ids)
     }
 
+    /// Deletes what is this job's alone; what others own too stays for them.
+    ///
+    /// # Errors
+    /// When the index fails.
+    pub fn forget(&self, job: &JobId, now: UnixMillis) -> Result<Vec<BlobId>, ClipsError> {
+        let mut state = self.lock();
+        let owned = |row: &Row| row.owners.iter().any(|part| part.owner.job == *job);
+        let alone = |row: &Row| row.owners.iter().all(|part| part.owner.job == *job);
+        let rows = state.index.rows().filter(|(_, row)| owned(row));
+        let (gone, kept): (Vec<_>, Vec<_>) =
+            rows.map(|(id, row)| (*id, alone(row))).partition(|(_, alone)| *alone);
+        for (id, _) in &kept {
+            state.index.acknowledge(id, job, now)?;
+        }
+        for (id, _) in &gone {
+            self.delete(&mut state, id)?;
+        }
+        Ok(gone.into_iter().map(|(id, _)| id).collect())
+    }
+
     /// The chaining values of a blob.
     ///
     /// # Errors

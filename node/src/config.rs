@@ -142,6 +142,8 @@ pub struct Config {
     pub terms: Terms,
     /// Bounds of the queue and of leases.
     pub queue: QueueConfig,
+    /// Jobs watched for artists who are away.
+    pub custody: Custody,
     /// Folders and disk limits.
     pub storage: Storage,
     /// Deadlines of the worker's phases.
@@ -229,6 +231,15 @@ pub struct Terms {
     pub keep_acknowledged: Duration,
     /// How long they stay at most.
     pub keep_at_most: Duration,
+}
+
+/// `[custody]`, checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Custody {
+    /// Most jobs watched at once.
+    pub jobs: usize,
+    /// Silence of a watched job's node after which it is handed on.
+    pub after: Duration,
 }
 
 /// `[queue]`, checked.
@@ -325,6 +336,7 @@ fn check(
         policy: check_policy(&merged.policy)?,
         terms: check_terms(&merged.terms)?,
         queue: check_queue(&merged.queue)?,
+        custody: Custody { jobs: merged.custody.jobs as usize, after: merged.custody.after.duration() },
         storage: check_storage(&merged.storage, folders)?,
         engine: check_engine(&merged.engine)?,
         admin: check_admin(&merged.admin)?,

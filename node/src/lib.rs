@@ -6,6 +6,7 @@ pub mod clips;
 pub mod config;
 pub mod disk;
 pub mod engine;
+pub mod holdings;
 pub mod identity;
 pub mod models;
 pub mod policy;

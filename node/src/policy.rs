@@ -171,6 +171,15 @@ impl Policy {
         if ask.class == Class::Own { Ok(()) } else { self.check_quota(ask, usage) }
     }
 
+    /// The refusal of a requester whom the operator does not serve at all.
+    #[must_use]
+    pub fn denies(&self, requester: &RequesterId) -> Option<Refusal> {
+        self.rules
+            .deny
+            .contains(requester)
+            .then(|| Rule::RequesterDenied.refuse("keys that are not listed", requester))
+    }
+
     fn check_requester(&self, ask: &Ask) -> Result<(), Refusal> {
         if self.rules.deny.contains(&ask.requester) {
             return Err(Rule::RequesterDenied.refuse("keys that are not on the list", ask.requester));

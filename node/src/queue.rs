@@ -74,6 +74,12 @@ pub enum QueueError {
         /// The job.
         job: JobId,
     },
+    /// The job is not over yet.
+    #[error("job {job} is not over yet")]
+    Live {
+        /// The job.
+        job: JobId,
+    },
     /// The receipt could not be made.
     #[error("the receipt could not be signed: {0}")]
     Receipt(String),
@@ -93,6 +99,7 @@ impl QueueError {
             Self::NonceUsed { .. } => "nonce_used",
             Self::Unknown { .. } => "job_unknown",
             Self::Over { .. } => "job_over",
+            Self::Live { .. } => "job_live",
             Self::Receipt(_) => "receipt",
             Self::Closed => "store_closed",
         }
@@ -193,6 +200,14 @@ impl Queue {
         ended_before: UnixMillis,
     ) -> Result<Vec<JobId>, QueueError> {
         self.send(|reply| Command::Sweep { acknowledged_before, ended_before, reply }).await
+    }
+
+    /// Erases an ended job's prompt, order and record. Its receipt stays.
+    ///
+    /// # Errors
+    /// When there is no such job, it is not over, or the disk refuses.
+    pub async fn forget(&self, job: JobId) -> Result<(), QueueError> {
+        self.send(|reply| Command::Forget(job, reply)).await
     }
 
     /// A job's record, live or ended.

@@ -8,14 +8,16 @@
 //! - `requests`: what peers ask; `prompts`, `refuse`: why some are told no;
 //! - `jobs`: what scheduler and workers say; `finish`: from a worker's files to a receipt;
 //! - `boards`: what followers of a job are told; `selftest`: which models may be offered; `advert`: what is offered;
-//! - `operator`: what the admin interface asks.
+//! - `held`, `replicate`: sealed clips for others, and ours with others; `custody`: jobs watched for others;
+//! - `interest`, `look`: why this node is idle; `operator`: what the admin interface asks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use kinoflock_net::{Multiaddr, NetEvent, NetHandle, Responder, multiaddr::Protocol};
+use kinoflock_protocol::custody::{Content, Seen};
 use kinoflock_protocol::id::{JobId, ModelId, NetworkId, NodeId};
 use kinoflock_protocol::job::ValidJob;
 use kinoflock_protocol::refusal::Refusal;
@@ -23,10 +25,12 @@ use kinoflock_protocol::units::UnixMillis;
 use tokio::sync::mpsc;
 
 use crate::admin::AdminRequest;
+use crate::admin::report::SeenReport;
 use crate::clips::Clips;
 use crate::config::Config;
 use crate::engine::supervisor::{EngineEvent, EngineHandle};
 use crate::engine::wire::WorkerInfo;
+use crate::holdings::Holdings;
 use crate::identity::Identity;
 use crate::models::Model;
 use crate::queue::{Queue, QueueError};
@@ -38,12 +42,17 @@ use self::boards::Boards;
 
 mod advert;
 mod boards;
+mod custody;
 mod finish;
+mod held;
 mod inputs;
+mod interest;
 mod jobs;
+mod look;
 mod operator;
 mod prompts;
 mod refuse;
+mod replicate;
 mod requests;
 mod selftest;
 mod start;
@@ -78,6 +87,14 @@ enum Note {
     Ended { job: JobId, result: Result<(), QueueError> },
     /// Records were erased, because their terms are over.
     Swept { jobs: Vec<JobId> },
+    /// A fetch of a blob for others is over.
+    Kept { job: JobId, content: Content },
+    /// What other nodes have seen of this one.
+    Seen { reports: Vec<SeenReport> },
+    /// What was seen of another node.
+    Looked { seen: Seen, responder: Responder },
+    /// A watched job came to its end.
+    Watched { job: JobId },
     /// Something of an engine.
     Engine { device: DeviceId, event: EngineEvent },
 }
@@ -125,6 +142,10 @@ struct Daemon {
     scheduler: Scheduler,
     queue: Queue,
     clips: Clips,
+    holdings: Holdings,
+    /// Blobs that are being fetched for others.
+    keeping: BTreeSet<(JobId, Content)>,
+    custodian: custody::Custodian,
     models: BTreeMap<ModelId, Arc<Model>>,
     prompts: prompts::Prompts,
     self_tests: crate::models::selftest::Results,
@@ -132,6 +153,8 @@ struct Daemon {
     live: BTreeMap<JobId, LiveJob>,
     boards: Boards,
     adverts: advert::Adverts,
+    interest: interest::Interest,
+    looks: look::Looks,
     notes: mpsc::Sender<Note>,
     metrics: Metrics,
     counts: Counts,
@@ -165,7 +188,10 @@ impl Daemon {
                 },
                 () = sleep_until(wake) => self.scheduler.handle_timeout(Instant::now()),
                 _ = sweep.tick() => self.sweep(),
-                _ = advert.tick() => self.advertise(),
+                _ = advert.tick() => {
+                    self.advertise();
+                    self.custodian.set_ways(self.adverts.ways());
+                }
             }
             self.settle();
         }
@@ -177,6 +203,7 @@ impl Daemon {
         while let Some(event) = self.scheduler.poll_event() {
             self.handle_event(event);
         }
+        self.ask_to_be_seen();
         self.show();
     }
 
@@ -189,6 +216,10 @@ impl Daemon {
             Note::Finished { device, job, result } => self.handle_finished(device, job, result),
             Note::Ended { job, result } => self.handle_ended(job, result),
             Note::Swept { jobs } => jobs.iter().for_each(|job| self.scheduler.forget(job)),
+            Note::Kept { job, content } => self.handle_kept(job, content),
+            Note::Seen { reports } => self.handle_seen(reports),
+            Note::Looked { seen, responder } => self.handle_looked(seen, responder),
+            Note::Watched { job } => self.handle_watched(job),
             Note::Engine { device, event } => self.handle_engine(device, event),
         }
     }
@@ -283,6 +314,7 @@ impl Daemon {
     }
 
     fn sweep(&mut self) {
+        self.sweep_held();
         let now = unix_now();
         let ago = |span: Duration| now.minus(kinoflock_protocol::units::Millis(span.as_millis() as u64));
         let acknowledged = ago(self.config.terms.keep_acknowledged);

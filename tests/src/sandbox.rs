@@ -112,6 +112,27 @@ impl Sandbox {
         sandbox
     }
 
+    /// So many daemons with this worker, each of which knows the first one and hears of the others.
+    ///
+    /// # Panics
+    /// When they do not hear of each other.
+    #[must_use]
+    pub fn swarm(count: usize, worker: impl Fn(usize) -> Worker, config: &str) -> Self {
+        let mut sandbox = Self::new();
+        for place in 0..count {
+            let first = sandbox.nodes.first().map(|first| first.address("tcp"));
+            sandbox.add_prepared(&worker(place), config, |node| {
+                if let Some(first) = first {
+                    node.wrap(&["env", &format!("KINOFLOCKD_NETWORK_BOOTSTRAP=[{first:?}]")]);
+                }
+            });
+        }
+        for node in &sandbox.nodes {
+            eventually("every node hears of every other", || (node.known() + 1 >= count).then_some(()));
+        }
+        sandbox
+    }
+
     /// A network without daemons.
     ///
     /// # Panics
@@ -299,6 +320,15 @@ impl Node {
             }
             call::status(&socket).ok().filter(|report| report.accepting.is_ok())
         });
+    }
+
+    /// Nodes that it has heard of.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    #[must_use]
+    pub fn known(&self) -> usize {
+        self.status().known_nodes
     }
 
     /// What it says of itself.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use kinoflock_protocol::Micro;
-use kinoflock_protocol::job::OpValue;
+use kinoflock_protocol::job::{OpValue, Share};
 
 /// Make videos from words on other people's machines, without a company in the middle.
 #[derive(Debug, Parser)]
@@ -113,6 +113,11 @@ pub enum Command {
         /// Ids of clips or jobs, or the beginnings of them
         #[arg(required = true)]
         ids: Vec<String>,
+    },
+    /// Forget a clip here and ask every node that had it to forget it too: frames, latents, prompt
+    Forget {
+        /// Its id or that of its job, or the beginning of it
+        clip: String,
     },
     /// What is known of a clip: how it was made and with what
     Show {
@@ -246,6 +251,13 @@ pub struct Generate {
     /// Only nodes that promise to keep nothing beyond a week, not to train on it, and to claim no rights
     #[arg(long)]
     pub require_terms: bool,
+    /// How many further nodes watch the job while this machine is away, and give it to another if its node dies; they
+    /// could read the prompt too [default: 2, none with --node]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=8))]
+    pub custodians: Option<u8>,
+    /// Who may hold sealed copies of the clip, which only you can open: none, collective or public
+    #[arg(long, value_name = "WHOM", default_value = "none", value_parser = share)]
+    pub share: Share,
     /// Hand the job over, print its id, and leave
     #[arg(long)]
     pub detach: bool,
@@ -285,6 +297,15 @@ pub enum Key {
         /// The words
         words: Vec<String>,
     },
+}
+
+fn share(text: &str) -> Result<Share, String> {
+    match text {
+        "none" => Ok(Share::None),
+        "collective" => Ok(Share::Collective),
+        "public" => Ok(Share::Public),
+        _ => Err("a clip is shared with none, collective or public".to_owned()),
+    }
 }
 
 fn number(text: &str) -> Result<Micro, String> {

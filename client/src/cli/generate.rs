@@ -208,6 +208,8 @@ fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure> {
         artist: context.config.artist.clone(),
         licence: args.licence.clone().or_else(|| context.config.licence.clone()),
         require_terms: args.require_terms,
+        custodians: args.custodians.map(usize::from),
+        share: args.share,
         ..Ask::default()
     })
 }

@@ -79,6 +79,9 @@ impl Client {
             Err(error) => return Err(error.into()),
         }
         events.tell(Event::Made { clip: blob.id.into(), len: blob.len }).await;
+        if self.fetch_sealed(record, blob, events).await? {
+            return Ok(self.store.read_blob(&blob.id)?);
+        }
         self.reach(record).await?;
         self.fetch_to_store(blob, &[record.node], events).await?;
         Ok(self.store.read_blob(&blob.id)?)
@@ -98,7 +101,11 @@ impl Client {
             record.state = RecordState::Done;
             record.answer = Some(answer);
         })?;
-        if record.answered { Ok(record) } else { self.send_answer(&record, events).await }
+        if record.answered {
+            return Ok(record);
+        }
+        let (answered, ()) = futures::join!(self.send_answer(&record, events), self.answer_holders(&record));
+        answered
     }
 
     /// Tells the node, and keeps that it knows. The clip is here whether or not it can be told.

@@ -57,6 +57,15 @@ pub enum Event {
         terms: Terms,
         /// Whether rules about content may refuse the job.
         content_rules: bool,
+        /// Nodes that will hold the signed job too, and watch it while this machine is away.
+        custodians: Vec<String>,
+    },
+    /// A node does not watch the job.
+    NoCustodian {
+        /// Which node.
+        node: NodeId,
+        /// Why.
+        why: String,
     },
     /// The two clocks differ more than the protocol allows. The job's times go by the node's clock.
     ClockSkew {
@@ -177,7 +186,18 @@ impl fmt::Display for Event {
             Self::Unreachable { way, why } => write!(f, "could not reach {way}: {why}"),
             Self::Reached { node, name } => write!(f, "reached node {}", called(name, node)),
             Self::Declined { node, name, why } => write!(f, "node {}: {why}", called(name, node)),
-            Self::Chosen { node, name, model, position, eta, seed, sees, terms, content_rules } => {
+            Self::Chosen {
+                node,
+                name,
+                model,
+                position,
+                eta,
+                seed,
+                sees,
+                terms,
+                content_rules,
+                custodians,
+            } => {
                 let name = if name.is_empty() { node.to_string() } else { format!("{name} ({node})") };
                 write!(f, "node {name} will make it with {model}, seed {seed}: ")?;
                 writeln!(f, "{position} ahead, about {eta}")?;
@@ -185,7 +205,18 @@ impl fmt::Display for Event {
                 if *content_rules {
                     write!(f, "\nits operator has rules about content")?;
                 }
+                if !custodians.is_empty() {
+                    let (who, verb) =
+                        (custodians.join(" and "), if custodians.len() == 1 { "watches" } else { "watch" });
+                    write!(
+                        f,
+                        "\n{who} {verb} the job while this machine is away, and could read the prompt too"
+                    )?;
+                }
                 Ok(())
+            }
+            Self::NoCustodian { node, why } => {
+                write!(f, "node ...{} does not watch the job: {why}", node.short())
             }
             Self::ClockSkew { node, ahead_ms, limit } => {
                 let (by, which) =

@@ -21,12 +21,11 @@ use super::{Client, Delivered, Event, Events, SessionError};
 use crate::ask::Ask;
 use crate::local;
 use crate::route::experience::{Experience, Fault};
-use crate::store::{JobRecord, RecordError, RecordState};
+use crate::store::{Holder, JobRecord, RecordError, RecordState};
 use crate::ticket::{Way, parse_addresses};
 
-/// Silence after which another node is looked for.
-const AWAY: Duration = Duration::from_secs(8);
-/// The same when the clip is made: its node may come back sooner than another could make it again.
+/// Least silence after which another node is looked for when the clip is made: its node may come back sooner than another
+/// could make it again.
 const AWAY_WITH_CLIP: Duration = Duration::from_secs(30);
 /// Pause between two looks for another node.
 const RESCUE_EVERY: Duration = Duration::from_secs(15);
@@ -49,25 +48,62 @@ struct Following<'a> {
     /// Not before this is another node looked for.
     rescue_at: Instant,
     watch: Watch,
+    /// How far it is followed.
+    until: Until,
+    /// Silence after which another node is looked for.
+    away: Duration,
+    /// Since when its node is known to have done wrong.
+    wronged: Option<Instant>,
+}
+
+/// How far a job is followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// Until its receipt is in the store.
+    Receipt,
+    /// Until its clip is here, checked and accepted.
+    Clip,
 }
 
 impl<'a> Following<'a> {
-    fn new(job: JobId, ways: &'a [Way], events: &'a Events) -> Self {
+    fn new(job: JobId, ways: &'a [Way], events: &'a Events, until: Until, away: Duration) -> Self {
         let now = Instant::now();
         let watch = Watch::new(now);
-        Self { job, ways, events, heard: now, pause: FIRST_PAUSE, rescue_at: now, watch }
+        Self {
+            job,
+            ways,
+            events,
+            heard: now,
+            pause: FIRST_PAUSE,
+            rescue_at: now,
+            watch,
+            until,
+            away,
+            wronged: None,
+        }
     }
 
-    /// Whether it is time to look for another node.
-    fn is_lost(&self, record: &JobRecord, error: &SessionError) -> bool {
+    /// As at the beginning: another node has the job.
+    fn again(self) -> Self {
+        Self::new(self.job, self.ways, self.events, self.until, self.away)
+    }
+
+    /// Whether it is time to look for another node. A custodian waits in any case: the requester may be at it already.
+    fn is_lost(&mut self, record: &JobRecord, error: &SessionError) -> bool {
         let made = record.receipt.is_some() && !matches!(error, SessionError::Disputed { .. });
-        let patience = if made { AWAY_WITH_CLIP } else { AWAY };
+        let patience = if made { self.away.max(AWAY_WITH_CLIP) } else { self.away };
         match error {
             error if is_transient(error) => {
                 self.heard.elapsed() >= patience && Instant::now() >= self.rescue_at
             }
-            error => fault_of(error).is_some(),
+            error if fault_of(error).is_none() => false,
+            _ => !self.leaves_it_to_others(),
         }
+    }
+
+    fn leaves_it_to_others(&mut self) -> bool {
+        let since = *self.wronged.get_or_insert_with(Instant::now);
+        self.until == Until::Receipt && since.elapsed() < self.away
     }
 }
 
@@ -85,7 +121,9 @@ impl Client {
     ) -> Result<Delivered, SessionError> {
         let record = self.store.job(job)?;
         self.serve_inputs(&record);
-        let outcome = self.follow_to_end(Following::new(*job, ways, events)).await;
+        let following = Following::new(*job, ways, events, Until::Clip, self.away);
+        let outcome = self.follow_to_end(following).await;
+        let outcome = outcome.map(|delivered| delivered.expect("invariant: followed to its clip"));
         if let (Ok(delivered), false) = (&outcome, record.state.is_final()) {
             self.remember_done(delivered);
         }
@@ -95,11 +133,24 @@ impl Client {
         outcome
     }
 
-    async fn follow_to_end(&self, mut following: Following<'_>) -> Result<Delivered, SessionError> {
+    /// Watches a job that somebody else signed until a node has signed a receipt for it, and hands it on as
+    /// [`Client::follow`] does. The clip is neither fetched nor judged.
+    ///
+    /// # Errors
+    /// As [`Client::follow`].
+    pub async fn watch_over(&self, job: &JobId, ways: &[Way]) -> Result<JobRecord, SessionError> {
+        self.serve_inputs(&self.store.job(job)?);
+        let events = Events::none();
+        self.follow_to_end(Following::new(*job, ways, &events, Until::Receipt, self.away)).await?;
+        Ok(self.store.job(job)?)
+    }
+
+    async fn follow_to_end(&self, mut following: Following<'_>) -> Result<Option<Delivered>, SessionError> {
         loop {
             let (record, before) = (self.store.job(&following.job)?, following.heard);
             let outcome = match (ended(&record), &record.receipt) {
                 (Some(ended), _) => Err(ended),
+                (None, Some(_)) if following.until == Until::Receipt => return Ok(None),
                 (None, Some(_)) => self.deliver(&record, following.events).await,
                 (None, None) => match self.listen(&record, &mut following).await {
                     // The receipt is in the store now.
@@ -108,12 +159,12 @@ impl Client {
                 },
             };
             let error = match outcome {
-                Ok(delivered) => return Ok(delivered),
+                Ok(delivered) => return Ok(Some(delivered)),
                 Err(error) => error,
             };
             if following.is_lost(&record, &error) {
                 if self.hand_on(&error, &following).await? {
-                    following = Following::new(following.job, following.ways, following.events);
+                    following = following.again();
                     continue;
                 }
                 following.rescue_at = Instant::now() + RESCUE_EVERY;
@@ -142,7 +193,8 @@ impl Client {
         following: &mut Following<'_>,
     ) -> Result<(), SessionError> {
         let stalled = matches!(error, SessionError::Stalled { .. });
-        if !stalled && !is_transient(&error) {
+        let others_may = fault_of(&error).is_some() && following.leaves_it_to_others();
+        if !stalled && !is_transient(&error) && !others_may {
             return Err(error);
         }
         if stalled {
@@ -317,6 +369,11 @@ impl Client {
             };
             if let Some(receipt) = &status.receipt {
                 record.receipt.get_or_insert_with(|| receipt.clone());
+            }
+            for node in status.replicas.iter() {
+                if !record.holders.iter().any(|holder| holder.node == *node) {
+                    record.holders.push(Holder { node: *node, sealed: None });
+                }
             }
             if let (JobState::Failed, None) = (status.state, &record.error) {
                 let text =

@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
+use kinoflock_protocol::codec::List;
 use kinoflock_protocol::limits::MAX_CLOCK_SKEW_MS;
 use kinoflock_protocol::order::{Order, QuoteRequest, Resume, ValidQuote};
 use kinoflock_protocol::rpc::{ReleaseReason, Request, Response};
@@ -14,7 +15,7 @@ use kinoflock_protocol::{Envelope, JobId, JobSpec, Millis, Reason, Work};
 use super::find::{Found, Model, unexpected};
 use super::{Client, Event, Events, SessionError, corrected, nonce};
 use crate::route::{self, Candidate, Declined, Needs, Why};
-use crate::store::{Former, JobRecord, RecordState};
+use crate::store::{Custodian, Former, JobRecord, RecordState};
 
 /// Nodes that are asked for a quote at once.
 const QUOTES_AT_ONCE: usize = 3;
@@ -63,6 +64,10 @@ pub(super) struct Placing {
     pub(super) resume: Option<Resume>,
     /// Nodes that have it, or may have it, and are not to do it.
     pub(super) former: Vec<Former>,
+    /// How many nodes are to watch it, chosen when it is signed.
+    pub(super) wanted_custodians: usize,
+    /// Nodes that watch it.
+    pub(super) custodians: Vec<Custodian>,
 }
 
 impl Placing {
@@ -80,13 +85,14 @@ impl Placing {
 /// Who declined, each told once however often it was asked.
 struct Told<'a> {
     events: &'a Events,
+    tells_all: bool,
     declined: Vec<Declined>,
 }
 
 impl Told<'_> {
     async fn all(&mut self, declined: &[Declined]) {
         for declined in declined {
-            if !self.declined.contains(declined) {
+            if self.tells_all && !self.declined.contains(declined) {
                 self.events.tell(Event::from(declined)).await;
                 self.declined.push(declined.clone());
             }
@@ -106,21 +112,21 @@ impl Client {
         let (ranked, unfit) = route::rank(&candidates, &placing.needs(), crate::now());
         let ranked = route::turn::in_turn(ranked, QUOTES_AT_ONCE, super::random()?);
         // Who takes a job that is handed on is told; who does not is of no interest then.
-        let none = Events::none();
-        let whom = if placing.before.is_some() { &none } else { events };
-        let mut told = Told { events: whom, declined: Vec::new() };
+        let tells_all = placing.before.is_none();
+        let mut told = Told { events, tells_all, declined: Vec::new() };
         told.all(&unfit).await;
         let until = Instant::now() + PLACES_WAIT;
         loop {
             let mut reasons = unfit.clone();
             for few in ranked.chunks(QUOTES_AT_ONCE) {
                 let asked: Vec<&Found> = few.iter().map(|ranked| &found[ranked.index]).collect();
-                let (offers, declined) = self.quotes(&asked, &placing.spec, placing.work).await;
+                let (offers, declined) = self.quotes(&asked, &placing).await;
                 told.all(&declined).await;
                 reasons.extend(declined);
-                let taken = self.take(&mut placing, offers, &mut reasons, &mut told, events).await?;
+                let taken = self.take(&mut placing, found, offers, &mut reasons, &mut told).await?;
                 if let Some(record) = taken {
-                    return Ok(record);
+                    self.tell_custodians(&record.job, events).await?;
+                    return Ok(self.store.job(&record.job)?);
                 }
             }
             let is_momentary = reasons.iter().any(|declined| declined.why.is_momentary());
@@ -136,10 +142,10 @@ impl Client {
     async fn take(
         &self,
         placing: &mut Placing,
+        found: &[Found],
         mut offers: Vec<Offered<'_>>,
         reasons: &mut Vec<Declined>,
         told: &mut Told<'_>,
-        events: &Events,
     ) -> Result<Option<JobRecord>, SessionError> {
         offers.sort_by_key(|offer| (offer.cost(), offer.quote.node()));
         let mut offers = offers.into_iter();
@@ -147,12 +153,15 @@ impl Client {
             let job = match &placing.signed {
                 Some(job) => job.clone(),
                 None => {
+                    let chosen = &offer.found.candidate.node;
+                    let wanted = placing.wanted_custodians;
+                    placing.custodians = self.choose_custodians(found, chosen, wanted).await;
                     let job = self.sign(placing, offer.skew_ms)?;
                     placing.signed.insert(job).clone()
                 }
             };
-            self.announce(&offer, placing, events).await;
-            match self.hand_over(&offer, placing, job, events).await? {
+            self.announce(&offer, placing, told.events).await;
+            match self.hand_over(&offer, placing, job, told.events).await? {
                 Ok(record) => {
                     self.release(offers, |other| why_not(other, &offer)).await;
                     return Ok(Some(record));
@@ -172,10 +181,9 @@ impl Client {
     pub(super) async fn quotes<'a>(
         &self,
         asked: &[&'a Found],
-        spec: &JobSpec,
-        work: Work,
+        placing: &Placing,
     ) -> (Vec<Offered<'a>>, Vec<Declined>) {
-        let quotes = asked.iter().map(|found| async move { (*found, self.quote(found, spec, work).await) });
+        let quotes = asked.iter().map(|found| async move { (*found, self.quote(found, placing).await) });
         let (mut offers, mut declined) = (Vec::new(), Vec::new());
         for (found, quote) in join_all(quotes).await {
             match quote {
@@ -186,14 +194,17 @@ impl Client {
         (offers, declined)
     }
 
-    async fn quote(&self, found: &Found, spec: &JobSpec, work: Work) -> Result<(ValidQuote, i64), Why> {
+    async fn quote(&self, found: &Found, placing: &Placing) -> Result<(ValidQuote, i64), Why> {
         let failed = |error: SessionError| match error {
             SessionError::Refused { refusal, .. } => Why::Refused(*refusal),
             other => Why::Failed(other.to_string()),
         };
         let node = found.candidate.node;
         let nonce = nonce().map_err(failed)?;
-        let mut request = QuoteRequest::for_job(spec, self.requester(), nonce, work);
+        // A custodian asks for whom it watches the job.
+        let signer = placing.signed.as_ref().map(|job| job.signer.into());
+        let requester = signer.unwrap_or_else(|| self.requester());
+        let mut request = QuoteRequest::for_job(&placing.spec, requester, nonce, placing.work);
         // By the node's clock, as far as its advert told.
         request.deadline = request.deadline.map(|time| corrected(time, found.skew_ms));
         match self.net.request(node, Request::Quote(request.clone())).await {
@@ -216,6 +227,7 @@ impl Client {
         let spec = &mut placing.spec;
         spec.issued_at = corrected(crate::now(), skew_ms);
         spec.deadline = placing.deadline.map(|deadline| spec.issued_at.plus(deadline));
+        spec.custodians = List::first_of(placing.custodians.iter().map(|custodian| custodian.node));
         Ok(Envelope::seal(&self.key, &self.network, spec)?)
     }
 
@@ -256,6 +268,7 @@ impl Client {
             sees,
             terms: capacity.terms.clone(),
             content_rules: capacity.content_rules,
+            custodians: placing.custodians.iter().map(|it| route::called(&it.name, &it.node)).collect(),
         };
         events.tell(chosen).await;
     }
@@ -364,6 +377,8 @@ impl Client {
             pinned: placing.pinned,
             former: placing.former.clone(),
             checkpoint: before.and_then(|before| before.checkpoint.clone()),
+            custodians: placing.custodians.clone(),
+            holders: Vec::new(),
         }
     }
 

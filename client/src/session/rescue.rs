@@ -35,14 +35,22 @@ impl Client {
         events: &Events,
     ) -> Result<bool, SessionError> {
         let spec = record.envelope.open::<JobSpec>(&self.network)?.value;
-        if matches!(spec.addressed_to, Audience::Node(_)) || record.former.len() >= MAX_MOVES {
+        if record.former.len() >= MAX_MOVES {
             return Ok(false);
         }
         let ways: Vec<Way> = ways.iter().filter(|way| !leads_only_to(way, &record.node)).cloned().collect();
         let none = Events::none();
         let found =
             if record.pinned { self.find_named(&ways, &none).await } else { self.find(&ways, &none).await };
-        let Ok(mut found) = found else { return Ok(false) };
+        let mut found = found.unwrap_or_default();
+        // Somebody who watches the job may know more.
+        if self.elsewhere(record, &found).await? {
+            return Ok(true);
+        }
+        let record = &self.store.job(&record.job)?;
+        if matches!(spec.addressed_to, Audience::Node(_)) {
+            return Ok(false);
+        }
         found.retain(|found| self.may_have(record, &found.candidate.node));
         let model = Model { id: record.model, name: record.model_name.clone() };
         let Ok(manifest) = self.manifest(&model, &found).await else { return Ok(false) };
@@ -59,6 +67,8 @@ impl Client {
             resume: self.resume(record)?,
             before: Some((record.clone(), why.to_string())),
             former,
+            wanted_custodians: 0,
+            custodians: record.custodians.clone(),
         };
         match self.place(placing, &found, events).await {
             Ok(_) => {

@@ -10,6 +10,9 @@ use crate::ask::Ask;
 use crate::store::JobRecord;
 use crate::ticket::Way;
 
+/// Nodes that watch a job while its client is away, unless the artist says otherwise.
+const CUSTODIANS: usize = 2;
+
 impl Client {
     /// Finds nodes, chooses one, and hands the job to it. From the moment it is sent, its record is in the store.
     ///
@@ -56,6 +59,9 @@ impl Client {
             before: None,
             resume: None,
             former: Vec::new(),
+            // Who names a node trusts that one alone with the prompt.
+            wanted_custodians: if ask.pinned { 0 } else { ask.custodians.unwrap_or(CUSTODIANS) },
+            custodians: Vec::new(),
         })
     }
 }

@@ -62,6 +62,34 @@ pub struct JobRecord {
     /// The newest signed checkpoint whose state is in the store.
     #[serde(default)]
     pub checkpoint: Option<Envelope>,
+    /// Nodes that hold the signed job and watch it while this machine is away.
+    #[serde(default)]
+    pub custodians: Vec<Custodian>,
+    /// Nodes that hold sealed copies of the clip.
+    #[serde(default)]
+    pub holders: Vec<Holder>,
+}
+
+/// A node that watches a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Custodian {
+    /// Which node.
+    pub node: NodeId,
+    /// The name that it gave itself.
+    pub name: String,
+    /// Where it was reached.
+    pub addresses: Vec<String>,
+    /// Whether it has said that it holds the job, where it runs now.
+    pub told: bool,
+}
+
+/// A node that holds a sealed copy of a clip.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// Which node.
+    pub node: NodeId,
+    /// The sealed clip; not known before the node was asked.
+    pub sealed: Option<BlobRef>,
 }
 
 /// A node from which a job was taken away.

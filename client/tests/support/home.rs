@@ -149,6 +149,8 @@ pub fn job_record(number: u64) -> JobRecord {
         pinned: false,
         former: Vec::new(),
         checkpoint: None,
+        custodians: Vec::new(),
+        holders: Vec::new(),
     }
 }
 

@@ -33,11 +33,74 @@ pub struct StatusReport {
     pub clip_bytes_limit: u64,
     /// Jobs done, failed and cancelled since the start.
     pub jobs_done: u64,
+    /// Nodes whose adverts were heard.
+    #[serde(default)]
+    pub known_nodes: usize,
+    /// Jobs of others that are watched.
+    #[serde(default)]
+    pub watched_jobs: usize,
+    /// Bytes held sealed for others.
+    #[serde(default)]
+    pub held_bytes: u64,
+    /// What came of the quotes that were asked here.
+    #[serde(default)]
+    pub quotes: QuotesReport,
+    /// Seconds since other nodes were last asked whether they see this one, and what they said.
+    #[serde(default)]
+    pub seen: Option<(u64, Vec<SeenReport>)>,
     /// Jobs failed since the start.
     pub jobs_failed: u64,
     /// Jobs cancelled since the start.
     pub jobs_cancelled: u64,
 }
+
+/// Quotes of the last hours.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct QuotesReport {
+    /// How many hours.
+    pub hours: u64,
+    /// Asked.
+    pub asked: u64,
+    /// Offered a place.
+    pub offered: u64,
+    /// Places that were ordered.
+    pub won: u64,
+    /// Places that ran out unused.
+    pub expired: u64,
+    /// Places that were given back, by reason.
+    pub lost: Vec<Counted>,
+    /// By how much the others were sooner on average, where that was the reason.
+    pub sooner_by_seconds: Option<f64>,
+    /// Refused, by reason.
+    pub refused: Vec<Counted>,
+    /// Models that were sought here and are not served.
+    pub unserved: Vec<Counted>,
+}
+
+/// Something and how often it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counted {
+    /// What.
+    pub what: String,
+    /// How often.
+    pub count: u64,
+}
+
+/// What another node said of this one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenReport {
+    /// Which node was asked.
+    pub node: String,
+    /// Whether it could connect anew.
+    pub reached: bool,
+    /// Whether it got a quote.
+    pub quoted: bool,
+    /// What went wrong; empty if nothing did.
+    pub text: String,
+}
+
+/// What is told in red: no job can come this way.
+pub const NOT_REACHABLE: &str = "NOT REACHABLE";
 
 /// One device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -91,6 +154,7 @@ impl fmt::Display for StatusReport {
             Ok(()) => writeln!(f, "takes jobs, peers connected: {}", self.peers)?,
             Err(reason) => writeln!(f, "takes no jobs: {reason}; peers connected: {}", self.peers)?,
         }
+        self.fmt_seen(f)?;
         for device in &self.devices {
             write!(f, "device {}: {}", device.name, device.state)?;
             match device.for_seconds {
@@ -111,15 +175,88 @@ impl fmt::Display for StatusReport {
         for job in &self.jobs {
             writeln!(f, "job {job}")?;
         }
+        self.quotes.fmt(f)?;
         writeln!(
             f,
             "done {}, failed {}, cancelled {} since the start",
             self.jobs_done, self.jobs_failed, self.jobs_cancelled
         )?;
         write!(f, "clips {} of {}", Size(self.clip_bytes), Size(self.clip_bytes_limit))?;
+        if self.held_bytes > 0 || self.watched_jobs > 0 {
+            write!(
+                f,
+                "; {} held sealed and {} jobs watched for others",
+                Size(self.held_bytes),
+                self.watched_jobs
+            )?;
+        }
         let own = format!("/p2p/{}", self.node);
         for address in &self.addresses {
             write!(f, "\nlistens on {}", address.strip_suffix(&own).unwrap_or(address))?;
+        }
+        Ok(())
+    }
+}
+
+impl StatusReport {
+    /// Whether others see this node.
+    fn fmt_seen(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some((ago, seen)) = self.seen.as_ref().filter(|(_, seen)| !seen.is_empty()) else {
+            return match self.known_nodes {
+                0 => writeln!(f, "no other node is known: whether others reach this one was not asked yet"),
+                known => {
+                    writeln!(f, "{known} other nodes known; whether they reach this one was not asked yet")
+                }
+            };
+        };
+        let reached = seen.iter().filter(|seen| seen.reached).count();
+        let quoted = seen.iter().filter(|seen| seen.quoted).count();
+        let (asked, ago) = (seen.len(), Span(*ago));
+        if reached == 0 {
+            write!(f, "{NOT_REACHABLE}: none of {asked} nodes could connect to this one {ago} ago")?;
+        } else {
+            write!(f, "seen by {reached} of {asked} nodes {ago} ago, {quoted} got a quote")?;
+        }
+        match seen.iter().find(|seen| !seen.text.is_empty()) {
+            Some(seen) => writeln!(f, ": {}", seen.text),
+            None => writeln!(f),
+        }
+    }
+}
+
+impl QuotesReport {
+    /// Why this node is idle, or is not.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.asked == 0 {
+            return writeln!(f, "no quote was asked in the last {} h", self.hours);
+        }
+        write!(
+            f,
+            "in the last {} h: {} quotes asked, {} offered, {} won",
+            self.hours, self.asked, self.offered, self.won
+        )?;
+        if self.expired > 0 {
+            write!(f, ", {} ran out", self.expired)?;
+        }
+        writeln!(f)?;
+        for lost in &self.lost {
+            let why = match lost.what.as_str() {
+                "sooner" => format!(
+                    "another was sooner, by {:.0} s on average",
+                    self.sooner_by_seconds.unwrap_or_default()
+                ),
+                "latency" => "another answered sooner".to_owned(),
+                "reliability" => "another's jobs have ended well more often".to_owned(),
+                "cancelled" => "the artist only asked, or changed their mind".to_owned(),
+                _ => "another was chosen".to_owned(),
+            };
+            writeln!(f, "  lost {}: {why}", lost.count)?;
+        }
+        for refused in &self.refused {
+            writeln!(f, "  refused {}: {}", refused.count, refused.what.replace('_', " "))?;
+        }
+        for model in &self.unserved {
+            writeln!(f, "  sought {} times and not served here: {}", model.count, model.what)?;
         }
         Ok(())
     }

@@ -1,9 +1,10 @@
 //! The commands that ask the running daemon.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use super::say;
-use crate::admin::report::Span;
+use crate::admin::report::{NOT_REACHABLE, Span};
 use crate::admin::{DeviceCommand, call};
 use crate::config::Config;
 
@@ -14,8 +15,21 @@ pub(crate) fn socket(config: &Config) -> PathBuf {
 
 pub(super) fn status(config: &Config, json: bool) -> anyhow::Result<()> {
     let report = call::status(&socket(config))?;
-    say::data(&if json { serde_json::to_string_pretty(&report)? } else { report.to_string() });
+    say::data(&if json { serde_json::to_string_pretty(&report)? } else { in_red(&report.to_string()) });
     Ok(())
+}
+
+/// The line that says that nobody reaches this node, red where colours are seen.
+fn in_red(report: &str) -> String {
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    if plain || !std::io::stdout().is_terminal() {
+        return report.to_owned();
+    }
+    let red = |line: &str| match line.starts_with(NOT_REACHABLE) {
+        true => format!("\u{1b}[31m{line}\u{1b}[0m"),
+        false => line.to_owned(),
+    };
+    report.lines().map(red).collect::<Vec<_>>().join("\n")
 }
 
 pub(super) fn command(config: &Config, verb: &str, command: &DeviceCommand) -> anyhow::Result<()> {

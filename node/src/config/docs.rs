@@ -19,6 +19,10 @@ pub const SECTIONS: &[KeyDoc] = &[
     ),
     doc("terms", "What this node promises about what it sees. Signed into its advert."),
     doc("queue", "Bounds of the queue and of leases (a lease is the few seconds that a quote holds)."),
+    doc(
+        "custody",
+        "Jobs of other nodes that this one watches while their artists are away: it holds the signed jobs, and could read them.",
+    ),
     doc("storage", "Folders and disk limits. An empty folder means the default that is shown beside it."),
     doc("engine", "The worker process that owns a device, and how long it may take."),
     doc("admin", "The operator's HTTP port: /healthz, /readyz, /metrics, /status."),
@@ -85,6 +89,8 @@ pub const DOCS: &[KeyDoc] = &[
     doc("queue.leases_per_prefix", "Most leases open from one network prefix."),
     doc("queue.leases_per_requester", "Most leases open for one requester."),
     doc("queue.input_wait", "How long a job keeps its place while its inputs are fetched."),
+    doc("custody.jobs", "Most jobs watched at once; 0 for none."),
+    doc("custody.after", "A watched job whose node has been silent for so long is handed on."),
     doc("storage.state", "Key, queue, clips and receipts."),
     doc("storage.models", "Model folders."),
     doc("storage.runtime", "The file that tells clients on this machine where the daemon listens."),
@@ -95,7 +101,7 @@ pub const DOCS: &[KeyDoc] = &[
     ),
     doc(
         "storage.replicas_limit",
-        "Most disk for sealed copies kept for others; this release keeps none yet.",
+        "Most disk for sealed clips kept for others, who alone can open them. 0 keeps none.",
     ),
     doc("engine.worker", "The program started as worker; empty for this one."),
     doc("engine.worker_args", "Its arguments; empty for the default [\"worker\"]."),

@@ -23,6 +23,8 @@ pub struct FileConfig {
     pub terms: TermsSection,
     /// Bounds of the queue and of leases.
     pub queue: QueueSection,
+    /// Jobs watched for artists who are away.
+    pub custody: CustodySection,
     /// Folders and disk limits.
     pub storage: StorageSection,
     /// The worker process and its deadlines.
@@ -87,6 +89,15 @@ pub struct PolicySection {
     pub hook: Vec<String>,
     pub hook_sees_prompt: bool,
     pub hook_timeout: Span,
+}
+
+/// `[custody]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[expect(missing_docs, reason = "each key is explained in docs.rs, which the template prints")]
+pub struct CustodySection {
+    pub jobs: u32,
+    pub after: Span,
 }
 
 /// `[terms]`
@@ -238,6 +249,12 @@ impl Default for QueueSection {
     }
 }
 
+impl Default for CustodySection {
+    fn default() -> Self {
+        Self { jobs: default_custody_jobs(), after: default_custody_after() }
+    }
+}
+
 impl Default for StorageSection {
     fn default() -> Self {
         Self {
@@ -356,6 +373,14 @@ const fn default_leases_per_requester() -> u32 {
 
 const fn default_input_wait() -> Span {
     Span::seconds(600)
+}
+
+const fn default_custody_jobs() -> u32 {
+    256
+}
+
+const fn default_custody_after() -> Span {
+    Span::seconds(60)
 }
 
 const fn default_clips_limit() -> ByteSize {

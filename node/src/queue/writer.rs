@@ -23,6 +23,7 @@ pub(super) enum Command {
     Admit(Box<JobRecord>, Reply<()>),
     Start(JobId, UnixMillis, Reply<u32>),
     Requeue(JobId, bool, Reply<()>),
+    Forget(JobId, Reply<()>),
     InputsReady(JobId, Reply<()>),
     End(JobId, End, UnixMillis, Reply<()>),
     Finish(JobId, UnixMillis, MakeReceipt, Reply<Envelope>),
@@ -64,6 +65,7 @@ fn perform(store: &Store, chain: ChainId, command: Command) {
         Command::Admit(record, reply) => drop(reply.send(store.write(|tx| admit(tx, &record)))),
         Command::Start(job, now, reply) => drop(reply.send(store.write(|tx| start(tx, &job, now)))),
         Command::Requeue(job, counts, reply) => drop(reply.send(store.write(|tx| requeue(tx, &job, counts)))),
+        Command::Forget(job, reply) => drop(reply.send(store.write(|tx| forget(tx, &job)))),
         Command::InputsReady(job, reply) => drop(reply.send(store.write(|tx| inputs_ready(tx, &job)))),
         Command::End(job, end, at, reply) => {
             drop(reply.send(
@@ -165,6 +167,17 @@ fn sweep(
         nonces.remove(nonce)?;
     }
     Ok(over.into_iter().map(|(job, _)| job).collect())
+}
+
+fn forget(tx: &WriteTransaction, job: &JobId) -> Written<()> {
+    let mut jobs = tx.open_table(JOBS)?;
+    let record = get(&jobs, job)?;
+    if record.ended_at().is_none() {
+        return Err(Failure::Body(QueueError::Live { job: *job }));
+    }
+    jobs.remove(job.as_bytes())?;
+    tx.open_table(NONCES)?.remove(&nonce_key(&record.origin.requester, &record.nonce))?;
+    Ok(())
 }
 
 /// Changes a live job.

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use kinoflock_client::ticket::Way;
 use kinoflock_net::Multiaddr;
 use kinoflock_net::discovery::{Advert, Verdict};
 use kinoflock_protocol::Millis;
@@ -26,6 +27,8 @@ use crate::scheduler::{DeviceMode, DeviceStatus};
 
 /// Nodes whose adverts are kept; more are not listened to until some have run out.
 const MAX_KNOWN: usize = 4096;
+/// Nodes through which another one is looked for.
+const MAX_WAYS: usize = 32;
 /// How long the number of an advert that ran out is remembered, so that an old one cannot revive its node.
 const REMEMBERED: Duration = Duration::from_millis(ADVERT_MEMORY_MS);
 /// Basis points in a percent.
@@ -44,6 +47,30 @@ struct Known {
     envelope: Envelope,
     capacity: Capacity,
     until: Instant,
+}
+
+impl Adverts {
+    /// The number of the own newest advert.
+    pub(super) const fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Nodes whose adverts have not run out.
+    pub(super) fn live(&self) -> impl Iterator<Item = (NodeId, &Capacity)> {
+        let now = Instant::now();
+        self.known
+            .iter()
+            .filter(move |(_, known)| now < known.until)
+            .map(|(node, known)| (*node, &known.capacity))
+    }
+
+    /// The same as ways to them.
+    pub(super) fn ways(&self) -> Vec<Way> {
+        let way = |(node, capacity): (NodeId, &Capacity)| {
+            Way::Node(node, capacity.addresses.iter().filter_map(|addr| addr.parse().ok()).collect())
+        };
+        self.live().map(way).take(MAX_WAYS).collect()
+    }
 }
 
 impl Daemon {

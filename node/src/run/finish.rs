@@ -156,6 +156,9 @@ impl Daemon {
                 }
                 let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
                 let measured = Measured { load: seconds(took.load), compute: seconds(took.compute()) };
+                if let Some((live, record)) = self.live.get(&job).zip(self.queue.find(&job).ok().flatten()) {
+                    self.replicate(&live.job, &record.job, &finished.receipt);
+                }
                 self.boards.tell(&job, JobEvent::Done { receipt: finished.receipt });
                 self.scheduler.handle_done(device, &job, measured, Instant::now());
             }

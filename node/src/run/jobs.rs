@@ -59,7 +59,10 @@ impl Daemon {
                 });
             }
             Event::Ended { job, outcome } => self.ended(job, outcome),
-            Event::LeaseExpired { lease, .. } => tracing::debug!(%lease, "a lease ended unused"),
+            Event::LeaseExpired { lease, .. } => {
+                self.interest.expired(Instant::now());
+                tracing::debug!(%lease, "a lease ended unused");
+            }
             Event::Drained { device } => tracing::info!(device = device.0, "drained"),
         }
     }

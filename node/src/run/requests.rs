@@ -69,8 +69,10 @@ impl Daemon {
             Request::Status(query) => self.status(&query),
             Request::Cancel(query) => self.cancel(&query),
             Request::Answer(answer) => self.answer(answer),
-            Request::Release { lease, .. } => {
-                self.scheduler.handle_release(&lease);
+            Request::Release { lease, reason } => {
+                if self.scheduler.handle_release(&lease) {
+                    self.interest.released(reason, Instant::now());
+                }
                 Response::Acknowledged
             }
             Request::Manifest(id) => match self.models.get(&id) {
@@ -84,12 +86,19 @@ impl Daemon {
                 Some(model) => Response::Cards(List::first_of(self.card_of(model))),
                 None => Response::Refused(*unserved(&id)),
             },
-            Request::Custody { .. }
-            | Request::Keep(_)
-            | Request::Held(_)
-            | Request::Forget(_)
-            | Request::Look(_)
-            | Request::List(_) => Response::Refused(*unsupported(kind, "this release only makes clips")),
+            Request::Custody { custody, job } => self.custody(&custody, job, node),
+            Request::Keep(keep) => self.keep(&keep),
+            Request::Held(query) => self.held(&query),
+            Request::Forget(query) => self.forget(&query),
+            Request::Look(look) => match self.look(look, node, addr, responder) {
+                Some((responder, refusal)) => {
+                    return self.respond(kind, responder, Response::Refused(*refusal));
+                }
+                None => return,
+            },
+            Request::List(_) => {
+                Response::Refused(*unsupported(kind, "this release does not know that question"))
+            }
         };
         self.respond(kind, responder, response);
     }
@@ -118,8 +127,14 @@ impl Daemon {
 
     fn quote(&mut self, request: &QuoteRequest, addr: Option<&Multiaddr>) -> Response {
         let response = match self.try_quote(request, addr) {
-            Ok(envelope) => Response::Quote(envelope),
-            Err(refusal) => Response::Refused(*refusal),
+            Ok(envelope) => {
+                self.interest.offered(Instant::now());
+                Response::Quote(envelope)
+            }
+            Err(refusal) => {
+                self.interest.refused(refusal.reason, &request.model, Instant::now());
+                Response::Refused(*refusal)
+            }
         };
         let result = if matches!(response, Response::Quote(_)) { "quoted" } else { "refused" };
         self.metrics.offers.get_or_create(&ResultLabels { result }).inc();
@@ -270,7 +285,10 @@ impl Daemon {
             expected_bytes(&spec.shape()),
         );
         match self.scheduler.handle_order(&new, room, now) {
-            Ok(Admission::Store { seq }) => self.store(ordered, &new, seq, responder),
+            Ok(Admission::Store { seq }) => {
+                self.interest.won(now);
+                self.store(ordered, &new, seq, responder);
+            }
             Ok(Admission::Live(_)) => {
                 let accepted = self.accepted(&id);
                 self.respond("submit", responder, accepted);
@@ -360,7 +378,7 @@ impl Daemon {
         (0, Millis::from(busy.unwrap_or_default()))
     }
 
-    /// Checks a signed query and that its signer owns the job.
+    /// Checks a signed query and that its signer owns the job, or may watch it.
     fn owned(&self, envelope: &Envelope) -> Result<(ValidQuery, Option<JobRecord>), Box<Refusal>> {
         let node = self.identity.node_id();
         let query = ValidQuery::parse(envelope, &self.network, unix_now(), &node).map_err(order_refusal)?;
@@ -372,7 +390,14 @@ impl Daemon {
                 (record.origin.requester, Some(record))
             }
         };
-        if RequesterId::from(query.signer) != requester {
+        let watches = matches!(query.query.action, QueryAction::Status | QueryAction::Progress);
+        let is_custodian = || match (self.live.get(&job), &record) {
+            (Some(live), _) => live.job.spec().custodians.contains(&NodeId::from(query.signer)),
+            (None, Some(record)) => ValidJob::parse_stored(&record.job, &self.network)
+                .is_ok_and(|job| job.spec().custodians.contains(&NodeId::from(query.signer))),
+            (None, None) => false,
+        };
+        if RequesterId::from(query.signer) != requester && !(watches && is_custodian()) {
             return Err(Box::new(Refusal::new(Reason::NotYours, "query.signer").given(job)));
         }
         Ok((query, record))
@@ -425,6 +450,7 @@ impl Daemon {
         match &record.state {
             StoredState::Waiting | StoredState::Running => {}
             StoredState::Done { .. } => {
+                status.replicas = self.holdings.replicas(&record.id).unwrap_or_default();
                 status.state = JobState::Done;
                 status.receipt = self.receipt_of(record);
             }
@@ -482,9 +508,15 @@ impl Daemon {
 
     /// A requester's word on a receipt: on acceptance the clip's bytes no longer count against them.
     fn answer(&mut self, envelope: Envelope) -> Response {
+        if let Some(heard) = self.answer_for_held(&envelope) {
+            return heard;
+        }
         match self.check_answer(&envelope) {
             Ok((record, receipt, verdict)) => {
                 let job = record.id;
+                if matches!(verdict, Verdict::Accept) {
+                    self.call_in_copies(&job);
+                }
                 let accepted = matches!(verdict, Verdict::Accept);
                 let result = if accepted { "accepted" } else { "disputed" };
                 self.metrics.receipts.get_or_create(&ResultLabels { result }).inc();

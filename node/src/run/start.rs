@@ -12,12 +12,14 @@ use kinoflock_protocol::units::UnixMillis;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::custody::Custodian;
 use super::selftest::{Program, Tests};
 use super::{Daemon, Device, LiveJob, MAX_NOTES, Note, requests, unix_now};
 use crate::admin::{ADMIN_QUEUE, Admin, AdminError};
 use crate::clips::{Clips, ClipsError};
 use crate::config::{Config, DeviceConfig};
 use crate::engine::supervisor::{self, WorkerConfig};
+use crate::holdings::{Holdings, HoldingsError};
 use crate::identity::{Identity, IdentityError};
 use crate::models::selftest::Results;
 use crate::models::{Model, ModelStore, ModelsError, manifest, verify};
@@ -45,6 +47,9 @@ pub enum RunError {
     /// The clip store.
     #[error(transparent)]
     Clips(#[from] ClipsError),
+    /// What is held for others.
+    #[error(transparent)]
+    Holdings(#[from] HoldingsError),
     /// The model store.
     #[error(transparent)]
     Models(#[from] ModelsError),
@@ -58,7 +63,7 @@ pub enum RunError {
     #[error(transparent)]
     Admin(#[from] AdminError),
     /// The runtime folder.
-    #[error("the runtime folder: {0}")]
+    #[error("the runtime folder or the store of watched jobs: {0}")]
     Runtime(#[from] kinoflock_client::store::StoreError),
     /// An address of the configuration that the network layer does not take.
     #[error("address {address}: {reason}")]
@@ -105,7 +110,20 @@ async fn run(config: Config) -> Result<(), RunError> {
     let clips = Clips::open(&config.storage.state.join("clips"), config.storage.clips_limit)?;
     let models = load_models(&config)?;
     let (net, events) = start_net(&config, &identity, network).await?;
-    net.serve_blobs(Arc::new(ClipSource { clips: clips.clone() }));
+    let holdings = Holdings::open(&config.storage.state.join("held"), config.storage.replicas_limit)?;
+    let custodian = Custodian::open(
+        kinoflock_client::store::Store::open(config.storage.state.join("custody"))?,
+        net.clone(),
+        network,
+        identity.keypair().clone(),
+        config.custody.jobs,
+        config.custody.after,
+    );
+    net.serve_blobs(Arc::new(Sources(vec![
+        Arc::new(ClipSource { clips: clips.clone() }),
+        Arc::new(ClipSource { clips: holdings.blobs().clone() }),
+        custodian.inputs(),
+    ])));
 
     let (metrics, registry) = Metrics::new();
     let (ready, watch_ready) = watch::channel(false);
@@ -130,6 +148,9 @@ async fn run(config: Config) -> Result<(), RunError> {
         scheduler,
         queue,
         clips,
+        holdings,
+        keeping: std::collections::BTreeSet::new(),
+        custodian,
         prompts: super::prompts::Prompts::of(&models),
         models,
         self_tests: Results::open(&config.storage.state.join(SELF_TESTS)),
@@ -137,6 +158,8 @@ async fn run(config: Config) -> Result<(), RunError> {
         live: BTreeMap::new(),
         boards: super::boards::Boards::default(),
         adverts: super::advert::Adverts::default(),
+        interest: super::interest::Interest::new(Instant::now()),
+        looks: super::look::Looks::new(Instant::now()),
         notes,
         metrics,
         counts: super::Counts::default(),
@@ -148,6 +171,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         config,
     };
     daemon.restore()?;
+    daemon.restore_custody();
     daemon.run(events, inbox, admin_requests, signals).await;
     stop.cancel();
     if let Err(error) = local.remove(&runtime_folder) {
@@ -371,6 +395,21 @@ fn local_node(
         addresses: net.listen_addrs().iter().map(ToString::to_string).collect(),
         pid: std::process::id(),
         admin: Some(socket.display().to_string()),
+    }
+}
+
+/// Several places where a blob may lie, in the order in which they are looked into.
+#[derive(Debug)]
+struct Sources(Vec<Arc<dyn BlobSource>>);
+
+impl BlobSource for Sources {
+    fn open(&self, id: &BlobId) -> std::io::Result<Option<Box<dyn BlobReader>>> {
+        for source in &self.0 {
+            if let Some(reader) = source.open(id)? {
+                return Ok(Some(reader));
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -1,0 +1,132 @@
+//! Many jobs through nodes that are killed, stopped and started again at random: every job ends with one verified clip, none
+//! is lost, and none is accepted twice.
+//!
+//! `KINOFLOCK_CHAOS=100x8` runs 100 jobs through 8 nodes; `KINOFLOCK_CHAOS_SEED` repeats a run's chaos.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use kinoflock_client::provenance::{self, Verified};
+use kinoflock_tests::invariants;
+use kinoflock_tests::sandbox::{Client, Node, Sandbox, Worker, said, send};
+use rustix::process::Signal;
+
+const PROMPT: &str = "a white triangle drifts down over a red field";
+/// Jobs that are under way at once.
+const AT_ONCE: usize = 6;
+/// Custodians that do not wait long.
+const QUICK: &str = "[custody]\nafter = \"5 s\"\n";
+
+/// Numbers from a seed (SplitMix64).
+struct Dice(u64);
+
+impl Dice {
+    fn draw(&mut self, below: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % below
+    }
+}
+
+/// Hurts one node at a time until it is told to stop; the first one stays well, for somebody must know the way.
+fn hurt(nodes: &Mutex<Vec<Node>>, seed: u64, over: &AtomicBool) -> usize {
+    let mut dice = Dice(seed);
+    let mut blows = 0;
+    while !over.load(Ordering::SeqCst) {
+        let place = 1 + dice.draw(nodes.lock().unwrap().len() as u64 - 1) as usize;
+        let pause = Duration::from_millis(500 + dice.draw(2500));
+        if dice.draw(2) == 0 {
+            nodes.lock().unwrap()[place].kill();
+            wait(pause, over);
+            nodes.lock().unwrap()[place].start();
+        } else {
+            let pid = nodes.lock().unwrap()[place].pid();
+            send(pid, Signal::STOP);
+            wait(pause * 4, over);
+            send(pid, Signal::CONT);
+        }
+        blows += 1;
+        wait(Duration::from_millis(dice.draw(1500)), over);
+    }
+    blows
+}
+
+/// The length of a blow is the chaos itself; nothing is waited for.
+fn wait(span: Duration, over: &AtomicBool) {
+    let until = Instant::now() + span;
+    while Instant::now() < until && !over.load(Ordering::SeqCst) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn make(client: &Client, number: usize) -> Verified {
+    let (seed, file) = (number.to_string(), format!("{number}.mp4"));
+    let output = client.run(["generate", PROMPT, "--seed", &seed, "--steps", "6", "-o", &file]);
+    let words = said(&output);
+    // A client that gave up, since nobody could take the job just then, is told to go on.
+    if !output.status.success() {
+        let job = client.must(["ps"]);
+        panic!("job {number} did not end with a clip: {words}\n{job}");
+    }
+    provenance::check(&fs::read(client.path(&file)).unwrap()).unwrap()
+}
+
+fn survives(jobs: usize, nodes: usize, worker: impl Fn(usize) -> Worker, seed: u64) {
+    let mut sandbox = Sandbox::swarm(nodes, worker, QUICK);
+    let client = sandbox.client("artist");
+    client.must(["join", &sandbox.nodes[0].ticket()]);
+    let hurting = Arc::new(Mutex::new(std::mem::take(&mut sandbox.nodes)));
+    let over = Arc::new(AtomicBool::new(false));
+    let chaos = {
+        let (nodes, over) = (Arc::clone(&hurting), Arc::clone(&over));
+        std::thread::spawn(move || hurt(&nodes, seed, &over))
+    };
+    let next = AtomicUsize::new(0);
+    let made = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::SeqCst);
+                    if number >= jobs {
+                        return;
+                    }
+                    let clip = make(&client, number);
+                    made.lock().unwrap().push(clip);
+                }
+            });
+        }
+    });
+    over.store(true, Ordering::SeqCst);
+    let blows = chaos.join().unwrap();
+    sandbox.nodes = std::mem::take(&mut *hurting.lock().unwrap());
+    let made = made.into_inner().unwrap();
+    assert_eq!(made.len(), jobs);
+    invariants::one_outcome_each(&made);
+    assert_eq!(made.iter().map(|clip| clip.clip).collect::<BTreeSet<_>>().len(), jobs, "every seed its clip");
+    let makers: BTreeSet<_> = made.iter().map(|clip| clip.receipt.receipt().node).collect();
+    println!("{jobs} clips from {} of {nodes} nodes under {blows} blows, seed {seed}", makers.len());
+}
+
+fn seed() -> u64 {
+    std::env::var("KINOFLOCK_CHAOS_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(7)
+}
+
+#[test]
+fn every_job_ends_with_one_clip_while_nodes_are_killed_stopped_and_started() {
+    let size = std::env::var("KINOFLOCK_CHAOS").unwrap_or_else(|_| "18x4".to_owned());
+    let (jobs, nodes) = size.split_once('x').unwrap();
+    let slow = Worker::test(&["--step-ms", "150"]);
+    survives(jobs.parse().unwrap(), nodes.parse().unwrap(), |_| slow.clone(), seed());
+}
+
+#[test]
+fn the_same_with_the_bundled_model() {
+    survives(6, 3, |_| Worker::Real, seed() + 1);
+}

@@ -42,6 +42,7 @@ mod finish;
 mod inputs;
 mod jobs;
 mod operator;
+mod peers;
 mod prompts;
 mod refuse;
 mod requests;
@@ -58,6 +59,8 @@ const SWEEP_EVERY: Duration = Duration::from_secs(60);
 const KEEP_BOARDS: Duration = Duration::from_secs(600);
 /// How often a node says what it can do, and at most after a change.
 const ADVERT_EVERY: Duration = Duration::from_secs(30);
+/// How soon it says so when its addresses have changed; several that change together are told together.
+const ADVERT_SOON: Duration = Duration::from_millis(500);
 /// Longest wait for workers and network to end after a signal.
 const END_WITHIN: Duration = Duration::from_secs(5);
 
@@ -78,6 +81,8 @@ enum Note {
     Ended { job: JobId, result: Result<(), QueueError> },
     /// Records were erased, because their terms are over.
     Swept { jobs: Vec<JobId> },
+    /// A node told whose adverts it knows.
+    Told { adverts: Vec<kinoflock_protocol::Envelope> },
     /// Something of an engine.
     Engine { device: DeviceId, event: EngineEvent },
 }
@@ -107,6 +112,9 @@ struct Device {
     worker: Option<WorkerInfo>,
     tests: selftest::Tests,
 }
+
+/// One writer of a file at a time.
+type Turn = Arc<tokio::sync::Mutex<()>>;
 
 /// Jobs that ended since the start.
 #[derive(Debug, Default, Clone, Copy)]
@@ -138,6 +146,7 @@ struct Daemon {
     started: Instant,
     ready: tokio::sync::watch::Sender<bool>,
     draining: bool,
+    peers_file: Turn,
     peers: usize,
 }
 
@@ -168,6 +177,9 @@ impl Daemon {
                 _ = advert.tick() => self.advertise(),
             }
             self.settle();
+            if self.adverts.take_outdated() {
+                advert.reset_after(ADVERT_SOON);
+            }
         }
         self.end(&mut notes).await;
     }
@@ -189,6 +201,7 @@ impl Daemon {
             Note::Finished { device, job, result } => self.handle_finished(device, job, result),
             Note::Ended { job, result } => self.handle_ended(job, result),
             Note::Swept { jobs } => jobs.iter().for_each(|job| self.scheduler.forget(job)),
+            Note::Told { adverts } => self.handle_told(&adverts),
             Note::Engine { device, event } => self.handle_engine(device, event),
         }
     }
@@ -208,11 +221,23 @@ impl Daemon {
                 self.peers = self.peers.saturating_sub(1);
                 tracing::debug!(peer = %node.short(), "disconnected");
             }
+            NetEvent::Identified(info) if info.is_node => self.handle_met(info.node),
             NetEvent::Found { node, addr } => self.handle_found(node, addr),
             NetEvent::OtherVersion { node, speaks, ours } => {
                 tracing::warn!(peer = %node.short(), ?speaks, ours, "a peer speaks another version of the protocol; the older one should update");
             }
-            NetEvent::Listening { addr } => tracing::info!(%addr, "listening"),
+            NetEvent::Listening { addr } => {
+                tracing::info!(%addr, "listening");
+                self.adverts.outdate();
+            }
+            NetEvent::NotListening { addr } => {
+                tracing::info!(%addr, "no longer listening");
+                self.adverts.outdate();
+            }
+            NetEvent::Reachability(found) => {
+                tracing::info!(reachability = ?found, "how others reach this node");
+                self.adverts.outdate();
+            }
             other => {
                 tracing::trace!(event = ?std::mem::discriminant(&other), "network event without use here")
             }

@@ -7,6 +7,7 @@
 //! blobs/ab/HEX      content by its blake3
 //! tickets/HEX.json  networks that were joined
 //! nodes/ID.json     what was seen of a node; may be removed at any time
+//! met.json          nodes that were met, for when every other way is gone; may be removed at any time
 //! index.json        what a listing shows; may be deleted at any time, it is made again from the records
 //! tmp/              what is being written; never read
 //! lock              held while a record is read, changed and written again
@@ -27,9 +28,11 @@ use serde::de::DeserializeOwned;
 use crate::route::experience::Experience;
 
 mod index;
+mod met;
 mod record;
 
 pub use index::{ClipEntry, JobEntry};
+pub use met::{MAX_MET, MetNode};
 pub use record::{ClipRecord, Custodian, Former, Holder, JobRecord, RecordError, RecordState};
 
 /// The version of the layout that this release reads and writes.

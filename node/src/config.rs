@@ -169,10 +169,39 @@ pub struct Network {
     pub bootstrap: Vec<ListenAddress>,
     /// Discovery on the local network.
     pub mdns: bool,
+    /// Relays: being one, and being reached over one.
+    pub relay: Relay,
+    /// Whether the router is asked to forward ports.
+    pub upnp: bool,
     /// Bytes a second; `None` for no ceiling.
     pub upload: Option<u64>,
     /// Bytes a second; `None` for no ceiling.
     pub download: Option<u64>,
+}
+
+/// `network.relay`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Relay {
+    /// As AutoNAT finds: a relay where others get in, a guest of relays where they do not.
+    #[default]
+    Auto,
+    /// A relay.
+    On,
+    /// Neither.
+    Off,
+}
+
+impl FromStr for Relay {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text.trim() {
+            "auto" => Ok(Self::Auto),
+            "on" => Ok(Self::On),
+            "off" => Ok(Self::Off),
+            given => Err(invalid("network.relay", given, "auto, on or off")),
+        }
+    }
 }
 
 /// `[serve]`, checked.
@@ -369,6 +398,8 @@ fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError>
         external: addresses("network.external", &section.external)?,
         bootstrap,
         mdns: section.mdns,
+        relay: section.relay.parse()?,
+        upnp: section.upnp,
         upload: positive("network.upload", section.upload.0.map(|size| size.0))?,
         download: positive("network.download", section.download.0.map(|size| size.0))?,
     })

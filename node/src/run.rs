@@ -50,6 +50,7 @@ mod interest;
 mod jobs;
 mod look;
 mod operator;
+mod peers;
 mod prompts;
 mod refuse;
 mod replicate;
@@ -67,6 +68,8 @@ const SWEEP_EVERY: Duration = Duration::from_secs(60);
 const KEEP_BOARDS: Duration = Duration::from_secs(600);
 /// How often a node says what it can do, and at most after a change.
 const ADVERT_EVERY: Duration = Duration::from_secs(30);
+/// How soon it says so when its addresses have changed; several that change together are told together.
+const ADVERT_SOON: Duration = Duration::from_millis(500);
 /// Longest wait for workers and network to end after a signal.
 const END_WITHIN: Duration = Duration::from_secs(5);
 
@@ -95,6 +98,8 @@ enum Note {
     Looked { seen: Seen, responder: Responder },
     /// A watched job came to its end.
     Watched { job: JobId },
+    /// A node told whose adverts it knows.
+    Told { adverts: Vec<kinoflock_protocol::Envelope> },
     /// Something of an engine.
     Engine { device: DeviceId, event: EngineEvent },
 }
@@ -124,6 +129,9 @@ struct Device {
     worker: Option<WorkerInfo>,
     tests: selftest::Tests,
 }
+
+/// One writer of a file at a time.
+type Turn = Arc<tokio::sync::Mutex<()>>;
 
 /// Jobs that ended since the start.
 #[derive(Debug, Default, Clone, Copy)]
@@ -161,6 +169,7 @@ struct Daemon {
     started: Instant,
     ready: tokio::sync::watch::Sender<bool>,
     draining: bool,
+    peers_file: Turn,
     peers: usize,
 }
 
@@ -194,6 +203,9 @@ impl Daemon {
                 }
             }
             self.settle();
+            if self.adverts.take_outdated() {
+                advert.reset_after(ADVERT_SOON);
+            }
         }
         self.end(&mut notes).await;
     }
@@ -220,6 +232,7 @@ impl Daemon {
             Note::Seen { reports } => self.handle_seen(reports),
             Note::Looked { seen, responder } => self.handle_looked(seen, responder),
             Note::Watched { job } => self.handle_watched(job),
+            Note::Told { adverts } => self.handle_told(&adverts),
             Note::Engine { device, event } => self.handle_engine(device, event),
         }
     }
@@ -239,11 +252,23 @@ impl Daemon {
                 self.peers = self.peers.saturating_sub(1);
                 tracing::debug!(peer = %node.short(), "disconnected");
             }
+            NetEvent::Identified(info) if info.is_node => self.handle_met(info.node),
             NetEvent::Found { node, addr } => self.handle_found(node, addr),
             NetEvent::OtherVersion { node, speaks, ours } => {
                 tracing::warn!(peer = %node.short(), ?speaks, ours, "a peer speaks another version of the protocol; the older one should update");
             }
-            NetEvent::Listening { addr } => tracing::info!(%addr, "listening"),
+            NetEvent::Listening { addr } => {
+                tracing::info!(%addr, "listening");
+                self.adverts.outdate();
+            }
+            NetEvent::NotListening { addr } => {
+                tracing::info!(%addr, "no longer listening");
+                self.adverts.outdate();
+            }
+            NetEvent::Reachability(found) => {
+                tracing::info!(reachability = ?found, "how others reach this node");
+                self.adverts.outdate();
+            }
             other => {
                 tracing::trace!(event = ?std::mem::discriminant(&other), "network event without use here")
             }

@@ -101,6 +101,8 @@ pub struct Metrics {
     pub blob_bytes: Family<DirectionLabels, Counter>,
     /// Peers connected now.
     pub peers: Gauge,
+    /// Nodes whose adverts are known.
+    pub known_nodes: Gauge,
 }
 
 impl Metrics {
@@ -124,6 +126,7 @@ impl Metrics {
             blob_store_bytes: Gauge::default(),
             blob_bytes: Family::default(),
             peers: Gauge::default(),
+            known_nodes: Gauge::default(),
         };
         metrics.register_jobs(&mut registry);
         metrics.register_network(&mut registry);
@@ -171,6 +174,7 @@ impl Metrics {
         );
         registry.register_with_unit("blob", "Blob bytes moved", Unit::Bytes, self.blob_bytes.clone());
         registry.register("peers", "Peers connected", self.peers.clone());
+        registry.register("known_nodes", "Nodes whose adverts are known", self.known_nodes.clone());
     }
 }
 

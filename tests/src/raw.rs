@@ -2,7 +2,7 @@
 //! them to the test.
 
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
-use kinoflock_net::streams::{self, OpenError};
+use kinoflock_net::streams::{self, OpenError, Opened};
 use kinoflock_net::{Multiaddr, PeerId};
 use libp2p::swarm::dial_opts::DialOpts;
 use libp2p::swarm::{Stream, SwarmEvent};
@@ -16,12 +16,12 @@ const STREAMS: usize = 2048;
 /// Opens under way at once; further ones wait.
 const OPENS: usize = 64;
 
-type Opened = Result<Stream, OpenError>;
+type Answer = Result<Opened, OpenError>;
 
 /// The peer. It hangs up when it is dropped.
 #[derive(Debug)]
 pub struct Raw {
-    open: mpsc::Sender<(StreamProtocol, oneshot::Sender<Opened>)>,
+    open: mpsc::Sender<(StreamProtocol, oneshot::Sender<Answer>)>,
 }
 
 impl Raw {
@@ -55,7 +55,7 @@ impl Raw {
         let protocol = StreamProtocol::try_from_owned(protocol.to_owned()).ok()?;
         let (reply, opened) = oneshot::channel();
         self.open.send((protocol, reply)).await.ok()?;
-        tokio::time::timeout(PATIENCE, opened).await.ok()?.ok()?.ok()
+        tokio::time::timeout(PATIENCE, opened).await.ok()?.ok()?.ok().map(|opened| opened.stream)
     }
 
     /// Opens a stream and writes this onto it; gives the stream, still open.
@@ -108,7 +108,7 @@ fn swarm() -> Swarm<streams::Behaviour> {
 async fn drive(
     mut swarm: Swarm<streams::Behaviour>,
     peer: PeerId,
-    mut opens: mpsc::Receiver<(StreamProtocol, oneshot::Sender<Opened>)>,
+    mut opens: mpsc::Receiver<(StreamProtocol, oneshot::Sender<Answer>)>,
 ) {
     loop {
         tokio::select! {

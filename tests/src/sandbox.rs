@@ -96,6 +96,8 @@ pub struct Node {
     network: String,
     worker: Worker,
     config: String,
+    listen: Option<Vec<String>>,
+    network_lines: String,
     log: String,
     wrapper: Vec<String>,
     child: Option<Child>,
@@ -156,6 +158,16 @@ impl Sandbox {
         config: &str,
         prepare: impl FnOnce(&mut Node),
     ) -> &mut Node {
+        let node = self.begin(worker, config, prepare);
+        node.ready();
+        node
+    }
+
+    /// As [`Sandbox::add_prepared`], without waiting until it is ready.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn begin(&mut self, worker: &Worker, config: &str, prepare: impl FnOnce(&mut Node)) -> &mut Node {
         let folder = self.folder.path().join(format!("node-{}", self.nodes.len()));
         let models = match worker {
             Worker::Real => folder.join("models"),
@@ -167,6 +179,8 @@ impl Sandbox {
             network: self.network.clone(),
             worker: worker.clone(),
             config: config.to_owned(),
+            listen: None,
+            network_lines: String::new(),
             log: LOG.to_owned(),
             wrapper: Vec::new(),
             child: None,
@@ -174,7 +188,6 @@ impl Sandbox {
         fs::create_dir_all(&node.folder).expect("a node's folder");
         prepare(&mut node);
         node.start();
-        node.ready();
         self.nodes.push(node);
         self.nodes.last_mut().expect("just pushed")
     }
@@ -240,6 +253,21 @@ impl Node {
         self.log = "trace".to_owned();
     }
 
+    /// Logs this, in the words of `KINOFLOCKD_LOG`.
+    pub fn log_only(&mut self, filter: &str) {
+        filter.clone_into(&mut self.log);
+    }
+
+    /// Listens on these addresses at every start, instead of loopback at the ports of the first.
+    pub fn listen_on(&mut self, addresses: &[&str]) {
+        self.listen = Some(addresses.iter().map(ToString::to_string).collect());
+    }
+
+    /// Adds lines to its section `[network]`, from the next start on.
+    pub fn set_network(&mut self, lines: &str) {
+        lines.clone_into(&mut self.network_lines);
+    }
+
     /// Starts it by this command line, to which its own is added.
     pub fn wrap(&mut self, wrapper: &[&str]) {
         self.wrapper = wrapper.iter().map(ToString::to_string).collect();
@@ -285,8 +313,8 @@ impl Node {
     /// The ports of an earlier run, so that who knows the node finds it again; free ones the first time.
     fn listen(&self) -> String {
         let free = ["/ip4/127.0.0.1/udp/0/quic-v1", "/ip4/127.0.0.1/tcp/0"].map(str::to_owned).to_vec();
-        let listen = LocalNode::read(&self.folder.join("run")).map_or(free, |local| local.addresses);
-        format!("{listen:?}")
+        let earlier = || LocalNode::read(&self.folder.join("run")).map_or(free, |local| local.addresses);
+        format!("{:?}", self.listen.clone().unwrap_or_else(earlier))
     }
 
     fn config_text(&self) -> String {
@@ -300,10 +328,11 @@ impl Node {
             }
         };
         format!(
-            "[network]\nid = {:?}\nmdns = false\nlisten = {}\n\
+            "[network]\nid = {:?}\nmdns = false\nupnp = false\nlisten = {}\n{}\n\
              [admin]\nlisten = \"127.0.0.1:0\"\n{worker}\n{}\n",
             self.network,
             self.listen(),
+            self.network_lines,
             self.config
         )
     }

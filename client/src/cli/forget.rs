@@ -37,8 +37,11 @@ pub(super) async fn forget(text: &str, context: &Context<'_>) -> Result<(), Fail
     for node in &heard {
         let error = node.error.as_deref();
         context.out.record(&Heard { event: "forgotten", job, node: node.node, error });
-        let said =
-            error.map_or_else(|| "has forgotten it".to_owned(), |error| format!("did not confirm: {error}"));
+        let said = match (error, node.had) {
+            (Some(error), _) => format!("did not confirm: {error}"),
+            (None, true) => "has forgotten it".to_owned(),
+            (None, false) => "holds nothing of it for your key".to_owned(),
+        };
         context.out.line(&format!("node ...{} {said}", node.node.short()));
     }
     let silent = heard.iter().filter(|node| node.error.is_some()).count();

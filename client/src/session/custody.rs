@@ -43,6 +43,8 @@ const ASKED_AT_RANDOM: usize = 8;
 pub struct Forgotten {
     /// Which node.
     pub node: NodeId,
+    /// Whether it had anything; else it knows of no such job of this key.
+    pub had: bool,
     /// Why it may not have forgotten; nothing if it confirmed.
     pub error: Option<String>,
 }
@@ -318,8 +320,10 @@ impl Client {
             asked.insert(former.node, parse_addresses(&former.addresses));
         }
         let asking = asked.into_iter().map(|(node, addresses)| async move {
-            let error = self.ask_to_forget(job, node, addresses).await.err();
-            Forgotten { node, error: error.map(|error| error.to_string()) }
+            match self.ask_to_forget(job, node, addresses).await {
+                Ok(had) => Forgotten { node, had, error: None },
+                Err(error) => Forgotten { node, had: true, error: Some(error.to_string()) },
+            }
         });
         Ok(join_all(asking).await)
     }
@@ -329,13 +333,12 @@ impl Client {
         job: &JobId,
         node: NodeId,
         addresses: Vec<Multiaddr>,
-    ) -> Result<(), SessionError> {
+    ) -> Result<bool, SessionError> {
         self.connect_within(node, addresses).await?;
         let query = self.query_to(job, node, QueryAction::Forget)?;
         match self.net.request_within(node, Request::Forget(query), ANSWER_WITHIN).await? {
-            Response::Forgotten { .. } => Ok(()),
-            // Nothing of it is there.
-            Response::Refused(refusal) if refusal.reason == Reason::JobUnknown => Ok(()),
+            Response::Forgotten { .. } => Ok(true),
+            Response::Refused(refusal) if refusal.reason == Reason::JobUnknown => Ok(false),
             other => Err(unexpected(node, "a request to forget", other)),
         }
     }

@@ -14,7 +14,8 @@ use super::{Client, Event, Events, SessionError, corrected};
 use crate::config::Config;
 use crate::local;
 use crate::route::{Candidate, Declined, Why, read_advert};
-use crate::ticket::{Way, WayError};
+use crate::store::MetNode;
+use crate::ticket::{Way, WayError, parse_addresses};
 
 /// Nodes that are asked at once.
 const AT_ONCE: usize = 8;
@@ -114,10 +115,40 @@ impl Client {
             found.extend(self.probe_all(others, &mut reasons, events).await);
         }
         if found.is_empty() {
+            let met = self.met_before();
+            found = self.probe_all(met, &mut reasons, events).await;
+        }
+        if found.is_empty() {
             return Err(SessionError::NoNode { reasons });
         }
         self.ask_for_others(&mut found).await;
+        self.remember_met(&found);
         Ok(found)
+    }
+
+    /// Nodes that were met by an earlier process: ways for when no other leads anywhere.
+    fn met_before(&self) -> Vec<Target> {
+        let target = |met: MetNode| Target {
+            label: format!("{}, met before", met.node),
+            node: Some(met.node),
+            addresses: parse_addresses(&met.addresses),
+        };
+        self.store.met(&self.network).into_iter().map(target).take(MAX_TARGETS).collect()
+    }
+
+    fn remember_met(&self, found: &[Found]) {
+        let (answered, heard): (Vec<_>, Vec<_>) = found.iter().partition(|found| found.direct);
+        let met = answered.into_iter().chain(heard).map(|found| {
+            let told = found.candidate.capacity.addresses.iter().map(ToString::to_string);
+            let mut addresses: Vec<_> = found.addresses.iter().map(ToString::to_string).collect();
+            addresses.extend(told);
+            let mut seen = BTreeSet::new();
+            addresses.retain(|addr| seen.insert(addr.clone()));
+            MetNode { network: self.network, node: found.candidate.node, addresses, at: crate::now() }
+        });
+        if let Err(error) = self.store.keep_met(met) {
+            tracing::warn!(%error, "the nodes that were found could not be remembered");
+        }
     }
 
     async fn probe_all(

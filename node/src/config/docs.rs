@@ -41,6 +41,12 @@ pub const DOCS: &[KeyDoc] = &[
     ),
     doc("network.bootstrap", "Nodes to ask for others, as multiaddresses ending in /p2p/NODE."),
     doc("network.mdns", "Find and be found on the local network."),
+    doc(
+        "network.relay",
+        "auto: be reached over relays while no port of this node is open to others, and carry their connections while\n\
+         one is (4 MiB and an hour for each, no clips). on: carry them whatever was found out. off: neither.",
+    ),
+    doc("network.upnp", "Ask the router to forward the ports of network.listen."),
     doc("network.upload", "Most bytes sent per second, for example \"2 MiB\"; or \"unlimited\"."),
     doc("network.download", "Most bytes received per second; or \"unlimited\"."),
     doc("serve.own_keys", "Requester keys (kf1...) whose jobs come first: yours."),

@@ -55,6 +55,8 @@ pub struct NetworkSection {
     pub external: Vec<String>,
     pub bootstrap: Vec<String>,
     pub mdns: bool,
+    pub relay: String,
+    pub upnp: bool,
     pub upload: Ceiling<ByteSize>,
     pub download: Ceiling<ByteSize>,
 }
@@ -191,6 +193,8 @@ impl Default for NetworkSection {
             external: Vec::new(),
             bootstrap: Vec::new(),
             mdns: true,
+            relay: default_relay(),
+            upnp: true,
             upload: Ceiling::UNLIMITED,
             download: Ceiling::UNLIMITED,
         }
@@ -309,6 +313,10 @@ impl Default for DeviceSection {
             worker_args: Vec::new(),
         }
     }
+}
+
+fn default_relay() -> String {
+    "auto".to_owned()
 }
 
 fn default_network_id() -> String {

@@ -2,13 +2,14 @@
 //!
 //! An advert is signed, short and short-lived. One that was heard is kept until its life is over; of each node the newest.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use kinoflock_client::ticket::Way;
 use kinoflock_net::Multiaddr;
 use kinoflock_net::discovery::{Advert, Verdict};
+use kinoflock_net::peer::is_relayed;
 use kinoflock_protocol::Millis;
 use kinoflock_protocol::capacity::{
     Capacity, Device, NodeState, Offer, OfferLimits, QueueState, Serves, Terms,
@@ -16,21 +17,20 @@ use kinoflock_protocol::capacity::{
 use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::envelope::Envelope;
 use kinoflock_protocol::id::{CardId, NodeId};
-use kinoflock_protocol::limits::{ADVERT_MEMORY_MS, MAX_NODES, SPOKEN_VERSIONS};
+use kinoflock_protocol::limits::{MAX_NODES, SPOKEN_VERSIONS};
 use kinoflock_protocol::rpc::{FindNodes, Response};
 use kinoflock_protocol::work::Work;
 
+use self::table::{Refused, Table, Taken};
 use super::inputs::MAX_INPUT_BYTES;
 use super::{Daemon, finish, ip_of, unix_now};
 use crate::models::Model;
 use crate::scheduler::{DeviceMode, DeviceStatus};
 
-/// Nodes whose adverts are kept; more are not listened to until some have run out.
-const MAX_KNOWN: usize = 4096;
+mod table;
+
 /// Nodes through which another one is looked for.
 const MAX_WAYS: usize = 32;
-/// How long the number of an advert that ran out is remembered, so that an old one cannot revive its node.
-const REMEMBERED: Duration = Duration::from_millis(ADVERT_MEMORY_MS);
 /// Basis points in a percent.
 const BPS_PER_PERCENT: u16 = 100;
 
@@ -39,14 +39,22 @@ const BPS_PER_PERCENT: u16 = 100;
 pub(super) struct Adverts {
     sequence: u64,
     own: Option<Envelope>,
-    known: BTreeMap<NodeId, Known>,
+    /// Whether what the own one says of addresses no longer holds.
+    outdated: bool,
+    table: Table,
+    /// How many nodes were told of.
+    turn: AtomicUsize,
 }
 
-#[derive(Debug)]
-struct Known {
-    envelope: Envelope,
-    capacity: Capacity,
-    until: Instant,
+impl Adverts {
+    /// The addresses of this node have changed. Before the first advert nobody was told others.
+    pub(super) fn outdate(&mut self) {
+        self.outdated = self.own.is_some();
+    }
+
+    pub(super) fn take_outdated(&mut self) -> bool {
+        std::mem::take(&mut self.outdated)
+    }
 }
 
 impl Adverts {
@@ -57,11 +65,7 @@ impl Adverts {
 
     /// Nodes whose adverts have not run out.
     pub(super) fn live(&self) -> impl Iterator<Item = (NodeId, &Capacity)> {
-        let now = Instant::now();
-        self.known
-            .iter()
-            .filter(move |(_, known)| now < known.until)
-            .map(|(node, known)| (*node, &known.capacity))
+        self.table.live(Instant::now())
     }
 
     /// The same as ways to them.
@@ -180,13 +184,10 @@ impl Daemon {
         }
     }
 
-    /// The addresses under which this node may be reached, those named by the operator first. What only this machine or
-    /// its cable reaches is told only where there is nothing else.
+    /// The addresses under which this node may be reached: those that the operator named or others got in at, those over
+    /// relays, its own. What only this machine or its cable reaches is told only where there is nothing else.
     pub(super) fn addresses(&self) -> Vec<String> {
-        let external = self.config.network.external.iter().map(|addr| addr.as_str().to_owned());
-        let (near, far): (Vec<_>, Vec<_>) = self.net.listen_addrs().into_iter().partition(is_near);
-        let far: Vec<_> = external.chain(far.iter().map(ToString::to_string)).collect();
-        if far.is_empty() { near.iter().map(ToString::to_string).collect() } else { far }
+        told(&self.net.open_addrs(), self.net.listen_addrs()).iter().map(ToString::to_string).collect()
     }
 
     pub(super) fn own_advert(&self) -> Response {
@@ -196,9 +197,8 @@ impl Daemon {
         }
     }
 
-    pub(super) fn find_nodes(&mut self, wanted: &FindNodes) -> Response {
+    pub(super) fn find_nodes(&self, wanted: &FindNodes) -> Response {
         let now = Instant::now();
-        self.adverts.known.retain(|_, known| now < known.until + REMEMBERED);
         let limit = (wanted.limit as usize).min(MAX_NODES);
         let fits = |capacity: &Capacity| {
             let serves = wanted.model.is_none_or(|model| capacity.offer(&model).is_some());
@@ -217,47 +217,74 @@ impl Daemon {
             .own
             .iter()
             .filter(|_| wanted.model.is_none_or(|model| self.passed(&model).is_some()));
-        let known = self.adverts.known.values().filter(|known| now < known.until && fits(&known.capacity));
-        let nodes = own.chain(known.map(|known| &known.envelope)).take(limit).cloned();
+        let known = self.adverts.table.fresh(now).filter(|(capacity, _)| fits(capacity));
+        let mut known: Vec<_> = known.map(|(_, envelope)| envelope).collect();
+        // Each answer goes on where the last one ended, so that nobody is told of less often than others.
+        let turn = self.adverts.turn.fetch_add(limit, Ordering::Relaxed);
+        let first = turn.checked_rem(known.len()).unwrap_or(0);
+        known.rotate_left(first);
+        let nodes = own.chain(known).take(limit).cloned();
         Response::Nodes(List::first_of(nodes))
     }
 
     /// Checks a gossiped advert before it is forwarded.
     pub(super) fn handle_advert(&mut self, advert: Advert) {
-        let now = Instant::now();
-        let verdict = match self.check_advert(&advert, now) {
-            Ok(known)
-                if self.adverts.known.len() < MAX_KNOWN
-                    || self.adverts.known.contains_key(&advert.publisher) =>
-            {
-                self.adverts.known.insert(advert.publisher, known);
-                Verdict::Accept
-            }
-            Ok(_) => Verdict::Ignore,
-            Err(verdict) => verdict,
+        let taken = match Envelope::decode(&advert.bytes) {
+            Ok(envelope) => self.take_advert(envelope, Some(advert.publisher)),
+            Err(error) => Err(Refused::Forged(error.to_string())),
+        };
+        let verdict = match &taken {
+            Ok(()) => Verdict::Accept,
+            Err(Refused::Forged(_)) => Verdict::Reject,
+            // An honest clock may be wrong, and an old advert may come late: nobody is blamed.
+            Err(_) => Verdict::Ignore,
         };
         tracing::trace!(peer = %advert.publisher.short(), ?verdict, "advert");
         advert.judge(verdict);
     }
 
-    fn check_advert(&self, advert: &Advert, now: Instant) -> Result<Known, Verdict> {
-        let envelope = Envelope::decode(&advert.bytes).map_err(|_| Verdict::Reject)?;
-        let opened = envelope.open::<Capacity>(&self.network).map_err(|_| Verdict::Reject)?;
-        if NodeId::from(opened.signer) != advert.publisher {
-            return Err(Verdict::Reject);
+    /// Takes an advert that another node knew.
+    pub(super) fn take_told(&mut self, advert: &Envelope) {
+        // Whatever is wrong with it was logged; whoever told it may not know better.
+        let _ = self.take_advert(advert.clone(), None);
+    }
+
+    fn take_advert(&mut self, envelope: Envelope, publisher: Option<NodeId>) -> Result<(), Refused> {
+        let (own, now, wall) = (self.identity.node_id(), Instant::now(), unix_now());
+        let taken = self.adverts.table.take(envelope, publisher, &self.network, own, (now, wall));
+        match taken {
+            Ok(Taken { node, addresses }) => {
+                self.metrics.known_nodes.set(self.adverts.table.fresh(now).count() as i64);
+                let net = self.net.clone();
+                tokio::spawn(async move {
+                    // An error means that the network has ended.
+                    let _ = net.add_addresses(node, addresses).await;
+                });
+                Ok(())
+            }
+            Err(refused) => {
+                tracing::debug!(peer = ?publisher.map(|node| node.short()), %refused, "advert_refused");
+                Err(refused)
+            }
         }
-        let newest = self.adverts.known.get(&advert.publisher).map(|known| known.capacity.sequence);
-        let wall = unix_now();
-        // An honest clock may be wrong, and an old advert may come late: nobody is blamed.
-        opened.value.check(wall, newest).map_err(|_| Verdict::Ignore)?;
-        let until = now + Duration::from_millis(opened.value.lives_for(wall).0);
-        Ok(Known { envelope, capacity: opened.value, until })
     }
 
     /// The id of the card that this node signs about a model.
     pub(super) fn card_id(&self, model: &Model) -> Option<CardId> {
         self.card_of(model).map(|envelope| CardId::of(&envelope, &self.network))
     }
+}
+
+fn told(open: &[Multiaddr], listening: Vec<Multiaddr>) -> Vec<Multiaddr> {
+    let (near, far): (Vec<_>, Vec<_>) = listening.into_iter().partition(is_near);
+    let (relayed, own): (Vec<_>, Vec<_>) = far.into_iter().partition(is_relayed);
+    let mut all: Vec<Multiaddr> = open.to_vec();
+    for addr in relayed.into_iter().chain(own) {
+        if !all.contains(&addr) {
+            all.push(addr);
+        }
+    }
+    if all.is_empty() { near } else { all }
 }
 
 /// Whether an address means another machine, or none, to whoever is told it elsewhere.
@@ -274,6 +301,16 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn addresses_at_which_others_get_in_are_told_first_and_each_once() {
+        let addr = |text: &str| text.parse::<Multiaddr>().unwrap();
+        let (open, own) = (addr("/ip4/198.18.0.1/tcp/1"), addr("/ip4/192.168.1.2/tcp/1"));
+        let (relayed, near) = (addr("/ip4/198.18.0.2/tcp/1/p2p-circuit"), addr("/ip4/127.0.0.1/tcp/1"));
+        let listening = vec![near.clone(), own.clone(), open.clone(), relayed.clone()];
+        assert_eq!(told(std::slice::from_ref(&open), listening), [open, relayed, own]);
+        assert_eq!(told(&[], vec![near.clone()]), [near]);
+    }
 
     #[test]
     fn loopback_and_link_local_addresses_are_near_and_no_others() {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kinoflock_client::local::LocalNode;
-use kinoflock_net::{BlobReader, BlobSource, KadRole, NetConfig, NetError, NetHandle, Rates};
+use kinoflock_net::{
+    BlobReader, BlobSource, KadRole, NetConfig, NetError, NetHandle, Rates, Reach, RelayRole, Reserve,
+};
 use kinoflock_protocol::clip::Outline;
 use kinoflock_protocol::id::{BlobId, ModelId, NetworkId};
 use kinoflock_protocol::units::UnixMillis;
@@ -17,7 +19,7 @@ use super::selftest::{Program, Tests};
 use super::{Daemon, Device, LiveJob, MAX_NOTES, Note, requests, unix_now};
 use crate::admin::{ADMIN_QUEUE, Admin, AdminError};
 use crate::clips::{Clips, ClipsError};
-use crate::config::{Config, DeviceConfig};
+use crate::config::{Config, DeviceConfig, Relay};
 use crate::engine::supervisor::{self, WorkerConfig};
 use crate::holdings::{Holdings, HoldingsError};
 use crate::identity::{Identity, IdentityError};
@@ -166,6 +168,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         started: Instant::now(),
         ready,
         draining: false,
+        peers_file: super::Turn::default(),
         peers: 0,
         identity,
         config,
@@ -370,9 +373,11 @@ async fn start_net(
         listen: parse(&settings.listen)?,
         external: parse(&settings.external)?,
         bootstrap: parse(&settings.bootstrap)?,
+        known: super::peers::addresses(&config.storage.state),
         mdns: settings.mdns,
         kad: KadRole::Server,
         gossip: true,
+        reach: reach(settings),
         rates: Rates { upload: rate(settings.upload), download: rate(settings.download) },
         ..NetConfig::node(identity.keypair().clone(), network, 0)
     };
@@ -380,6 +385,16 @@ async fn start_net(
         error @ NetError::Listen { .. } => RunError::Listen(error),
         error => RunError::Net(error),
     })
+}
+
+/// What the configuration says about routers and relays, as the network layer takes it.
+fn reach(settings: &crate::config::Network) -> Reach {
+    let (upnp, node) = (settings.upnp, Reach::NODE);
+    match settings.relay {
+        Relay::Auto => Reach { upnp, ..node },
+        Relay::On => Reach { upnp, relay: RelayRole::On, ..node },
+        Relay::Off => Reach { upnp, relay: RelayRole::Off, reserve: Reserve::Off, ..node },
+    }
 }
 
 fn local_node(

@@ -3,8 +3,8 @@
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
-    allow_block_list, connection_limits, gossipsub, identify, kad, mdns, memory_connection_limits, ping,
-    request_response,
+    allow_block_list, autonat, connection_limits, dcutr, gossipsub, identify, kad, mdns,
+    memory_connection_limits, ping, relay, request_response, upnp,
 };
 
 use crate::rpc::ControlCodec;
@@ -35,4 +35,16 @@ pub(crate) struct Behaviour {
     pub(crate) gossip: Toggle<gossipsub::Behaviour>,
     /// Peers on the local network.
     pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
+    /// Connections over relays, and places at them.
+    pub(crate) relayed: Toggle<relay::client::Behaviour>,
+    /// A direct connection in place of a relayed one.
+    pub(crate) punch: Toggle<dcutr::Behaviour>,
+    /// Connections of others over us.
+    pub(crate) relay: Toggle<relay::Behaviour>,
+    /// Whether others can dial us.
+    pub(crate) probe: Toggle<autonat::v2::client::Behaviour>,
+    /// Whether we can dial others, for those who ask.
+    pub(crate) answer_probes: Toggle<autonat::v2::server::Behaviour>,
+    /// Ports that the router forwards.
+    pub(crate) upnp: Toggle<upnp::tokio::Behaviour>,
 }

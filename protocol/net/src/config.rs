@@ -30,6 +30,83 @@ pub enum KadRole {
     Server,
 }
 
+/// When this process carries others' connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RelayRole {
+    /// Never.
+    #[default]
+    Off,
+    /// While AutoNAT, UPnP or [`NetConfig::external`] say that it is reached from outside.
+    Auto,
+    /// Always, at [`NetConfig::external`], else at its own addresses.
+    On,
+}
+
+/// When this process keeps places at relays, so that others reach it over them. Needs [`Reach::dial_relays`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Reserve {
+    /// Never.
+    #[default]
+    Off,
+    /// While AutoNAT says that nobody reaches it directly. Needs [`Reach::probe`].
+    WhenPrivate,
+    /// Always.
+    Always,
+}
+
+/// How this process is reached, and reaches others, where routers stand between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reach {
+    /// Ask others whether our addresses can be dialed from outside.
+    pub probe: bool,
+    /// Answer the same question of others by dialing them.
+    pub answer_probes: bool,
+    /// Dial through relays, and try to get a direct connection then.
+    pub dial_relays: bool,
+    /// Keep places at relays.
+    pub reserve: Reserve,
+    /// Carry the connections of others.
+    pub relay: RelayRole,
+    /// Ask the router to forward our ports.
+    pub upnp: bool,
+}
+
+impl Reach {
+    /// A node of a home or of a data centre: everything, but for UPnP.
+    pub const NODE: Self = Self {
+        probe: true,
+        answer_probes: true,
+        dial_relays: true,
+        reserve: Reserve::WhenPrivate,
+        relay: RelayRole::Auto,
+        upnp: false,
+    };
+    /// A client: it reaches nodes behind routers, nobody needs to reach it.
+    pub const CLIENT: Self = Self {
+        probe: false,
+        answer_probes: false,
+        dial_relays: true,
+        reserve: Reserve::Off,
+        relay: RelayRole::Off,
+        upnp: false,
+    };
+}
+
+/// What a relay allows one circuit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CircuitLimits {
+    /// Bytes, each way.
+    pub bytes: u64,
+    /// Life.
+    pub time: Duration,
+}
+
+impl Default for CircuitLimits {
+    fn default() -> Self {
+        Self { bytes: limits::CIRCUIT_BYTES, time: limits::CIRCUIT_TIME }
+    }
+}
+
 /// Ceilings of blob transfer, bytes per second; `None` means no ceiling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Rates {
@@ -54,12 +131,20 @@ pub struct NetConfig {
     pub external: Vec<Multiaddr>,
     /// Nodes to connect to at the start, with or without `/p2p/...`; `/dnsaddr/...` works too.
     pub bootstrap: Vec<Multiaddr>,
+    /// Nodes that were met earlier, dialed as those of `bootstrap` are while company is missing.
+    pub known: Vec<Multiaddr>,
+    /// With fewer nodes connected than this, those that are named, met or heard of are dialed again; 0 for never.
+    pub company: usize,
     /// Find peers on the local network.
     pub mdns: bool,
     /// The role in the DHT.
     pub kad: KadRole,
     /// Take part in the gossip of adverts.
     pub gossip: bool,
+    /// Ways around routers.
+    pub reach: Reach,
+    /// What a circuit may carry, where this process is a relay.
+    pub circuits: CircuitLimits,
     /// Ceilings of blob transfer.
     pub rates: Rates,
     /// Physical memory of the process above which new connections are refused, bytes.
@@ -82,6 +167,8 @@ impl NetConfig {
             listen: listen_addresses("0.0.0.0", port),
             kad: KadRole::Server,
             gossip: true,
+            company: limits::COMPANY,
+            reach: Reach::NODE,
             ..Self::bare(Identity::Key(key), network)
         }
     }
@@ -89,7 +176,7 @@ impl NetConfig {
     /// A client: a fresh key, no gossip, no DHT, no listening.
     #[must_use]
     pub fn client(network: NetworkId) -> Self {
-        Self::bare(Identity::Fresh, network)
+        Self { reach: Reach::CLIENT, ..Self::bare(Identity::Fresh, network) }
     }
 
     /// Listens on loopback only, with both transports, at free ports.
@@ -107,9 +194,13 @@ impl NetConfig {
             listen: Vec::new(),
             external: Vec::new(),
             bootstrap: Vec::new(),
+            known: Vec::new(),
+            company: 0,
             mdns: false,
             kad: KadRole::Off,
             gossip: false,
+            reach: Reach::default(),
+            circuits: CircuitLimits::default(),
             rates: Rates::default(),
             max_memory: limits::MEMORY_BYTES,
             max_connections_in: limits::CONNECTIONS_IN,

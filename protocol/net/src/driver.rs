@@ -14,25 +14,30 @@ use libp2p::gossipsub::{IdentTopic, PublishError};
 use libp2p::metrics::Metrics;
 use libp2p::request_response::OutboundRequestId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
-use libp2p::swarm::{ConnectionId, DialError, Stream};
+use libp2p::swarm::{ConnectionId, DialError};
 use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use crate::behaviour::Behaviour;
+use crate::config::NetConfig;
 use crate::discovery::{Judged, Published};
 use crate::error::NetError;
 use crate::event::NetEvent;
 use crate::limits;
 use crate::names::Names;
 use crate::peer::{self, PeerInfo};
+use crate::reach::Reachability;
+use crate::rejoin::KnownNode;
 use crate::rpc::{Answered, WireResponse};
 use crate::slots::PeerSlots;
-use crate::streams::OpenError;
+use crate::streams::{OpenError, Opened};
 
 mod book;
 mod events;
+mod reach;
 
 use book::Book;
+use reach::Reached;
 
 /// Events of the swarm that are handled at most before a command counts as carried out.
 const SETTLED_EVENTS: usize = 256;
@@ -45,13 +50,17 @@ pub(crate) enum Command {
     /// Ask a connected peer.
     Request { peer: PeerId, request: Box<Request>, reply: Reply<Result<WireResponse, RequestFailure>> },
     /// Open a stream to a connected peer.
-    Open { peer: PeerId, protocol: StreamProtocol, reply: Reply<Result<Stream, OpenError>> },
+    Open { peer: PeerId, protocol: StreamProtocol, reply: Reply<Result<Opened, OpenError>> },
+    /// Say when there is a connection with a peer that does not run over a relay.
+    Direct { peer: PeerId, reply: Reply<()> },
     /// Remember addresses of a node.
     Learn { peer: PeerId, addrs: Vec<Multiaddr> },
     /// What identify told about a connected peer, now or as soon as it has.
     Identify { peer: PeerId, reply: Reply<PeerInfo> },
     /// What identify told about all connected peers.
     Peers { reply: Reply<Vec<PeerInfo>> },
+    /// The nodes that were met or heard of.
+    Known { reply: Reply<Vec<KnownNode>> },
     /// Gossip an advert.
     Publish { bytes: Vec<u8>, reply: Reply<Result<Published, NetError>> },
     /// Refresh the DHT's routing table.
@@ -95,6 +104,9 @@ pub(crate) struct Listening {
     pub(crate) addrs: Vec<Multiaddr>,
     /// Listeners that have not told an address yet.
     pub(crate) pending: usize,
+    /// Addresses at which others get in, as far as is known.
+    pub(crate) open: Vec<Multiaddr>,
+    pub(crate) reachability: Reachability,
 }
 
 /// The ends of the channels that the driver holds.
@@ -114,10 +126,15 @@ pub(crate) struct Driver {
     book: Book,
     /// Callers that wait for a connection; at most [`limits::WAITERS`].
     connecting: HashMap<PeerId, Vec<Reply<Result<NodeId, NetError>>>>,
+    /// Dials to all known addresses of a peer; as many as there are unfinished connections.
+    dialed: HashMap<ConnectionId, PeerId>,
     /// Dials to addresses whose node is not known; at most [`limits::WAITERS`].
     dialing: HashMap<ConnectionId, (Multiaddr, Reply<Result<NodeId, NetError>>)>,
     /// Callers that wait for an identify record; at most [`limits::WAITERS`].
     identifying: HashMap<PeerId, Vec<Reply<PeerInfo>>>,
+    /// Callers that wait for a direct connection; at most [`limits::WAITERS`].
+    directing: HashMap<PeerId, Vec<Reply<()>>>,
+    reached: Reached,
     /// Requests that wait for their answer; at most [`limits::OUTBOUND_REQUESTS`].
     requests: HashMap<OutboundRequestId, Reply<Result<WireResponse, RequestFailure>>>,
     /// Places for inbound requests, of each peer and of all.
@@ -133,11 +150,13 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new(
+        config: &NetConfig,
         swarm: Swarm<Behaviour>,
         names: Names,
         metrics: Option<Metrics>,
         channels: Channels,
     ) -> Self {
+        let reach = config.reach;
         Self {
             swarm,
             topic: names.topic(),
@@ -146,8 +165,11 @@ impl Driver {
             channels,
             book: Book::default(),
             connecting: HashMap::new(),
+            dialed: HashMap::new(),
             dialing: HashMap::new(),
             identifying: HashMap::new(),
+            directing: HashMap::new(),
+            reached: Reached::new(reach.relay, reach.reserve, &config.external),
             requests: HashMap::new(),
             inbound_per_peer: PeerSlots::new(limits::INBOUND_REQUESTS_PER_PEER),
             inbound: Arc::new(Semaphore::new(limits::INBOUND_REQUESTS)),
@@ -159,11 +181,16 @@ impl Driver {
 
     /// Runs until [`Command::Shutdown`] or until every handle is gone.
     pub(crate) async fn run(mut self) {
+        if self.channels.listening.borrow().pending == 0 {
+            self.all_listen();
+        }
         loop {
+            let relays_due = self.reached.places.poll_timeout();
             tokio::select! {
                 event = self.swarm.select_next_some() => self.on_swarm_event(event),
                 Some(answered) = self.answers.1.recv() => self.on_answer(answered),
                 Some(judged) = self.verdicts.1.recv() => self.on_verdict(&judged),
+                () = sleep_until(relays_due) => self.ask_relays(),
                 command = self.channels.commands.recv() => match command {
                     None => return,
                     Some(Command::Shutdown { reply }) => {
@@ -185,10 +212,14 @@ impl Driver {
             Command::Open { peer, protocol, reply } => {
                 self.swarm.behaviour_mut().streams.open(peer, protocol, reply);
             }
+            Command::Direct { peer, reply } => self.direct(peer, reply),
             Command::Learn { peer, addrs } => self.book.learn(peer, addrs),
             Command::Identify { peer, reply } => self.identify(peer, reply),
             Command::Peers { reply } => {
                 let _ = reply.send(self.book.connected_peers());
+            }
+            Command::Known { reply } => {
+                let _ = reply.send(self.book.known_nodes());
             }
             Command::Publish { bytes, reply } => {
                 let _ = reply.send(self.publish(bytes));
@@ -233,23 +264,36 @@ impl Driver {
             return;
         }
         self.book.learn(peer, addrs);
-        let known = self.book.addresses(&peer);
-        let opts = DialOpts::peer_id(peer)
-            .condition(PeerCondition::DisconnectedAndNotDialing)
-            .addresses(known)
-            .extend_addresses_through_behaviour()
-            .build();
-        match self.swarm.dial(opts) {
-            // Somebody dials it already: wait for the same outcome.
-            Ok(()) | Err(DialError::DialPeerConditionFalse(_)) => {
-                self.connecting.entry(peer).or_default().push(reply);
-            }
+        match self.dial_known(peer) {
+            Ok(()) => self.connecting.entry(peer).or_default().push(reply),
             Err(DialError::NoAddresses) => {
                 let _ = reply.send(Err(NetError::NoAddress { node }));
             }
             Err(error) => {
                 let _ = reply.send(Err(dial_error(&node.to_string(), &error)));
             }
+        }
+    }
+
+    /// Dials a peer at the addresses that are known, unless that is under way already. A sub-behaviour's dial to some
+    /// address is not waited for: it may take its time to fail.
+    fn dial_known(&mut self, peer: PeerId) -> Result<(), DialError> {
+        if self.dialed.values().any(|dialed| *dialed == peer) {
+            return Ok(());
+        }
+        let opts = DialOpts::peer_id(peer)
+            .condition(PeerCondition::Disconnected)
+            .addresses(self.book.addresses(&peer))
+            .extend_addresses_through_behaviour()
+            .build();
+        let id = opts.connection_id();
+        match self.swarm.dial(opts) {
+            Ok(()) => {
+                self.dialed.insert(id, peer);
+                Ok(())
+            }
+            Err(DialError::DialPeerConditionFalse(_)) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
@@ -336,6 +380,13 @@ impl Driver {
         if let Err(mpsc::error::TrySendError::Full(_)) = self.channels.events.try_send(event) {
             tracing::debug!(limit = limits::EVENTS, "net_event_dropped");
         }
+    }
+}
+
+async fn sleep_until(moment: Option<std::time::Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

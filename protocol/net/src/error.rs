@@ -122,6 +122,20 @@ pub enum NetError {
         /// The limit, milliseconds.
         limit_ms: u64,
     },
+    /// There is no way to the peer but over a relay, which carries no content of this size.
+    #[error(
+        "node {node} is reached over a relay only, which carries at most {limit} bytes of a blob, this one has {given}; no direct connection came about within {waited_ms} ms"
+    )]
+    OnlyRelayed {
+        /// The node.
+        node: NodeId,
+        /// What may come over a relay, bytes.
+        limit: u64,
+        /// Length of the blob, bytes.
+        given: u64,
+        /// How long was waited, milliseconds.
+        waited_ms: u64,
+    },
     /// A message of ours is too long to be sent.
     #[error("{what} may have {limit} bytes, this one has {given}")]
     TooLong {
@@ -175,6 +189,7 @@ impl NetError {
             Self::Refused { .. } => "net_refused",
             Self::TooMany { .. } => "net_too_many",
             Self::TimedOut { .. } => "net_timed_out",
+            Self::OnlyRelayed { .. } => "net_only_relayed",
             Self::TooLong { .. } => "net_too_long",
             Self::Garbage { .. } => "net_garbage",
             Self::RoleOff { .. } => "net_role_off",
@@ -191,6 +206,7 @@ impl NetError {
                 | Self::Busy { .. }
                 | Self::TooMany { .. }
                 | Self::TimedOut { .. }
+                | Self::OnlyRelayed { .. }
         )
     }
 }

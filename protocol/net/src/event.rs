@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 use crate::discovery::Advert;
 use crate::peer::PeerInfo;
 use crate::progress::ProgressSink;
+use crate::reach::Reachability;
 use crate::rpc::Responder;
 
 /// The events of one swarm. While it is full, news is dropped and whoever asks us something hears `Busy`;
@@ -22,6 +23,13 @@ pub enum NetEvent {
         /// The address, without `/p2p`.
         addr: Multiaddr,
     },
+    /// We no longer listen on an address.
+    NotListening {
+        /// The address.
+        addr: Multiaddr,
+    },
+    /// Something new is known about how others reach us; see also [`crate::NetHandle::open_addrs`].
+    Reachability(Reachability),
     /// The first connection with a peer was made.
     Connected {
         /// The peer.

@@ -23,6 +23,8 @@ use crate::names::Names;
 use crate::peer::{self, PeerInfo};
 use crate::progress::{self, ProgressStream};
 use crate::rate::RateLimit;
+use crate::reach::Reachability;
+use crate::rejoin::KnownNode;
 use crate::rpc::check_length;
 use crate::slots::PeerSlots;
 
@@ -88,7 +90,32 @@ impl NetHandle {
     #[must_use]
     pub fn dialable_addrs(&self) -> Vec<Multiaddr> {
         let own = Protocol::P2p(peer::peer_id(&self.inner.local));
-        self.listen_addrs().into_iter().map(|addr| addr.with(own.clone())).collect()
+        let named =
+            |addr: Multiaddr| if addr.ends_with(&own.clone().into()) { addr } else { addr.with(own.clone()) };
+        self.listen_addrs().into_iter().map(named).collect()
+    }
+
+    /// Whether others can dial this process, as far as is known.
+    #[must_use]
+    pub fn reachability(&self) -> Reachability {
+        self.inner.listening.borrow().reachability
+    }
+
+    /// The addresses at which others get in, as far as is known: configured, confirmed by others, or forwarded by the
+    /// router. Those over relays are among [`NetHandle::listen_addrs`].
+    #[must_use]
+    pub fn open_addrs(&self) -> Vec<Multiaddr> {
+        self.inner.listening.borrow().open.clone()
+    }
+
+    /// Waits until there is a connection with a node that does not run over a relay; says whether one came.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub async fn direct(&self, node: NodeId, within: Duration) -> Result<bool, NetError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Direct { peer: peer::peer_id(&node), reply }).await?;
+        Ok(matches!(timeout(within, answer).await, Ok(Ok(()))))
     }
 
     /// Waits until every configured listener has told its address.
@@ -303,6 +330,14 @@ impl NetHandle {
     pub async fn shutdown(&self) {
         // An error means that it has ended already.
         let _ = self.ask(|reply| Command::Shutdown { reply }).await;
+    }
+
+    /// The nodes that were met or heard of, connected ones first, at most [`limits::KNOWN_NODES`].
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub async fn known_nodes(&self) -> Result<Vec<KnownNode>, NetError> {
+        self.ask(|reply| Command::Known { reply }).await
     }
 
     /// Dials the bootstrap nodes in the background; one that cannot be reached is only logged.

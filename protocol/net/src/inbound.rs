@@ -38,7 +38,7 @@ pub(crate) fn offers(names: &Names) -> Vec<Offer> {
 /// Gives each accepted stream its task until the swarm ends. The tasks are bounded by the permits that the
 /// streams hold.
 pub(crate) async fn accept(names: Names, mut incoming: mpsc::Receiver<Incoming>, acceptor: Acceptor) {
-    while let Some(Incoming { peer, protocol, stream, permits }) = incoming.recv().await {
+    while let Some(Incoming { peer, protocol, relayed, stream, permits }) = incoming.recv().await {
         let Some(node) = peer::node_id(&peer) else { continue };
         let acceptor = acceptor.clone();
         let is_blobs = protocol == names.blobs;
@@ -46,7 +46,7 @@ pub(crate) async fn accept(names: Names, mut incoming: mpsc::Receiver<Incoming>,
             let served = if is_blobs {
                 acceptor.server.serve(stream).await
             } else {
-                acceptor.progress(node, stream).await
+                acceptor.progress(node, stream, relayed).await
             };
             if let Err(fault) = served {
                 tracing::debug!(peer = %node, %protocol, %fault, "inbound_stream_failed");
@@ -57,13 +57,13 @@ pub(crate) async fn accept(names: Names, mut incoming: mpsc::Receiver<Incoming>,
 }
 
 impl Acceptor {
-    async fn progress(&self, node: NodeId, mut stream: Stream) -> Result<(), FrameFault> {
+    async fn progress(&self, node: NodeId, mut stream: Stream, relayed: bool) -> Result<(), FrameFault> {
         let open: ProgressOpen = match read_message(&mut stream, limits::HELLO_TIMEOUT).await {
             Ok(Some(open)) => open,
             Ok(None) => return Ok(()),
             Err(fault) => return refuse_version(stream, fault).await,
         };
-        progress::serve(&self.events, node, stream, open).await
+        progress::serve(&self.events, node, stream, open, relayed).await
     }
 }
 

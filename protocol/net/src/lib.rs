@@ -12,6 +12,8 @@
 //! - [`streams`]: long-lived streams. A queue with a bound, and `Busy` above it;
 //! - [`progress`]: the events of a job over one stream;
 //! - [`blobs`]: content by its hash, verified MiB by MiB;
+//! - [`reach`]: how others get in past routers: addresses that were tested, places at relays;
+//! - [`rejoin`]: staying connected with nodes that were named, met or heard of;
 //! - [`discovery`]: mDNS, Kademlia's bootstrap, signed adverts over gossip.
 
 pub mod blobs;
@@ -24,6 +26,8 @@ pub mod limits;
 pub mod peer;
 pub mod progress;
 pub mod rate;
+pub mod reach;
+pub mod rejoin;
 pub mod rpc;
 pub mod sealed;
 pub mod streams;
@@ -42,7 +46,7 @@ pub use blobs::{
     BlobReader, BlobSink, BlobSource, FetchError, FetchOptions, FetchProgress, FetchReport, FileSink,
     HolderFault, MemorySink,
 };
-pub use config::{Identity, KadRole, NetConfig, Rates};
+pub use config::{CircuitLimits, Identity, KadRole, NetConfig, Rates, Reach, RelayRole, Reserve};
 pub use discovery::{Advert, Published, Verdict};
 pub use error::NetError;
 pub use event::{NetEvent, NetEvents};
@@ -50,5 +54,7 @@ pub use handle::NetHandle;
 pub use libp2p::{Multiaddr, PeerId, multiaddr};
 pub use peer::PeerInfo;
 pub use progress::{ProgressSender, ProgressSink, ProgressStream};
+pub use reach::Reachability;
+pub use rejoin::KnownNode;
 pub use rpc::Responder;
 pub use swarm::{start, start_with_metrics};

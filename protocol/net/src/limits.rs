@@ -99,6 +99,51 @@ pub const IDENTIFY_WAIT: Duration = Duration::from_secs(5);
 /// Time for a dial.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Bytes that our relays carry each way over one circuit: hours of control and progress, no clip.
+pub const CIRCUIT_BYTES: u64 = 4 * 1024 * 1024;
+/// Life of a circuit over our relays.
+pub const CIRCUIT_TIME: Duration = Duration::from_secs(3600);
+/// Circuits over this process at once, all peers together. Above it a circuit is denied.
+pub const CIRCUITS: usize = 256;
+/// Circuits that one peer may open over this process. Above it a circuit is denied.
+pub const CIRCUITS_PER_PEER: usize = 8;
+/// Places at this relay, all peers together. Above it a place is denied.
+pub const RESERVATIONS: usize = 256;
+/// Places of one peer at this relay. Above it a place is denied.
+pub const RESERVATIONS_PER_PEER: usize = 2;
+/// Life of a place at a relay; its owner renews it before.
+pub const RESERVATION_TIME: Duration = Duration::from_secs(3600);
+/// Own addresses that are listened on; what a relay names beyond is passed over.
+pub const LISTEN_ADDRESSES: usize = 128;
+/// Nodes that a node keeps connections with; with fewer, known ones are dialed.
+pub const COMPANY: usize = 8;
+/// Nodes and addresses that are dialed to stay in company; beyond, those that failed most are forgotten.
+pub const WAYS: usize = 128;
+/// How often a node looks whether it has company enough; also the first pause before one that failed is dialed again.
+pub const REJOIN_EVERY: Duration = Duration::from_secs(1);
+/// Longest pause before a node that the owner named is dialed again.
+pub const REJOIN_PAUSE_NAMED: Duration = Duration::from_secs(5);
+/// Longest pause before any other node is dialed again.
+pub const REJOIN_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Nodes dialed at one look.
+pub const REJOIN_AT_ONCE: usize = 8;
+/// Nodes that are told when the known ones are asked for; those met most recently come first.
+pub const KNOWN_NODES: usize = 64;
+/// Relays at which this process keeps a place while nobody reaches it directly.
+pub const RELAYS_HELD: usize = 2;
+/// Relays that are remembered; further ones are passed over.
+pub const RELAYS_KNOWN: usize = 64;
+/// Pause before a relay that failed is asked again; doubled with each failure.
+pub const RELAY_PAUSE: Duration = Duration::from_secs(1);
+/// Longest such pause.
+pub const RELAY_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Own addresses whose test is remembered; further ones are passed over.
+pub const TESTED_ADDRESSES: usize = 64;
+/// Bytes of a blob that may come over a relay. A greater one waits for a direct connection.
+pub const RELAYED_BLOB_BYTES: u64 = 256 * 1024;
+/// Time to wait for a direct connection before a blob is given up.
+pub const DIRECT_WAIT: Duration = Duration::from_secs(15);
+
 /// Connections from others, established.
 pub const CONNECTIONS_IN: u32 = 256;
 /// Connections to others, established.

@@ -13,7 +13,7 @@ use crate::driver::Command;
 use crate::error::NetError;
 use crate::framed::{read_frame, write_all};
 use crate::handle::{NetHandle, timed_out};
-use crate::streams::OpenError;
+use crate::streams::{OpenError, Opened};
 use crate::{limits, peer};
 
 /// A stream of ours, and its place among those that we may hold open to its peer.
@@ -21,6 +21,8 @@ use crate::{limits, peer};
 pub(crate) struct Held {
     pub(crate) node: NodeId,
     pub(crate) stream: Stream,
+    /// Whether it runs over a relay.
+    pub(crate) relayed: bool,
     _place: OwnedSemaphorePermit,
 }
 
@@ -66,8 +68,8 @@ async fn try_open(handle: &NetHandle, node: NodeId, opening: &Opening) -> Result
     let peer = peer::peer_id(&node);
     let (reply, answer) = tokio::sync::oneshot::channel();
     handle.send(Command::Open { peer, protocol: opening.protocol.clone(), reply }).await?;
-    let mut stream = match answer.await {
-        Ok(Ok(stream)) => stream,
+    let Opened { mut stream, relayed } = match answer.await {
+        Ok(Ok(opened)) => opened,
         Ok(Err(OpenError::Unsupported)) => return Err(handle.why_unsupported(node, opening.what).await),
         Ok(Err(OpenError::QueueFull { limit })) => {
             return Err(NetError::TooMany { what: "opens of streams", limit });
@@ -79,7 +81,7 @@ async fn try_open(handle: &NetHandle, node: NodeId, opening: &Opening) -> Result
     // answer came either.
     let written = write_all(&mut stream, &opening.first).await;
     match read_frame(&mut stream, opening.answer, limits::OPEN_TIMEOUT).await {
-        Ok(Some(content)) => Ok((Held { node, stream, _place: place }, content)),
+        Ok(Some(content)) => Ok((Held { node, stream, relayed, _place: place }, content)),
         Ok(None) => {
             written.map_err(|fault| fault.on(node, "take the first frame"))?;
             Err(lost("the stream ended before its answer came"))

@@ -15,13 +15,20 @@ pub fn node_id(peer: &PeerId) -> Option<NodeId> {
     NodeId::from_peer_id_bytes(&peer.to_bytes())
 }
 
-/// The node that an address names in its `/p2p/...` part.
+/// The node that an address leads to, by its last `/p2p/...` part; a relay on the way there is not meant.
 #[must_use]
 pub fn node_of(addr: &Multiaddr) -> Option<NodeId> {
-    addr.iter().find_map(|part| match part {
+    addr.iter().fold(None, |named, part| match part {
         Protocol::P2p(peer) => node_id(&peer),
-        _ => None,
+        Protocol::P2pCircuit => None,
+        _ => named,
     })
+}
+
+/// Whether an address leads over a relay.
+#[must_use]
+pub fn is_relayed(addr: &Multiaddr) -> bool {
+    addr.iter().any(|part| part == Protocol::P2pCircuit)
 }
 
 /// What identify told about a peer. All of it is the peer's own word.
@@ -37,10 +44,33 @@ pub struct PeerInfo {
     pub versions: Vec<u8>,
     /// Whether it speaks our protocols, but for another network only.
     pub other_network: bool,
+    /// Whether it is a node: it answers in the DHT, which clients do not.
+    pub is_node: bool,
     /// The addresses on which it listens.
     pub listen_addrs: Vec<Multiaddr>,
     /// The address under which it sees us.
     pub observed_addr: Multiaddr,
     /// The last round trip by ping.
     pub round_trip: Option<std::time::Duration>,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn an_address_over_a_relay_names_the_node_behind_it() {
+        let (relay, node) = (NodeId::from_bytes([1; 32]), NodeId::from_bytes([2; 32]));
+        let (relay, behind) = (peer_id(&relay), peer_id(&node));
+        for (addr, named) in [
+            (format!("/ip4/198.18.0.1/tcp/1/p2p/{behind}"), Some(node)),
+            (format!("/ip4/198.18.0.1/tcp/1/p2p/{relay}/p2p-circuit/p2p/{behind}"), Some(node)),
+            (format!("/ip4/198.18.0.1/tcp/1/p2p/{relay}/p2p-circuit"), None),
+            ("/ip4/198.18.0.1/tcp/1".to_owned(), None),
+        ] {
+            let addr: Multiaddr = addr.parse().unwrap();
+            assert_eq!(node_of(&addr), named, "{addr}");
+        }
+    }
 }

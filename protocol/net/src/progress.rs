@@ -6,7 +6,7 @@
 //! [`limits::PROGRESS_IDLE`] gives up. The stream ends after the job's final event; one that ends before is
 //! broken and can be taken up again from the next number.
 
-use kinoflock_protocol::progress::{Progress, ProgressFrame, ProgressOpen};
+use kinoflock_protocol::progress::{JobEvent, Progress, ProgressFrame, ProgressOpen};
 use kinoflock_protocol::refusal::Refusal;
 use kinoflock_protocol::rpc::{StreamMessage, decode_stream};
 use kinoflock_protocol::{NodeId, frame};
@@ -104,6 +104,7 @@ pub(crate) async fn serve(
     node: NodeId,
     mut stream: Stream,
     open: ProgressOpen,
+    relayed: bool,
 ) -> Result<(), FrameFault> {
     let (verdict, decided) = oneshot::channel();
     let sink = ProgressSink { verdict };
@@ -117,7 +118,7 @@ pub(crate) async fn serve(
     match decided {
         Some(Verdict::Accept(queue)) => {
             write_message(&mut stream, &ProgressFrame::Open).await?;
-            return write_events(stream, queue).await;
+            return write_events(stream, queue, relayed).await;
         }
         Some(Verdict::Refuse(refusal)) => {
             write_message(&mut stream, &ProgressFrame::Refused(*refusal)).await?;
@@ -131,7 +132,12 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-async fn write_events(stream: Stream, mut queue: mpsc::Receiver<Progress>) -> Result<(), FrameFault> {
+/// Writes events until either side ends. Over a relay there are no previews: they would use up its bytes.
+async fn write_events(
+    stream: Stream,
+    mut queue: mpsc::Receiver<Progress>,
+    relayed: bool,
+) -> Result<(), FrameFault> {
     let (mut reader, mut writer) = stream.split();
     let mut heartbeat = interval(limits::HEARTBEAT);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -141,6 +147,7 @@ async fn write_events(stream: Stream, mut queue: mpsc::Receiver<Progress>) -> Re
             // The follower has nothing to say after its query: whatever comes, the end included, ends it.
             _ = reader.read(&mut byte) => return Ok(()),
             event = queue.recv() => match event {
+                Some(Progress { event: JobEvent::Preview { .. }, .. }) if relayed => {}
                 Some(event) => {
                     write_all(&mut writer, &message_frame(&ProgressFrame::Event(event))?).await?;
                     heartbeat.reset();

@@ -25,6 +25,7 @@ use libp2p::{Multiaddr, PeerId, StreamProtocol};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::limits;
+use crate::peer::is_relayed;
 use crate::slots::PeerSlots;
 
 mod handler;
@@ -88,7 +89,17 @@ pub struct Offer {
 #[derive(Debug)]
 pub struct Open {
     pub(crate) protocol: StreamProtocol,
-    pub(crate) reply: oneshot::Sender<Result<Stream, OpenError>>,
+    pub(crate) relayed: bool,
+    pub(crate) reply: oneshot::Sender<Result<Opened, OpenError>>,
+}
+
+/// A negotiated stream of ours.
+#[derive(Debug)]
+pub struct Opened {
+    /// The stream, nothing written yet.
+    pub stream: Stream,
+    /// Whether it runs over a relay.
+    pub relayed: bool,
 }
 
 /// An inbound stream with the permits that it holds until dropped.
@@ -98,6 +109,8 @@ pub struct Incoming {
     pub peer: PeerId,
     /// The protocol that was agreed on.
     pub protocol: StreamProtocol,
+    /// Whether it runs over a relay.
+    pub relayed: bool,
     /// The negotiated stream, nothing read yet.
     pub stream: Stream,
     /// The stream's share of its peer's and of the process's limit.
@@ -118,11 +131,17 @@ struct Inbound {
 #[derive(Debug)]
 pub struct Behaviour {
     inbound: Arc<Inbound>,
-    /// Connections of each peer, oldest first.
-    connections: HashMap<PeerId, Vec<ConnectionId>>,
+    /// Connections of each peer, direct ones first, then oldest first.
+    connections: HashMap<PeerId, Vec<Connection>>,
     /// Bounded by the commands that the driver takes between two polls.
     pending: VecDeque<ToSwarm<Infallible, Open>>,
     waker: Option<Waker>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Connection {
+    id: ConnectionId,
+    relayed: bool,
 }
 
 impl Behaviour {
@@ -150,12 +169,18 @@ impl Behaviour {
         (behaviour, queue)
     }
 
-    /// Opens a stream to a connected peer.
+    /// Whether there is a connection with the peer that does not run over a relay.
+    #[must_use]
+    pub fn is_direct(&self, peer: &PeerId) -> bool {
+        self.connections.get(peer).is_some_and(|all| all.iter().any(|connection| !connection.relayed))
+    }
+
+    /// Opens a stream to a connected peer, over a relay only where there is no direct connection.
     pub fn open(
         &mut self,
         peer: PeerId,
         protocol: StreamProtocol,
-        reply: oneshot::Sender<Result<Stream, OpenError>>,
+        reply: oneshot::Sender<Result<Opened, OpenError>>,
     ) {
         let Some(connection) = self.connections.get(&peer).and_then(|all| all.first()) else {
             // The caller may have gone; then nobody needs the answer.
@@ -164,8 +189,8 @@ impl Behaviour {
         };
         self.pending.push_back(ToSwarm::NotifyHandler {
             peer_id: peer,
-            handler: NotifyHandler::One(*connection),
-            event: Open { protocol, reply },
+            handler: NotifyHandler::One(connection.id),
+            event: Open { protocol, relayed: connection.relayed, reply },
         });
         if let Some(waker) = self.waker.take() {
             waker.wake();
@@ -181,31 +206,38 @@ impl NetworkBehaviour for Behaviour {
         &mut self,
         _: ConnectionId,
         peer: PeerId,
-        _: &Multiaddr,
+        local: &Multiaddr,
         _: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        Ok(Handler::new(peer, Arc::clone(&self.inbound)))
+        Ok(Handler::new(peer, is_relayed(local), Arc::clone(&self.inbound)))
     }
 
     fn handle_established_outbound_connection(
         &mut self,
         _: ConnectionId,
         peer: PeerId,
-        _: &Multiaddr,
+        addr: &Multiaddr,
         _: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        Ok(Handler::new(peer, Arc::clone(&self.inbound)))
+        Ok(Handler::new(peer, is_relayed(addr), Arc::clone(&self.inbound)))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match event {
-            FromSwarm::ConnectionEstablished(ConnectionEstablished { peer_id, connection_id, .. }) => {
-                self.connections.entry(peer_id).or_default().push(connection_id);
+            FromSwarm::ConnectionEstablished(ConnectionEstablished {
+                peer_id,
+                connection_id,
+                endpoint,
+                ..
+            }) => {
+                let all = self.connections.entry(peer_id).or_default();
+                all.push(Connection { id: connection_id, relayed: endpoint.is_relayed() });
+                all.sort_by_key(|connection| connection.relayed);
             }
             FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, connection_id, .. }) => {
                 if let Some(all) = self.connections.get_mut(&peer_id) {
-                    all.retain(|id| *id != connection_id);
+                    all.retain(|connection| connection.id != connection_id);
                     if all.is_empty() {
                         self.connections.remove(&peer_id);
                     }

@@ -3,7 +3,9 @@
 
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
+use futures::{AsyncRead, AsyncWrite};
 use libp2p::connection_limits::ConnectionLimits;
 use libp2p::core::muxing::StreamMuxerBox;
 use libp2p::core::upgrade::Version;
@@ -11,21 +13,22 @@ use libp2p::metrics::{BandwidthTransport, Metrics, Registry};
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
-    Multiaddr, PeerId, Swarm, Transport, connection_limits, core, dns, identify, identity, mdns,
-    memory_connection_limits, noise, ping, quic, request_response, tcp, yamux,
+    Multiaddr, PeerId, Swarm, Transport, autonat, connection_limits, core, dcutr, dns, identify, identity,
+    mdns, memory_connection_limits, noise, ping, quic, relay, request_response, tcp, upnp, yamux,
 };
 use tokio::sync::{mpsc, watch};
 
 use crate::behaviour::Behaviour;
-use crate::config::{Identity, NetConfig};
+use crate::config::{Identity, NetConfig, RelayRole};
 use crate::driver::{Channels, Driver, Listening};
 use crate::error::NetError;
 use crate::event::NetEvents;
 use crate::handle::NetHandle;
 use crate::names::Names;
+use crate::rejoin::Ways;
 use crate::rpc::ControlCodec;
 use crate::streams::Incoming;
-use crate::{arrivals, discovery, inbound, limits, streams};
+use crate::{arrivals, discovery, inbound, limits, rejoin, streams};
 
 /// Starts a swarm and its driver task on the current tokio runtime. Returns once every configured address is
 /// listened on. The swarm ends with [`NetHandle::shutdown`] or when the last handle is dropped.
@@ -53,15 +56,21 @@ pub async fn start_with_metrics(
     }
     let (command_sender, commands) = mpsc::channel(limits::COMMANDS);
     let (event_sender, events) = mpsc::channel(limits::EVENTS);
-    let (listening_sender, listening) = watch::channel(Listening { addrs: Vec::new(), pending });
+    let (listening_sender, listening) = watch::channel(Listening { pending, ..Listening::default() });
     let handle =
         NetHandle::new(&config, keypair.public().to_peer_id(), names.clone(), command_sender, listening);
     tokio::spawn(inbound::accept(names.clone(), incoming, handle.acceptor(event_sender.clone())));
     let channels = Channels { commands, events: event_sender, listening: listening_sender };
     let metrics = registry.map(Metrics::new);
-    tokio::spawn(Driver::new(swarm, names, metrics, channels).run());
+    tokio::spawn(Driver::new(&config, swarm, names, metrics, channels).run());
     handle.listening().await?;
-    handle.join_bootstrap(config.bootstrap);
+    if config.company == 0 {
+        handle.join_bootstrap(config.bootstrap);
+    } else {
+        let named: Vec<_> = config.bootstrap.into_iter().chain(config.known).collect();
+        let ways = Ways::new(config.company, &named);
+        tokio::spawn(rejoin::stay(Arc::downgrade(&handle.inner), handle.local_node(), ways));
+    }
     Ok((handle, events))
 }
 
@@ -82,8 +91,10 @@ fn build(
     names: &Names,
     registry: Option<&mut Registry>,
 ) -> Result<Built, NetError> {
-    let transport = transport(keypair, registry)?;
-    let (behaviour, incoming) = behaviour(config, keypair, names)?;
+    let relayed = config.reach.dial_relays.then(|| relay::client::new(keypair.public().to_peer_id()));
+    let (relays, relayed) = relayed.unzip();
+    let transport = transport(keypair, relays, registry)?;
+    let (behaviour, incoming) = behaviour(config, keypair, names, relayed)?;
     let buffer = const { NonZeroUsize::new(32).expect("invariant: not zero") };
     let swarm_config = libp2p::swarm::Config::with_tokio_executor()
         .with_idle_connection_timeout(limits::IDLE_CONNECTION)
@@ -99,7 +110,11 @@ type Boxed = core::transport::Boxed<(PeerId, StreamMuxerBox)>;
 
 /// QUIC and TCP with names resolved as the system says. Without `/etc/resolv.conf` (bare containers) names
 /// cannot be resolved, but addresses by IP work.
-fn transport(keypair: &identity::Keypair, registry: Option<&mut Registry>) -> Result<Boxed, NetError> {
+fn transport(
+    keypair: &identity::Keypair,
+    relays: Option<relay::client::Transport>,
+    registry: Option<&mut Registry>,
+) -> Result<Boxed, NetError> {
     let named = match dns::tokio::Transport::system(unnamed(keypair)?) {
         Ok(named) => named.boxed(),
         Err(error) => {
@@ -108,24 +123,39 @@ fn transport(keypair: &identity::Keypair, registry: Option<&mut Registry>) -> Re
             dns::tokio::Transport::custom(unnamed(keypair)?, config, options).boxed()
         }
     };
-    Ok(match registry {
+    let all = match relays {
         None => named,
-        Some(registry) => BandwidthTransport::new(named, registry)
+        Some(relays) => {
+            secured(relays, keypair)?.or_transport(named).map(|either, _| either.into_inner()).boxed()
+        }
+    };
+    Ok(match registry {
+        None => all,
+        Some(registry) => BandwidthTransport::new(all, registry)
             .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)))
             .boxed(),
     })
 }
 
-fn unnamed(keypair: &identity::Keypair) -> Result<Boxed, NetError> {
+/// A transport of bytes with Noise and Yamux on top.
+fn secured<T>(transport: T, keypair: &identity::Keypair) -> Result<Boxed, NetError>
+where
+    T: Transport + Send + Unpin + 'static,
+    T::Output: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    T::Error: Send + Sync + 'static,
+    T::Dial: Send,
+    T::ListenerUpgrade: Send,
+{
     let noise = noise::Config::new(keypair).map_err(|error| NetError::Start { why: error.to_string() })?;
     let mut yamux = yamux::Config::default();
     yamux.set_max_num_streams(limits::MUXER_STREAMS);
-    let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
-        .upgrade(Version::V1Lazy)
-        .authenticate(noise)
-        .multiplex(yamux)
-        .timeout(limits::DIAL_TIMEOUT)
-        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let secured = transport.upgrade(Version::V1Lazy).authenticate(noise).multiplex(yamux);
+    let timed = secured.timeout(limits::DIAL_TIMEOUT);
+    Ok(timed.map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer))).boxed())
+}
+
+fn unnamed(keypair: &identity::Keypair) -> Result<Boxed, NetError> {
+    let tcp = secured(tcp::tokio::Transport::new(tcp::Config::default().nodelay(true)), keypair)?;
     let mut config = quic::Config::new(keypair);
     config.max_idle_timeout = limits::QUIC_IDLE.as_millis() as u32;
     config.keep_alive_interval = limits::QUIC_KEEP_ALIVE;
@@ -138,8 +168,9 @@ fn behaviour(
     config: &NetConfig,
     keypair: &identity::Keypair,
     names: &Names,
+    relayed: Option<relay::client::Behaviour>,
 ) -> Result<(Behaviour, mpsc::Receiver<Incoming>), NetError> {
-    let local = keypair.public().to_peer_id();
+    let (local, reach) = (keypair.public().to_peer_id(), config.reach);
     let connections = ConnectionLimits::default()
         .with_max_pending_incoming(Some(limits::CONNECTIONS_PENDING_IN))
         .with_max_pending_outgoing(Some(limits::CONNECTIONS_PENDING_OUT))
@@ -168,8 +199,36 @@ fn behaviour(
         kad: Toggle::from(discovery::kad(config.kad, local, names.kad.clone())),
         gossip: Toggle::from(gossip),
         mdns: Toggle::from(mdns),
+        relayed: Toggle::from(relayed),
+        punch: Toggle::from(reach.dial_relays.then(|| dcutr::Behaviour::new(local))),
+        relay: Toggle::from(carrier(config, local)),
+        probe: Toggle::from(reach.probe.then(autonat::v2::client::Behaviour::default)),
+        answer_probes: Toggle::from(reach.answer_probes.then(autonat::v2::server::Behaviour::default)),
+        upnp: Toggle::from(reach.upnp.then(upnp::tokio::Behaviour::default)),
     };
     Ok((behaviour, incoming))
+}
+
+/// The relay, which takes nobody until the driver knows that this process is reached.
+fn carrier(config: &NetConfig, local: PeerId) -> Option<relay::Behaviour> {
+    if config.reach.relay == RelayRole::Off {
+        return None;
+    }
+    let mut relay = relay::Behaviour::new(
+        local,
+        relay::Config {
+            max_reservations: limits::RESERVATIONS,
+            max_reservations_per_peer: limits::RESERVATIONS_PER_PEER,
+            reservation_duration: limits::RESERVATION_TIME,
+            max_circuits: limits::CIRCUITS,
+            max_circuits_per_peer: limits::CIRCUITS_PER_PEER,
+            max_circuit_duration: config.circuits.time,
+            max_circuit_bytes: config.circuits.bytes,
+            ..relay::Config::default()
+        },
+    );
+    relay.set_status(Some(relay::Status::Disable));
+    Some(relay)
 }
 
 fn lan(local: PeerId) -> Result<mdns::tokio::Behaviour, NetError> {

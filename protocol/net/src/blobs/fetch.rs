@@ -31,6 +31,8 @@ pub struct FetchOptions {
     pub stall: Duration,
     /// A holder that needs longer for one chunk is dropped.
     pub chunk_timeout: Duration,
+    /// A large blob whose holder is reached over a relay only waits so long for a direct connection.
+    pub direct_wait: Duration,
     /// Told after every chunk.
     pub progress: Option<watch::Sender<FetchProgress>>,
 }
@@ -41,6 +43,7 @@ impl Default for FetchOptions {
             max_len: MAX_BLOB_BYTES,
             stall: limits::BLOB_STALL,
             chunk_timeout: limits::BLOB_CHUNK_TIMEOUT,
+            direct_wait: limits::DIRECT_WAIT,
             progress: None,
         }
     }

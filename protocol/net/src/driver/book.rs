@@ -3,10 +3,12 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
+use kinoflock_protocol::NodeId;
 use libp2p::{Multiaddr, PeerId};
 
 use crate::limits;
-use crate::peer::PeerInfo;
+use crate::peer::{PeerInfo, node_id};
+use crate::rejoin::KnownNode;
 
 /// The peers that are remembered; at most [`limits::PEERS`] besides the connected ones.
 #[derive(Debug, Default)]
@@ -24,6 +26,8 @@ struct Known {
     remote: Option<Multiaddr>,
     info: Option<PeerInfo>,
     connected: bool,
+    /// Whether it is a node that was connected.
+    met: bool,
     touched: u64,
 }
 
@@ -66,6 +70,7 @@ impl Book {
     pub(super) fn identified(&mut self, peer: PeerId, mut info: PeerInfo) {
         let known = self.touch(peer);
         info.round_trip = known.info.as_ref().and_then(|old| old.round_trip);
+        known.met |= info.is_node;
         known.info = Some(info);
     }
 
@@ -81,6 +86,23 @@ impl Book {
 
     pub(super) fn connected_peers(&self) -> Vec<PeerInfo> {
         self.peers.values().filter(|known| known.connected).filter_map(|known| known.info.clone()).collect()
+    }
+
+    /// Nodes, connected ones and those met most recently first; then those that were only heard of. Of those connected
+    /// whoever is no node is left out.
+    pub(super) fn known_nodes(&self) -> Vec<KnownNode> {
+        let heard = |known: &Known| !known.connected && known.info.is_none() && !known.addrs.is_empty();
+        let nodes = self.peers.iter().filter(|(_, known)| known.met || heard(known));
+        let mut nodes: Vec<_> = nodes.filter_map(|(peer, known)| Some((node_id(peer)?, known))).collect();
+        nodes.sort_by_key(|(_, known)| std::cmp::Reverse((known.connected, known.met, known.touched)));
+        nodes.truncate(limits::KNOWN_NODES);
+        let told = |(node, known): (NodeId, &Known)| KnownNode {
+            node,
+            addrs: known.addrs.iter().cloned().collect(),
+            connected: known.connected,
+            met: known.met,
+        };
+        nodes.into_iter().map(told).collect()
     }
 
     fn touch(&mut self, peer: PeerId) -> &mut Known {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use libp2p::core::ConnectedPoint;
+use libp2p::core::transport::ListenerId;
 use libp2p::metrics::Recorder;
 use libp2p::request_response::{self, Message, OutboundFailure};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
@@ -13,7 +14,7 @@ use crate::behaviour::BehaviourEvent;
 use crate::discovery::{Advert, Ticket, is_global};
 use crate::event::NetEvent;
 use crate::limits;
-use crate::peer::{self, PeerInfo};
+use crate::peer::{self, PeerInfo, is_relayed};
 use crate::rpc::{self, Reply, Responder, WireRequest, WireResponse};
 
 impl Driver {
@@ -42,16 +43,17 @@ impl Driver {
             SwarmEvent::IncomingConnectionError { send_back_addr, error, .. } => {
                 tracing::debug!(from = %send_back_addr, %error, "incoming_connection_failed");
             }
-            SwarmEvent::NewListenAddr { address, .. } => self.on_listening(address),
+            SwarmEvent::NewListenAddr { address, listener_id } => {
+                self.on_place(listener_id);
+                self.on_listening(address);
+            }
+            SwarmEvent::ExternalAddrConfirmed { address } => self.on_own_address(address, true),
+            SwarmEvent::ExternalAddrExpired { address } => self.on_own_address(address, false),
             SwarmEvent::ExpiredListenAddr { address, .. } => {
                 self.channels.listening.send_modify(|state| state.addrs.retain(|addr| *addr != address));
             }
-            SwarmEvent::ListenerClosed { addresses, reason, .. } => {
-                tracing::warn!(?addresses, ?reason, "listener_closed");
-                self.channels.listening.send_modify(|state| {
-                    state.addrs.retain(|addr| !addresses.contains(addr));
-                    state.pending = state.pending.saturating_sub(usize::from(addresses.is_empty()));
-                });
+            SwarmEvent::ListenerClosed { addresses, reason, listener_id } => {
+                self.on_listener_closed(&addresses, &format!("{reason:?}"), listener_id);
             }
             SwarmEvent::ListenerError { error, .. } => tracing::warn!(%error, "listener_failed"),
             _ => {}
@@ -95,6 +97,12 @@ impl Driver {
                 }
             }
             BehaviourEvent::Mdns(mdns::Event::Expired(_)) => {}
+            BehaviourEvent::Probe(event) => self.on_probed(event),
+            BehaviourEvent::Punch(event) => self.on_punched(&event),
+            BehaviourEvent::Upnp(event) => self.on_upnp(&event),
+            BehaviourEvent::Relayed(event) => tracing::debug!(?event, "relayed"),
+            BehaviourEvent::Relay(event) => tracing::debug!(?event, "relay"),
+            BehaviourEvent::AnswerProbes(event) => tracing::trace!(?event, "probe_answered"),
             BehaviourEvent::Blocked(never) => match never {},
             BehaviourEvent::Connections(never)
             | BehaviourEvent::Arrivals(never)
@@ -104,8 +112,12 @@ impl Driver {
     }
 
     fn on_connected(&mut self, peer: PeerId, id: ConnectionId, endpoint: &ConnectedPoint, established: u32) {
+        self.dialed.remove(&id);
         let remote = endpoint.get_remote_address().clone();
         self.book.connected(peer, remote.clone(), endpoint.is_dialer());
+        if !endpoint.is_relayed() {
+            self.on_direct(&peer);
+        }
         let Some(node) = peer::node_id(&peer) else { return };
         for reply in self.connecting.remove(&peer).unwrap_or_default() {
             let _ = reply.send(Ok(node));
@@ -122,19 +134,50 @@ impl Driver {
         if let Some((addr, reply)) = self.dialing.remove(&id) {
             let _ = reply.send(Err(dial_error(&addr.to_string(), error)));
         }
-        let Some(peer) = peer.filter(|peer| !self.swarm.is_connected(peer)) else { return };
+        let Some(peer) = peer.filter(|peer| !self.swarm.is_connected(peer)) else {
+            self.dialed.remove(&id);
+            return;
+        };
         let Some(node) = peer::node_id(&peer) else { return };
+        // A dial to some address only, by a sub-behaviour, says nothing about the others.
+        let of_all = self.dialed.remove(&id).is_some();
+        if !of_all && self.connecting.contains_key(&peer) && self.dial_known(peer).is_ok() {
+            return;
+        }
         for reply in self.connecting.remove(&peer).unwrap_or_default() {
             let _ = reply.send(Err(dial_error(&node.to_string(), error)));
         }
     }
 
     fn on_listening(&mut self, addr: Multiaddr) {
+        let mut last = false;
         self.channels.listening.send_modify(|state| {
-            state.addrs.push(addr.clone());
+            // How many a relay names is its own word.
+            if state.addrs.len() < limits::LISTEN_ADDRESSES && !state.addrs.contains(&addr) {
+                state.addrs.push(addr.clone());
+            }
+            last = state.pending == 1;
             state.pending = state.pending.saturating_sub(1);
         });
         self.tell(NetEvent::Listening { addr });
+        if last {
+            self.all_listen();
+        }
+    }
+
+    fn on_listener_closed(&mut self, addresses: &[Multiaddr], reason: &str, listener: ListenerId) {
+        self.channels.listening.send_modify(|state| {
+            state.addrs.retain(|addr| !addresses.contains(addr));
+        });
+        if self.on_place_lost(listener) {
+            tracing::debug!(?addresses, reason, "relay_listener_closed");
+            addresses.iter().for_each(|addr| self.tell(NetEvent::NotListening { addr: addr.clone() }));
+            return;
+        }
+        tracing::warn!(?addresses, reason, "listener_closed");
+        self.channels.listening.send_modify(|state| {
+            state.pending = state.pending.saturating_sub(usize::from(addresses.is_empty()));
+        });
     }
 
     fn on_identified(&mut self, peer: PeerId, mut told: identify::Info) {
@@ -142,7 +185,7 @@ impl Driver {
         told.protocols.truncate(limits::PROTOCOLS_PER_PEER);
         told.listen_addrs.truncate(limits::ADDRESSES_PER_PEER);
         // Its private addresses are of use only if it is as near as they say.
-        let near = self.book.remote(&peer).is_some_and(|remote| !is_global(remote));
+        let near = self.book.remote(&peer).is_some_and(|remote| !is_global(remote) && !is_relayed(remote));
         let usable = told.listen_addrs.iter().filter(|addr| near || is_global(addr));
         let usable: Vec<Multiaddr> = usable.cloned().collect();
         if told.protocols.contains(&self.names.kad)
@@ -152,6 +195,7 @@ impl Driver {
                 kad.add_address(&peer, addr.clone());
             }
         }
+        self.on_maybe_relay(peer, &told, &usable);
         self.book.learn(peer, usable);
         let (versions, other_network) = self.names.versions(&told.protocols);
         let info = PeerInfo {
@@ -160,6 +204,7 @@ impl Driver {
             protocol_version: told.protocol_version,
             versions,
             other_network,
+            is_node: told.protocols.contains(&self.names.kad),
             listen_addrs: told.listen_addrs,
             observed_addr: told.observed_addr,
             round_trip: None,

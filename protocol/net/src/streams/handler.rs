@@ -17,12 +17,13 @@ use libp2p::swarm::{
 };
 use libp2p::{PeerId, StreamProtocol};
 
-use super::{Inbound, Incoming, Open, OpenError};
+use super::{Inbound, Incoming, Open, OpenError, Opened};
 use crate::limits;
 
 /// The handler of one connection.
 pub struct Handler {
     peer: PeerId,
+    relayed: bool,
     inbound: Arc<Inbound>,
     /// Opens that wait for their turn; bounded by [`limits::QUEUED_OPENS`].
     queued: VecDeque<Open>,
@@ -34,9 +35,10 @@ pub struct Handler {
 }
 
 impl Handler {
-    pub(super) fn new(peer: PeerId, inbound: Arc<Inbound>) -> Self {
+    pub(super) fn new(peer: PeerId, relayed: bool, inbound: Arc<Inbound>) -> Self {
         Self {
             peer,
+            relayed,
             inbound,
             queued: VecDeque::new(),
             negotiating: 0,
@@ -55,7 +57,8 @@ impl Handler {
             self.say_busy(stream, &protocol);
             return;
         };
-        let incoming = Incoming { peer: self.peer, protocol, stream, permits: [of_peer, of_total] };
+        let (peer, relayed) = (self.peer, self.relayed);
+        let incoming = Incoming { peer, protocol, relayed, stream, permits: [of_peer, of_total] };
         // Only a dropped receiver can refuse it, at shutdown; dropping the stream then resets it.
         let _ = self.inbound.accepted.try_send(incoming);
     }
@@ -140,7 +143,8 @@ impl ConnectionHandler for Handler {
             ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound { protocol, info }) => {
                 self.negotiating = self.negotiating.saturating_sub(1);
                 // A caller that has gone drops the stream, which resets it.
-                let _ = info.reply.send(Ok(protocol.0));
+                let opened = Opened { stream: protocol.0, relayed: info.relayed };
+                let _ = info.reply.send(Ok(opened));
                 self.wake();
             }
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {

@@ -7,6 +7,7 @@ use crate::support::{Over, Peer, node, node_config, over_both, peer, query};
 
 over_both! {
     an_advert_reaches_others_only_after_each_has_accepted_it => hop_by_hop;
+    who_forges_adverts_is_no_longer_listened_to => forger;
     an_advert_over_the_limit_is_refused_here => too_long;
     a_role_that_is_off_is_named => roles_off;
     nodes_with_every_role_on_find_each_other_through_a_third => all_roles;
@@ -62,6 +63,21 @@ async fn hop_by_hop(over: Over) {
     let arrived = advert(&mut last).await;
     assert_eq!(arrived.bytes, sealed, "neither the ignored nor the forged one was forwarded");
     assert_eq!((arrived.publisher, arrived.from), (first.id(), middle.id()));
+}
+
+async fn forger(over: Over) {
+    let mut honest = gossiper(over).await;
+    let (forger, other) = (gossiper(over).await, gossiper(over).await);
+    forger.net.dial(honest.addr()).await.unwrap();
+    other.net.dial(honest.addr()).await.unwrap();
+    for forged in 0..3_u8 {
+        publish(&forger, &[b'f', forged]).await;
+        advert(&mut honest).await.judge(Verdict::Reject);
+    }
+    publish(&forger, b"never heard").await;
+    publish(&other, b"heard").await;
+    let next = advert(&mut honest).await;
+    assert_eq!((next.bytes.as_slice(), next.publisher), (&b"heard"[..], other.id()));
 }
 
 async fn too_long(over: Over) {

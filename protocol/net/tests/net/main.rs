@@ -6,6 +6,7 @@ mod blobs;
 mod discovery;
 mod hostile;
 mod lifecycle;
+mod relay;
 mod rpc;
 mod streams;
 mod support;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use kinoflock_net::streams::{self, OpenError};
+use kinoflock_net::streams::{self, OpenError, Opened};
 use kinoflock_net::{Multiaddr, NetConfig, NetEvent, NetEvents, NetHandle, PeerId, start};
 use kinoflock_protocol::progress::{JobEvent, Progress};
 use kinoflock_protocol::query::{JobQuery, QueryAction};
@@ -177,11 +177,11 @@ pub(crate) fn bytes(len: usize, seed: u64) -> Vec<u8> {
     filled
 }
 
-type Opened = Result<Stream, OpenError>;
+type Answer = Result<Opened, OpenError>;
 
 /// A peer without manners: opens streams of any protocol and leaves every byte on them to the test.
 pub(crate) struct Raw {
-    open: mpsc::Sender<(StreamProtocol, oneshot::Sender<Opened>)>,
+    open: mpsc::Sender<(StreamProtocol, oneshot::Sender<Answer>)>,
     pub(crate) closed: oneshot::Receiver<()>,
 }
 
@@ -214,7 +214,7 @@ impl Raw {
                 _ => {}
             }
         }
-        let (open, mut opens) = mpsc::channel::<(StreamProtocol, oneshot::Sender<Opened>)>(64);
+        let (open, mut opens) = mpsc::channel::<(StreamProtocol, oneshot::Sender<Answer>)>(64);
         let (gone, closed) = oneshot::channel();
         tokio::spawn(async move {
             let mut gone = Some(gone);
@@ -237,11 +237,11 @@ impl Raw {
         Self { open, closed }
     }
 
-    pub(crate) async fn open(&self, protocol: &str) -> Opened {
+    pub(crate) async fn open(&self, protocol: &str) -> Result<Stream, OpenError> {
         let protocol = StreamProtocol::try_from_owned(protocol.to_owned()).unwrap();
         let (reply, opened) = oneshot::channel();
         self.open.send((protocol, reply)).await.unwrap();
-        patient(opened).await.unwrap_or(Err(OpenError::NotConnected))
+        patient(opened).await.unwrap_or(Err(OpenError::NotConnected)).map(|opened| opened.stream)
     }
 }
 

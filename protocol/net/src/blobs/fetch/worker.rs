@@ -62,9 +62,7 @@ impl<S: BlobSink> Shared<S> {
 
     /// One stream: blob, outline, then chunks.
     async fn session(&self, node: NodeId) -> Result<(), HolderFault> {
-        let (mut held, answer) = self.open(node).await?;
-        let reply = decode_stream(&answer).map_err(|error| FrameFault::from(error).on(node, "answer"))?;
-        let (blob, _) = found(reply)?;
+        let (mut held, blob) = self.begin(node).await?;
         let limit = self.options.max_len;
         if blob.len > limit {
             return Err(HolderFault::TooLarge { limit, given: blob.len });
@@ -92,6 +90,26 @@ impl<S: BlobSink> Shared<S> {
             if self.plan().broken.is_some() {
                 return Ok(());
             }
+        }
+    }
+
+    /// Opens a stream that may carry the blob: a relay is no way for a large one, which waits for a direct connection.
+    async fn begin(&self, node: NodeId) -> Result<(Held, BlobRef), HolderFault> {
+        let (limit, wait) = (limits::RELAYED_BLOB_BYTES, self.options.direct_wait);
+        let mut waited = false;
+        loop {
+            let (held, answer) = self.open(node).await?;
+            let reply = decode_stream(&answer).map_err(|error| FrameFault::from(error).on(node, "answer"))?;
+            let (blob, _) = found(reply)?;
+            if !held.relayed || blob.len <= limit {
+                return Ok((held, blob));
+            }
+            drop(held);
+            if waited || !self.handle.direct(node, wait).await? {
+                let waited_ms = wait.as_millis() as u64;
+                return Err(NetError::OnlyRelayed { node, limit, given: blob.len, waited_ms }.into());
+            }
+            waited = true;
         }
     }
 

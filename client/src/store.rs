@@ -30,7 +30,7 @@ mod index;
 mod record;
 
 pub use index::{ClipEntry, JobEntry};
-pub use record::{ClipRecord, Custodian, Former, Holder, JobRecord, RecordError, RecordState};
+pub use record::{BatchKey, ClipRecord, Custodian, Former, Holder, JobRecord, RecordError, RecordState};
 
 /// The version of the layout that this release reads and writes.
 pub const STORE_VERSION: u32 = 1;

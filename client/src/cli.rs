@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod args;
+mod batch;
 mod clips;
 mod context;
 mod failure;
@@ -13,7 +14,9 @@ mod forget;
 mod generate;
 mod jobs;
 mod keys;
+mod many;
 mod nodes;
+mod survey;
 
 pub use args::Cli;
 use args::Command;

@@ -12,6 +12,9 @@ use serde::Serialize;
 
 use crate::session::Event;
 
+pub mod many;
+pub mod table;
+
 /// The version of every JSON record.
 pub const SCHEMA: u32 = 1;
 /// Share of the steps, in percent, after which a plain line tells of them again.
@@ -64,6 +67,12 @@ impl Output {
     pub fn bytes(&self, bytes: &[u8]) {
         let mut out = io::stdout().lock();
         let _ = out.write_all(bytes).and_then(|()| out.flush());
+    }
+
+    /// A heading of data, bold where that can be seen.
+    pub fn heading(&self, text: &str) {
+        let bold = self.colour && io::stdout().is_terminal();
+        self.line(&if bold { format!("\u{1b}[1m{text}\u{1b}[0m") } else { text.to_owned() });
     }
 
     /// Words for people.

@@ -11,6 +11,7 @@ use kinoflock_protocol::limits::JOB_LIFE_MS;
 use kinoflock_protocol::{Envelope, Refusal};
 use kinoflock_protocol::{EnvelopeError, JobShape, Millis, ModelId, NetworkId, NodeId, UnixMillis, Work};
 
+pub mod advice;
 pub mod experience;
 pub mod turn;
 

@@ -24,15 +24,19 @@ mod error;
 mod event;
 mod find;
 mod follow;
+mod many;
 mod pace;
 mod place;
 mod rescue;
 mod submit;
+mod survey;
 
 pub use deliver::Delivered;
 pub use error::SessionError;
 pub use event::{Event, Events};
 pub use find::{Found, Model, WrongWay};
+pub use many::Many;
+pub use survey::{Could, SURVEYED, Survey};
 
 /// Events that wait for whoever renders them; when it is full, the session waits, except for transfers and previews,
 /// which are passed over.
@@ -163,7 +167,7 @@ fn corrected(time: UnixMillis, ahead_ms: i64) -> UnixMillis {
     UnixMillis(time.0.saturating_add_signed(ahead_ms))
 }
 
-fn random() -> Result<u64, SessionError> {
+pub(crate) fn random() -> Result<u64, SessionError> {
     let mut bytes = [0; 8];
     getrandom::fill(&mut bytes).map_err(SessionError::Random)?;
     Ok(u64::from_le_bytes(bytes))

@@ -33,6 +33,10 @@ Examples:
   kinoflock generate \"a paper boat in the rain\" --seconds 4 --size 768x512 --steps 40
   kinoflock generate --prompt-file prompt.txt --seed 7          the same seed draws the same picture
   kinoflock generate \"night train\" --detach                     prints the job; later: kinoflock wait JOB
+  kinoflock generate \"night train\" --seconds 8 --dry-run         who could make it, and how soon? Nothing is sent
+  kinoflock generate \"night train\" --variations 8 -o train.mp4   eight seeds on many nodes: train-SEED.mp4
+  kinoflock generate --batch jobs.jsonl --in-flight 8             a night's work; run it again to go on
+    {\"prompt\": \"night train\", \"seed\": 7, \"output\": \"train.mp4\"}    a line of jobs.jsonl
 
 The node that makes the clip reads your prompt and sees the frames. Which node that is, and what it promises, is shown
 before anything is sent. The prompt goes into the file only with --with-prompt.";
@@ -181,11 +185,37 @@ pub struct Save {
     pub bare: bool,
 }
 
+/// What each line of a batch says for itself.
+const NOT_WITH_BATCH: &[&str] = &[
+    "prompt",
+    "prompt_file",
+    "negative",
+    "seed",
+    "frames",
+    "seconds",
+    "size",
+    "fps",
+    "steps",
+    "guidance",
+    "init_latents",
+    "set",
+    "latents",
+    "licence",
+    "custodians",
+    "share",
+    "output",
+    "with_prompt",
+    "bare",
+    "variations",
+    "dry_run",
+    "detach",
+];
+
 /// A clip from words.
 #[derive(Debug, Args)]
 pub struct Generate {
     /// What is to be seen
-    #[arg(required_unless_present = "prompt_file", conflicts_with = "prompt_file")]
+    #[arg(required_unless_present_any = ["prompt_file", "batch"], conflicts_with = "prompt_file")]
     pub prompt: Option<String>,
     /// Read the prompt from a file; - for standard input
     #[arg(long, value_name = "FILE")]
@@ -258,6 +288,18 @@ pub struct Generate {
     /// Who may hold sealed copies of the clip, which only you can open: none, collective or public
     #[arg(long, value_name = "WHOM", default_value = "none", value_parser = share)]
     pub share: Share,
+    /// Only ask which nodes could make it, when, and how much work it is; neither prompt nor files are sent
+    #[arg(long, conflicts_with_all = ["detach", "timeout"])]
+    pub dry_run: bool,
+    /// So many clips of the same words, each with the next seed, spread over the nodes; clip.mp4 becomes clip-SEED.mp4
+    #[arg(long, value_name = "N", conflicts_with = "dry_run", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub variations: Option<u32>,
+    /// Make all jobs of a file: one JSON object a line, with these flags as names. Run again, it goes on where it was
+    #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_BATCH)]
+    pub batch: Option<PathBuf>,
+    /// With --batch: so many jobs at a time
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub in_flight: u32,
     /// Hand the job over, print its id, and leave
     #[arg(long)]
     pub detach: bool,

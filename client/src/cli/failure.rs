@@ -8,6 +8,7 @@ use crate::config::ConfigError;
 use crate::keys::KeyError;
 use crate::output::Output;
 use crate::provenance::ProvenanceError;
+use crate::route::advice::{Change, ReasonRecord};
 use crate::session::SessionError;
 use crate::store::StoreError;
 use crate::ticket::WayError;
@@ -43,8 +44,10 @@ pub enum Exit {
 pub struct Failure {
     /// The exit code.
     pub exit: Exit,
-    code: &'static str,
-    text: String,
+    pub(super) code: &'static str,
+    pub(super) text: String,
+    reasons: Vec<ReasonRecord>,
+    changes: Vec<Change>,
 }
 
 #[derive(Serialize)]
@@ -53,12 +56,16 @@ struct Record<'a> {
     code: &'static str,
     exit: u8,
     text: &'a str,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    reasons: &'a [ReasonRecord],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    changes: &'a [Change],
 }
 
 impl Failure {
     /// A failure with its line for people.
     pub fn new(exit: Exit, code: &'static str, text: impl Into<String>) -> Self {
-        Self { exit, code, text: text.into() }
+        Self { exit, code, text: text.into(), reasons: Vec::new(), changes: Vec::new() }
     }
 
     /// Wrong use.
@@ -87,8 +94,8 @@ impl Failure {
         if !self.text.is_empty() {
             out.error(&self.text);
         }
-        let Self { exit, code, text } = self;
-        out.record(&Record { event: "error", code, exit: *exit as u8, text });
+        let Self { exit, code, text, reasons, changes } = self;
+        out.record(&Record { event: "error", code, exit: *exit as u8, text, reasons, changes });
     }
 }
 
@@ -118,7 +125,8 @@ impl From<SessionError> for Failure {
             E::Fetch { .. } => Exit::NoNode,
             _ => Exit::Other,
         };
-        Self::new(exit, error.code(), error.to_string())
+        let (reasons, changes) = (error.reasons(), error.changes());
+        Self { reasons, changes, ..Self::new(exit, error.code(), error.to_string()) }
     }
 }
 

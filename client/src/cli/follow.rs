@@ -14,9 +14,9 @@ use crate::session::{Client, Delivered, Event, SessionError};
 use crate::ticket::Way;
 
 #[derive(Serialize)]
-struct Left {
-    event: &'static str,
-    job: JobId,
+pub(super) struct Left {
+    pub(super) event: &'static str,
+    pub(super) job: JobId,
 }
 
 /// Shows events while `work` runs; Ctrl-C ends it with exit code 130.
@@ -100,7 +100,7 @@ pub(super) async fn job(
     }
 }
 
-async fn sleep_or_never(seconds: Option<u64>) {
+pub(super) async fn sleep_or_never(seconds: Option<u64>) {
     match seconds {
         Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds)).await,
         None => std::future::pending().await,
@@ -108,7 +108,7 @@ async fn sleep_or_never(seconds: Option<u64>) {
 }
 
 /// Reads one line from the terminal on a thread of its own; nobody waits for that thread at the end.
-fn read_answer(answers: mpsc::Sender<char>) {
+pub(super) fn read_answer(answers: mpsc::Sender<char>) {
     std::thread::spawn(move || {
         let mut line = String::new();
         // An input that ended is an answer too: wait.

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::args::{Generate, Save};
 use super::context::Context;
 use super::failure::Failure;
-use super::follow;
+use super::{batch, follow, many, survey};
 use crate::ask::{Ask, Length};
 use crate::provenance::{self, Statement};
 use crate::session::{Client, Delivered};
@@ -38,12 +38,21 @@ struct Handed {
 
 pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Failure> {
     refuse_what_is_not_there(&args)?;
+    if let Some(file) = &args.batch {
+        return batch::run(file, &args, context).await;
+    }
     check_place(&args.save, context)?;
     let ask = ask(&args, context)?;
     ask.check()?;
+    if let Some(count) = args.variations {
+        return many::variations(count, ask, &args, context).await;
+    }
     let client = context.client().await?;
     let (ways, pinned) = context.ways(&client, &args.at)?;
     let ask = Ask { pinned, ..ask };
+    if args.dry_run {
+        return survey::run(&ask, &ways, context, &client).await;
+    }
     let record = submit(&ask, &ways, context, &client).await?;
     if args.detach {
         context
@@ -56,7 +65,7 @@ pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Fai
     }
     let delivered = follow::job(context, &client, record.job, &ways, args.timeout).await?;
     client.stop().await;
-    save(&delivered, &client, &args.save, context)
+    save(&delivered, &client, &args.save, context).map(drop)
 }
 
 /// Saves a delivered clip, and its latents if they came, and says where.
@@ -65,7 +74,7 @@ pub(super) fn save(
     client: &Client,
     save: &Save,
     context: &Context<'_>,
-) -> Result<(), Failure> {
+) -> Result<Option<PathBuf>, Failure> {
     let bare = client.store().read_blob(&delivered.clip.into())?;
     let record = &delivered.record;
     let file = write(&bare, Some(record), delivered.clip, save, context)?;
@@ -80,9 +89,9 @@ pub(super) fn save(
     };
     let (job, clip) = (record.job, delivered.clip);
     let seed = delivered.receipt.receipt().seed.to_string();
-    let (file, latents) = (file.as_deref(), latents.as_deref());
-    context.out.record(&Saved { event: "saved", job, clip, file, latents, seed });
-    Ok(())
+    let saved = Saved { event: "saved", job, clip, file: file.as_deref(), latents: latents.as_deref(), seed };
+    context.out.record(&saved);
+    Ok(file)
 }
 
 /// Writes a clip where the flags say; with its provenance, if its job is known. Prints the file's name.
@@ -166,7 +175,7 @@ async fn submit(
     follow::show_while(client.submit(ask, ways, &events), told, &mut progress).await
 }
 
-fn refuse_what_is_not_there(args: &Generate) -> Result<(), Failure> {
+pub(super) fn refuse_what_is_not_there(args: &Generate) -> Result<(), Failure> {
     let flags = [
         ("--image", args.image.is_some(), "images as the beginning of a clip"),
         ("--end-image", args.end_image.is_some(), "images as the end of a clip"),
@@ -184,7 +193,7 @@ fn refuse_what_is_not_there(args: &Generate) -> Result<(), Failure> {
     }
 }
 
-fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure> {
+pub(super) fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure> {
     let prompt = match (&args.prompt, &args.prompt_file) {
         (Some(prompt), _) => prompt.clone(),
         (None, Some(path)) => read_prompt(path)?,

@@ -93,7 +93,7 @@ pub(super) async fn wait(
     let (ways, _) = context.ways(&client, &Where::default())?;
     let delivered = follow::job(context, &client, job, &ways, timeout).await?;
     client.stop().await;
-    generate::save(&delivered, &client, save, context)
+    generate::save(&delivered, &client, save, context).map(drop)
 }
 
 pub(super) async fn cancel(job: &str, context: &Context<'_>) -> Result<(), Failure> {

@@ -98,6 +98,13 @@ impl Experience {
         (ASSUMED_DONE + now.done) / (ASSUMED_DONE + ASSUMED_FAULTS + now.done + now.faults)
     }
 
+    /// Jobs from which that is known, those of old counting for less.
+    #[must_use]
+    pub fn jobs(&self, now: UnixMillis) -> f64 {
+        let now = self.faded(now);
+        now.done + now.faults
+    }
+
     /// What its times are to be multiplied by.
     #[must_use]
     pub fn time_factor(&self, now: UnixMillis) -> f64 {

@@ -5,6 +5,7 @@ use kinoflock_protocol::{ClipId, EnvelopeError, JobId, Millis, NodeId, Refusal};
 
 use crate::ask::AskError;
 use crate::route::Declined;
+use crate::route::advice::{self, Change, ReasonRecord};
 use crate::store::StoreError;
 use crate::verify::VerifyError;
 
@@ -69,7 +70,7 @@ pub enum SessionError {
         reason: String,
     },
     /// Nobody takes the job.
-    #[error("no node takes this job with model {model}:{}", lines(reasons))]
+    #[error("no node takes this job with model {model}:{}{}", lines(reasons), possible(reasons))]
     NoTaker {
         /// Name of the model.
         model: String,
@@ -185,18 +186,49 @@ impl SessionError {
             Self::Fetch { .. } => "fetch",
         }
     }
+
+    /// Each node's reason, if this is about nodes that declined.
+    #[must_use]
+    pub fn reasons(&self) -> Vec<ReasonRecord> {
+        match self {
+            Self::NoTaker { reasons, .. }
+            | Self::NoModel { reasons }
+            | Self::UnknownModel { reasons, .. } => reasons.iter().map(ReasonRecord::of).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// What change would make the job possible.
+    #[must_use]
+    pub fn changes(&self) -> Vec<Change> {
+        match self {
+            Self::NoTaker { reasons, .. } => advice::changes(reasons),
+            _ => Vec::new(),
+        }
+    }
 }
 
 fn tried(reasons: &[(String, String)]) -> String {
     reasons.iter().map(|(way, why)| format!("\n  tried {way}: {why}")).collect()
 }
 
-/// One node on the same line, several on a line each.
+/// One node on the same line, several by their reasons.
 fn lines(reasons: &[Declined]) -> String {
     if let [only] = reasons {
         return format!(" {only}");
     }
-    reasons.iter().map(|reason| format!("\n  {reason}")).collect()
+    advice::grouped(reasons).iter().map(|group| format!("\n  {group}")).collect()
+}
+
+/// What change would make it possible. A single node's reason says that itself, unless it knows nothing of it.
+fn possible(reasons: &[Declined]) -> String {
+    let changes = advice::changes(reasons);
+    if reasons.len() > 1 {
+        let lines: String = changes.iter().map(|change| format!("\n  - {change}")).collect();
+        return if lines.is_empty() { lines } else { format!("\nwhat would help:{lines}") };
+    }
+    let untold = |change: &&Change| matches!(change, Change::Listed { .. } | Change::WithoutTerms { .. });
+    changes.iter().filter(untold).map(|change| format!("; {change}")).collect()
 }
 
 fn offered(known: &[String]) -> String {

@@ -15,7 +15,7 @@ use kinoflock_protocol::{Envelope, JobId, JobSpec, Millis, Reason, Work};
 use super::find::{Found, Model, unexpected};
 use super::{Client, Event, Events, SessionError, corrected, nonce};
 use crate::route::{self, Candidate, Declined, Needs, Why};
-use crate::store::{Custodian, Former, JobRecord, RecordState};
+use crate::store::{BatchKey, Custodian, Former, JobRecord, RecordState};
 
 /// Nodes that are asked for a quote at once.
 const QUOTES_AT_ONCE: usize = 3;
@@ -41,7 +41,7 @@ pub(super) struct Offered<'a> {
 
 impl Offered<'_> {
     /// What its promise is worth; see [`route::cost`].
-    fn cost(&self) -> (bool, u64) {
+    pub(super) fn cost(&self) -> (bool, u64) {
         route::cost(&self.found.candidate.seen, self.quote.quote().eta, crate::now())
     }
 }
@@ -68,6 +68,8 @@ pub(super) struct Placing {
     pub(super) wanted_custodians: usize,
     /// Nodes that watch it.
     pub(super) custodians: Vec<Custodian>,
+    /// By what a batch finds it again.
+    pub(super) batch: Option<BatchKey>,
 }
 
 impl Placing {
@@ -379,6 +381,7 @@ impl Client {
             checkpoint: before.and_then(|before| before.checkpoint.clone()),
             custodians: placing.custodians.clone(),
             holders: Vec::new(),
+            batch: placing.batch.clone(),
         }
     }
 

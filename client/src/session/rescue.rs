@@ -69,6 +69,7 @@ impl Client {
             former,
             wanted_custodians: 0,
             custodians: record.custodians.clone(),
+            batch: record.batch.clone(),
         };
         match self.place(placing, &found, events).await {
             Ok(_) => {

@@ -22,11 +22,22 @@ impl Client {
         ask.check()?;
         let found = self.find_for(ask, ways, events).await?;
         let placing = self.prepare(ask, &found).await?;
+        self.hand_in(ask, placing, &found, events).await
+    }
+
+    /// Hands a prepared job over, its files ready to be fetched from here.
+    pub(super) async fn hand_in(
+        &self,
+        ask: &Ask,
+        placing: Placing,
+        found: &[Found],
+        events: &Events,
+    ) -> Result<JobRecord, SessionError> {
         if let Some(latents) = &ask.initial_latents {
             self.store.insert_blob(latents)?;
         }
         self.inputs.serve(placing.spec.inputs().iter().map(|blob| blob.id));
-        self.place(placing, &found, events).await
+        self.place(placing, found, events).await
     }
 
     /// Who names a node trusts that one with the prompt, and not whoever else is near.
@@ -62,6 +73,7 @@ impl Client {
             // Who names a node trusts that one alone with the prompt.
             wanted_custodians: if ask.pinned { 0 } else { ask.custodians.unwrap_or(CUSTODIANS) },
             custodians: Vec::new(),
+            batch: None,
         })
     }
 }

@@ -68,6 +68,28 @@ pub struct JobRecord {
     /// Nodes that hold sealed copies of the clip.
     #[serde(default)]
     pub holders: Vec<Holder>,
+    /// By what a batch finds it again, if it came from one.
+    #[serde(default)]
+    pub batch: Option<BatchKey>,
+}
+
+/// What names one line of a batch file whatever process reads it: the file, what the line says, and which of several
+/// equal lines it is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BatchKey(String);
+
+impl BatchKey {
+    /// The key of a line.
+    #[must_use]
+    pub fn of(file: &std::path::Path, line: &str, number_of_its_like: u64) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("kinoflock/1/batch-line");
+        for part in [file.as_os_str().as_encoded_bytes(), line.as_bytes()] {
+            hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+        }
+        hasher.update(&number_of_its_like.to_le_bytes());
+        Self(hasher.finalize().to_hex().to_string())
+    }
 }
 
 /// A node that watches a job.

@@ -151,6 +151,7 @@ pub fn job_record(number: u64) -> JobRecord {
         checkpoint: None,
         custodians: Vec::new(),
         holders: Vec::new(),
+        batch: None,
     }
 }
 

@@ -248,6 +248,7 @@ impl Daemon {
             checkpoint,
             custodians: Vec::new(),
             holders: Vec::new(),
+            batch: None,
         }
     }
 

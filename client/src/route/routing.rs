@@ -4,8 +4,9 @@
 //! [`handle_quote`](Routing::handle_quote) or [`handle_no`](Routing::handle_no), and of an order with
 //! [`handle_taken`](Routing::handle_taken) or [`handle_no`](Routing::handle_no).
 //!
-//! The first few are asked at once. Nodes that nobody asked yet promise much by adverts some seconds old, so the next
-//! few are asked too when even the best promise is far behind what an advert says; otherwise the best has the order.
+//! The first few are asked at once, and the best promise has the order. But when even that is far behind what an advert
+//! of some seconds ago says, many have come at once: each holds places at several nodes, and what nodes promise is the
+//! noise of that. Then all places are given back, and others are asked after a drawn pause, by which the many are spread.
 //! When all said no, and one of them only for the moment, all are asked again after a pause that grows.
 
 use std::collections::BTreeSet;
@@ -19,8 +20,12 @@ use super::{Ranked, turn};
 /// Nodes that are asked for a quote at once.
 pub const QUOTES_AT_ONCE: usize = 3;
 /// Rounds of questions before the best of those who offered has the order.
-const ROUNDS: u32 = 3;
-/// More are asked when the best promise takes so many times as long as an advert of a node that was not asked.
+const ROUNDS: u32 = 2;
+/// The pause before the next round is drawn below this part of the best promise.
+const SPREAD_PART: u64 = 10;
+/// Longest pause before the next round, in milliseconds.
+const SPREAD_MS: u64 = 5_000;
+/// The best promise is far behind when it takes so many times as long as the best advert says.
 const FAR_BEHIND: f64 = 1.5;
 /// And when it takes so much longer at least: a round trip is not worth less.
 const FAR_BEHIND_MS: u64 = 2_000;
@@ -36,6 +41,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub enum Step {
     /// Ask these for quotes, all at once.
     Ask(Vec<Ranked>),
+    /// Give these places back.
+    Release(Vec<(Quoted, ReleaseReason)>),
     /// Send the order to this one.
     Order(Quoted),
     /// Poll again then.
@@ -50,6 +57,7 @@ pub enum Step {
 #[derive(Debug, Clone)]
 pub struct Routing {
     ranked: Vec<Ranked>,
+    seed: u64,
     asked: usize,
     rounds: u32,
     outstanding: BTreeSet<usize>,
@@ -66,6 +74,7 @@ impl Routing {
     pub fn new(ranked: Vec<Ranked>, seed: u64, now: Instant) -> Self {
         Self {
             ranked: turn::in_turn(ranked, QUOTES_AT_ONCE, seed),
+            seed,
             asked: 0,
             rounds: 0,
             outstanding: BTreeSet::new(),
@@ -107,7 +116,7 @@ impl Routing {
             if now < at {
                 return Step::Wait(at);
             }
-            (self.again_at, self.asked, self.rounds, self.is_momentary) = (None, 0, 0, false);
+            (self.again_at, self.asked, self.is_momentary) = (None, 0, false);
         }
         if !self.outstanding.is_empty() {
             return Step::Idle;
@@ -118,17 +127,28 @@ impl Routing {
                 self.outstanding.insert(best.index);
                 Step::Order(best)
             }
-            _ if self.asked < self.ranked.len() => self.ask(),
-            _ => self.later(now),
+            Some(best) => self.spread(&best, now),
+            None if self.asked < self.ranked.len() => self.ask(),
+            None => self.later(now),
         }
     }
 
     fn ask(&mut self) -> Step {
         let few: Vec<Ranked> = self.ranked.iter().skip(self.asked).take(QUOTES_AT_ONCE).copied().collect();
         self.asked += few.len();
-        self.rounds += 1;
         self.outstanding.extend(few.iter().map(|node| node.index));
         Step::Ask(few)
+    }
+
+    fn spread(&mut self, best: &Quoted, now: Instant) -> Step {
+        self.rounds += 1;
+        self.seed = self.seed.wrapping_add(1);
+        let pause = turn::pause(self.seed, (best.cost / SPREAD_PART).min(SPREAD_MS));
+        self.again_at = Some(now + Duration::from_millis(pause));
+        self.ranked.sort_by_key(|node| (node.is_avoided, !node.is_own, node.cost, node.node));
+        self.ranked = turn::in_turn(std::mem::take(&mut self.ranked), QUOTES_AT_ONCE, self.seed);
+        let given_back = std::mem::take(&mut self.quotes);
+        Step::Release(given_back.into_iter().map(|quote| (quote, ReleaseReason::ChoseAnother)).collect())
     }
 
     fn later(&mut self, now: Instant) -> Step {
@@ -142,8 +162,8 @@ impl Routing {
     }
 
     fn is_enough(&self, best: &Quoted) -> bool {
-        let rest = self.ranked.iter().skip(self.asked).filter(|node| !node.is_avoided);
-        let promised = rest.filter(|node| node.is_own >= best.is_own).map(|node| node.cost).min();
+        let others = self.ranked.iter().filter(|node| !node.is_avoided);
+        let promised = others.filter(|node| node.is_own >= best.is_own).map(|node| node.cost).min();
         let is_behind = |promised: u64| {
             best.cost as f64 > promised as f64 * FAR_BEHIND && best.cost - promised > FAR_BEHIND_MS
         };
@@ -201,13 +221,19 @@ mod tests {
     }
 
     #[test]
-    fn more_are_asked_while_promises_are_far_behind_the_adverts_but_not_for_ever() {
-        let now = Instant::now();
+    fn places_are_given_back_while_promises_are_far_behind_the_adverts_but_not_for_ever() {
+        let mut now = Instant::now();
         let mut routing = Routing::new(ranked(20, 10_000), 1, now);
         for _ in 0..ROUNDS {
             for node in asked(routing.poll(now)) {
                 routing.handle_quote(quoted(&node, 40_000));
             }
+            let Step::Release(places) = routing.poll(now) else { panic!("gives places back") };
+            assert_eq!(places.len(), QUOTES_AT_ONCE);
+            now += Duration::from_secs(4);
+        }
+        for node in asked(routing.poll(now)) {
+            routing.handle_quote(quoted(&node, 40_000));
         }
         assert!(matches!(routing.poll(now), Step::Order(_)));
     }

@@ -32,6 +32,11 @@ pub fn in_turn(mut ranked: Vec<Ranked>, few: usize, seed: u64) -> Vec<Ranked> {
     first
 }
 
+/// A pause below `bound` milliseconds, drawn from a seed.
+pub(super) fn pause(seed: u64, bound: u64) -> u64 {
+    Dice::new(!seed).draw(bound)
+}
+
 /// Draws from a seed.
 struct Dice(blake3::OutputReader);
 

@@ -52,7 +52,7 @@ fn networks_of_all_sizes_route_their_jobs() {
 }
 
 #[test]
-#[ignore = "a minute in a build without optimisation"]
+#[ignore = "half a minute in a build without optimisation"]
 fn ten_thousand_nodes_cost_a_client_no_more_than_ten() {
     let report = run(Scene::of(10_000, 8, 10_000, 20.0));
     shown("10,000 nodes", std::slice::from_ref(&report));

@@ -8,17 +8,23 @@ use std::fmt;
 
 use kinoflock_protocol::capacity::{Capacity, NodeState, Terms};
 use kinoflock_protocol::limits::JOB_LIFE_MS;
+use kinoflock_protocol::{
+    CollectiveId, EnvelopeError, JobShape, Millis, ModelId, NetworkId, NodeId, UnixMillis, Work,
+};
 use kinoflock_protocol::{Envelope, Refusal};
-use kinoflock_protocol::{EnvelopeError, JobShape, Millis, ModelId, NetworkId, NodeId, UnixMillis, Work};
 
 pub mod advice;
+pub mod choice;
 pub mod experience;
+pub mod routing;
 pub mod turn;
 
 use experience::Experience;
 
 /// Speed that is assumed of a node that tells none, in work units a second.
 const UNKNOWN_SPEED: u64 = 1;
+/// Bytes of inputs that an artist's line is assumed to send in a second: 10 Mbit/s.
+const ASSUMED_UPLOAD: u64 = 1_250_000;
 
 /// A node and its advert, whose signature was checked.
 #[derive(Debug, Clone)]
@@ -64,6 +70,8 @@ pub struct Ranked {
     pub is_new: bool,
     /// Whether it did wrong a moment ago.
     pub is_avoided: bool,
+    /// Whether it serves the artist's own collective, if such are to be asked first; see [`own_first`].
+    pub is_own: bool,
 }
 
 /// Why a node cannot take the job.
@@ -170,13 +178,28 @@ pub fn rank(candidates: &[Candidate], needs: &Needs, now: UnixMillis) -> (Vec<Ra
                 let finish = finish(candidate, needs);
                 let (is_avoided, cost) = cost(&candidate.seen, finish, now);
                 let is_new = candidate.seen.is_new();
-                fit.push(Ranked { index, node: *node, finish, cost, is_new, is_avoided });
+                fit.push(Ranked { index, node: *node, finish, cost, is_new, is_avoided, is_own: false });
             }
             Some(why) => unfit.push(Declined { node: *node, name: capacity.name.to_string(), why }),
         }
     }
     fit.sort_by_key(|ranked| (ranked.is_avoided, ranked.cost, ranked.node));
     (fit, unfit)
+}
+
+/// Puts the nodes that serve a collective before all others that did no wrong; for artists who want that.
+pub fn own_first(ranked: &mut [Ranked], candidates: &[Candidate], collective: &CollectiveId) {
+    for node in ranked.iter_mut() {
+        let serves = |candidate: &Candidate| candidate.capacity.serves.collectives.contains(collective);
+        node.is_own = candidates.get(node.index).is_some_and(serves);
+    }
+    ranked.sort_by_key(|node| (node.is_avoided, !node.is_own, node.cost, node.node));
+}
+
+/// How long the inputs are on their way to any node.
+#[must_use]
+pub fn transfer(needs: &Needs) -> Millis {
+    Millis(needs.input_bytes.saturating_mul(1000) / ASSUMED_UPLOAD)
 }
 
 /// What a promise of this node is worth: whether it did wrong a moment ago, and the time in milliseconds after which the
@@ -192,7 +215,9 @@ fn finish(candidate: &Candidate, needs: &Needs) -> Millis {
     let compute = needs.work.millis_at(speed.max(UNKNOWN_SPEED));
     let round_trip = candidate.round_trip.unwrap_or_default();
     let wait = candidate.capacity.queue.wait;
-    Millis(wait.0.saturating_add(compute.0).saturating_add(round_trip.0))
+    // Inputs are fetched while others run.
+    let starts = wait.0.max(transfer(needs).0);
+    Millis(starts.saturating_add(compute.0).saturating_add(round_trip.0))
 }
 
 fn unfit_for(capacity: &Capacity, needs: &Needs) -> Option<Why> {

@@ -195,7 +195,8 @@ fn an_order_needs_its_own_open_lease_for_this_very_job() {
     let lease = world.quote(public(1, 1), wanted(10)).unwrap().lease;
     world.pass(15);
     let late = world.new_job(public(1, 1), wanted(10), lease);
-    assert_eq!(rule(world.order(&late)), Rule::LeaseUnknown);
+    assert_eq!(rule(world.order(&late)), Rule::LeaseExpired);
+    assert_eq!(rule(world.order(&after)), Rule::LeaseUnknown, "used up is not expired");
 }
 
 #[test]
@@ -457,14 +458,16 @@ fn the_eta_is_the_running_jobs_rest_and_the_queue_before_it() {
     let promise = world.quote(public(3, 3), wanted(20)).unwrap();
     assert_eq!((promise.position, promise.eta.unwrap().finishes - world.now), (1, Duration::from_secs(170)));
     let running = world.running_on(0).unwrap();
-    world.now += Duration::from_secs(10);
+    for (seconds, done) in [(1, 50), (9, 500)] {
+        world.now += Duration::from_secs(seconds);
+        world.scheduler.handle_progress(DeviceId(0), &running, done, world.now);
+    }
     let now = world.now;
-    world.scheduler.handle_progress(DeviceId(0), &running, 500, now);
     let (position, eta) = world.scheduler.standing(&second, now).unwrap();
     assert_eq!(
         (position, eta.unwrap().starts - now),
         (0, Duration::from_secs(10)),
-        "twice as fast as thought"
+        "five times as fast as thought"
     );
 }
 

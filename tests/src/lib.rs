@@ -12,4 +12,5 @@ pub mod invariants;
 pub mod raw;
 pub mod requester;
 pub mod sandbox;
+pub mod sim;
 pub mod test_engine;

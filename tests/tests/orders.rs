@@ -153,11 +153,11 @@ async fn an_order_without_a_lease_of_its_own_is_refused_by_the_reason() {
     let borrowed = artist.order(here, &spec, lease);
     let response = artist.submit(node, &borrowed).await;
     // By the time that it comes, the lease may be over; another's it stays in either case.
-    assert!(["lease_mismatch", "lease_unknown"].contains(&refused(&response).0), "{response:?}");
+    assert!(["lease_mismatch", "lease_expired"].contains(&refused(&response).0), "{response:?}");
 
     eventually("the lease ends", || node.log().contains("a lease ended unused").then_some(()));
     let late = other.order(here, &spec, lease);
-    assert_eq!(refused(&other.submit(node, &late).await), ("lease_unknown", "lease".to_owned()));
+    assert_eq!(refused(&other.submit(node, &late).await), ("lease_expired", "queue.lease".to_owned()));
     assert_eq!((node.status().jobs.len(), node.status().jobs_done), (0, 0));
 }
 

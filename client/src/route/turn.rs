@@ -32,6 +32,11 @@ pub fn in_turn(mut ranked: Vec<Ranked>, few: usize, seed: u64) -> Vec<Ranked> {
     first
 }
 
+/// A pause below `bound` milliseconds, drawn from a seed.
+pub(super) fn pause(seed: u64, bound: u64) -> u64 {
+    Dice::new(!seed).draw(bound)
+}
+
 /// Draws from a seed.
 struct Dice(blake3::OutputReader);
 
@@ -54,8 +59,10 @@ impl Dice {
     /// An index, each in proportion to how soon its node would be done; those to be passed over only if all are.
     fn weighted(&mut self, ranked: &[Ranked]) -> usize {
         let all_avoided = ranked.iter().all(|node| node.is_avoided);
+        let own = ranked.iter().any(|node| node.is_own && !node.is_avoided);
         let weight = |node: &Ranked| {
-            if node.is_avoided && !all_avoided { 0.0 } else { 1.0 / (node.cost.max(1) as f64) }
+            let passed_over = (node.is_avoided && !all_avoided) || (own && !node.is_own);
+            if passed_over { 0.0 } else { 1.0 / (node.cost.max(1) as f64) }
         };
         let total: f64 = ranked.iter().map(weight).sum();
         let mut left = total * (self.next() as f64 / u64::MAX as f64);
@@ -80,7 +87,15 @@ mod tests {
 
     fn node(number: u8, cost: u64) -> Ranked {
         let node = NodeId::from_bytes([number; 32]);
-        Ranked { index: number.into(), node, finish: Millis(cost), cost, is_new: false, is_avoided: false }
+        Ranked {
+            index: number.into(),
+            node,
+            finish: Millis(cost),
+            cost,
+            is_new: false,
+            is_avoided: false,
+            is_own: false,
+        }
     }
 
     fn indices(ranked: &[Ranked]) -> Vec<usize> {

@@ -55,6 +55,7 @@ rules! {
     LeasesPerPrefix "queue.leases_per_prefix" TooManyLeases "ask again in some seconds",
     Leases "queue.leases" Busy "ask again in some seconds",
     LeaseUnknown "lease" LeaseUnknown "ask for a new quote",
+    LeaseExpired "queue.lease" LeaseExpired "ask for a new quote",
     LeaseOther "lease.requester" LeaseMismatch "ask for a quote with the key that signs the job",
     LeaseShape "lease.job" LeaseMismatch "ask for a quote for this very job",
     NonceReused "job.nonce" DuplicateNonce "sign the job again with a new nonce",

@@ -1,12 +1,12 @@
 //! What devices report and what operators and requesters command.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kinoflock_protocol::id::{JobId, ModelId, RequesterId};
 use kinoflock_protocol::refusal::{Reason, Refusal};
 
-use super::device::{DeviceId, DeviceMode, Measured};
+use super::device::{DeviceId, DeviceMode, Measured, Running};
 use super::{Cause, Event, MAX_FAILURES, MAX_STARTS, Outcome, Scheduler, Stage, too_many_starts};
 
 /// What a cancel did.
@@ -32,18 +32,20 @@ impl Scheduler {
     pub fn handle_progress(&mut self, device: DeviceId, job: &JobId, done: u16, now: Instant) {
         let running = self.devices.get_mut(&device).and_then(|device| device.running.as_mut());
         if let Some(running) = running.filter(|running| running.job == *job) {
-            running.done = done.min(1000);
+            running.progress(done, now);
         }
         self.settle(now);
     }
 
     /// A job's results are stored and its receipt is written.
     pub fn handle_done(&mut self, device: DeviceId, job: &JobId, measured: Measured, now: Instant) {
+        let running = self.devices.get(&device).and_then(|device| device.running.as_ref());
+        let took = running.map_or(Duration::ZERO, |running| now.saturating_duration_since(running.since));
         if self.release_device(device, job).is_some() {
             let ended = self.end(*job, Outcome::Done);
             if let (Some(ended), Some(device)) = (ended, self.devices.get_mut(&device)) {
                 device.loaded = Some(ended.wanted.model);
-                device.learn(&ended.wanted, &measured);
+                device.learn(&ended.wanted, &measured, took);
             }
         }
         self.settle(now);
@@ -77,11 +79,8 @@ impl Scheduler {
     /// A job was stopped, on a cancel or because the daemon stops. A cancelled one is over; the other waits again and
     /// the stop does not count against it.
     pub fn handle_stopped(&mut self, device: DeviceId, job: &JobId, now: Instant) {
-        let done = self
-            .devices
-            .get(&device)
-            .and_then(|device| device.running.as_ref())
-            .map_or(0, |running| running.done);
+        let done =
+            self.devices.get(&device).and_then(|device| device.running.as_ref()).map_or(0, Running::done);
         let Some(cancelled) = self.release_device(device, job) else { return };
         self.refund(job, 1000 - done);
         if cancelled {

@@ -16,6 +16,9 @@ const NEWEST_COUNTS: f64 = 0.3;
 /// Assumed until something was measured: 100 GFLOP a second, a processor of some years ago. Work units a second.
 pub const ASSUMED_SPEED: u64 = 100_000;
 
+/// The pace of a job counts by this much of the share over which it was seen: wholly from a fifth of the job on.
+const PACE_COUNTS: f64 = 5.0;
+
 /// A job that runs over its estimate is expected to need this share of the estimate more.
 const OVERDUE_SHARE: u32 = 10;
 
@@ -90,9 +93,22 @@ pub(super) struct Running {
     pub(super) job: JobId,
     pub(super) since: Instant,
     pub(super) expected: Duration,
-    /// How much is done, in thousandths.
-    pub(super) done: u16,
+    pub(super) marks: Option<Marks>,
     pub(super) cancelled: bool,
+}
+
+/// When a job first told how far it was, and when it last did. What lies before the first is loading as much as work.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Marks {
+    first: Mark,
+    last: Mark,
+}
+
+/// How much was done when, in thousandths.
+#[derive(Debug, Clone, Copy)]
+struct Mark {
+    done: u16,
+    at: Instant,
 }
 
 #[derive(Debug, Clone)]
@@ -111,6 +127,8 @@ pub(super) struct Speed {
     pub(super) rate: Option<f64>,
     /// Seconds to load.
     load: Option<f64>,
+    /// Seconds of a job's time on the device that are neither: starting it, storing and signing its results.
+    overhead: Option<f64>,
 }
 
 impl Device {
@@ -133,7 +151,7 @@ impl Device {
         self.models = models
             .into_iter()
             .map(|(model, measured)| {
-                let fresh = Speed { rate: measured.map(|rate| rate as f64), load: None };
+                let fresh = Speed { rate: measured.map(|rate| rate as f64), ..Speed::default() };
                 (model, old.get(&model).copied().filter(|speed| speed.rate.is_some()).unwrap_or(fresh))
             })
             .collect();
@@ -163,7 +181,8 @@ impl Device {
         let speed = self.models.get(&wanted.model).copied().unwrap_or_default();
         let load = if loaded == Some(wanted.model) { 0.0 } else { speed.load.unwrap_or(0.0) };
         let compute = wanted.work.0 as f64 / speed.rate.unwrap_or(ASSUMED_SPEED as f64);
-        Duration::try_from_secs_f64(load + compute).unwrap_or(Duration::MAX)
+        let overhead = speed.overhead.unwrap_or(0.0);
+        Duration::try_from_secs_f64(load + compute + overhead).unwrap_or(Duration::MAX)
     }
 
     /// How long until it is free.
@@ -171,7 +190,8 @@ impl Device {
         self.running.as_ref().map_or(Duration::ZERO, |running| running.remaining(now))
     }
 
-    pub(super) fn learn(&mut self, wanted: &Wanted, measured: &Measured) {
+    /// Learns from a job that is done; `took` is the time that it had the device.
+    pub(super) fn learn(&mut self, wanted: &Wanted, measured: &Measured, took: Duration) {
         let Some(speed) = self.models.get_mut(&wanted.model) else { return };
         let blend = |old: Option<f64>, new: f64| old.map_or(new, |old| old + NEWEST_COUNTS * (new - old));
         let seconds = measured.compute.as_secs_f64();
@@ -181,22 +201,48 @@ impl Device {
         if !measured.load.is_zero() {
             speed.load = Some(blend(speed.load, measured.load.as_secs_f64()));
         }
+        let overhead = took.saturating_sub(measured.load + measured.compute);
+        speed.overhead = Some(blend(speed.overhead, overhead.as_secs_f64()));
     }
 }
 
 impl Running {
+    /// How much is done, in thousandths.
+    pub(super) fn done(&self) -> u16 {
+        self.marks.map_or(0, |marks| marks.last.done)
+    }
+
+    /// It told how much is done, in thousandths.
+    pub(super) fn progress(&mut self, done: u16, now: Instant) {
+        let mark = Mark { done: done.min(1000), at: now };
+        let first = self.marks.map_or(mark, |marks| marks.first);
+        self.marks = Some(Marks { first, last: mark });
+    }
+
     pub(super) fn remaining(&self, now: Instant) -> Duration {
-        let elapsed = now.saturating_duration_since(self.since);
-        let by_estimate = match self.expected.checked_sub(elapsed) {
-            Some(left) if !left.is_zero() => left,
-            _ => self.expected / OVERDUE_SHARE,
+        let (left, since) = match self.marks {
+            None => (self.expected, self.since),
+            Some(marks) => (marks.left(self.expected), marks.last.at),
         };
-        if self.done == 0 {
-            return by_estimate;
+        let elapsed = now.saturating_duration_since(since);
+        left.checked_sub(elapsed).filter(|left| !left.is_zero()).unwrap_or(left / OVERDUE_SHARE)
+    }
+}
+
+impl Marks {
+    /// What was left at the last mark: the estimate of the rest, corrected by the pace between the marks the more of the
+    /// job that pace was seen over.
+    fn left(&self, expected: Duration) -> Duration {
+        let rest = f64::from(1000 - self.last.done) / 1000.0;
+        let by_estimate = expected.as_secs_f64() * rest;
+        let seen = f64::from(self.last.done.saturating_sub(self.first.done)) / 1000.0;
+        if seen <= 0.0 {
+            return Duration::try_from_secs_f64(by_estimate).unwrap_or(Duration::MAX);
         }
-        // Progress speaks for the whole job once some of it is done.
-        let done = u32::from(self.done.min(1000));
-        elapsed.saturating_mul(1000 - done) / done
+        let by_pace = self.last.at.saturating_duration_since(self.first.at).as_secs_f64() / seen * rest;
+        let trust = (seen * PACE_COUNTS).min(1.0);
+        let left = by_pace * trust + by_estimate * (1.0 - trust);
+        Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX)
     }
 }
 
@@ -226,6 +272,7 @@ mod tests {
             device.learn(
                 &wanted(1_000),
                 &Measured { load: Duration::from_secs(4), compute: Duration::from_secs(2) },
+                Duration::ZERO,
             );
         }
         let estimate = device.estimate(&wanted(1_000), loaded).as_secs_f64();
@@ -237,31 +284,52 @@ mod tests {
     #[test]
     fn one_outlier_moves_the_estimate_by_less_than_half() {
         let mut device = device(Some(100));
-        device.learn(&wanted(1_000), &Measured { load: Duration::ZERO, compute: Duration::from_secs(100) });
+        device.learn(
+            &wanted(1_000),
+            &Measured { load: Duration::ZERO, compute: Duration::from_secs(100) },
+            Duration::ZERO,
+        );
         let rate = device.models[&wanted(1).model].rate.unwrap();
         assert!((50.0..100.0).contains(&rate), "{rate}");
     }
 
     #[test]
-    fn remaining_time_comes_from_progress_once_there_is_some() {
+    fn remaining_time_comes_from_the_pace_once_enough_of_the_job_was_seen() {
         let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
         let mut running = Running {
             job: JobId::from_bytes([0; 32]),
             since: start,
             expected: Duration::from_secs(10),
-            done: 0,
+            marks: None,
             cancelled: false,
         };
-        assert_eq!(running.remaining(start + Duration::from_secs(4)), Duration::from_secs(6));
-        assert_eq!(running.remaining(start + Duration::from_secs(40)), Duration::from_secs(1));
-        running.done = 250;
-        assert_eq!(running.remaining(start + Duration::from_secs(4)), Duration::from_secs(12));
+        assert_eq!(running.remaining(at(4)), Duration::from_secs(6));
+        assert_eq!(running.remaining(at(40)), Duration::from_secs(1), "overdue");
+        // Loading took 40 s: it says nothing about the steps.
+        running.progress(100, at(40));
+        assert_eq!(running.remaining(at(41)), Duration::from_secs(8));
+        running.progress(300, at(48));
+        assert_eq!(running.remaining(at(50)), Duration::from_secs(26), "four seconds a tenth");
+    }
+
+    #[test]
+    fn what_a_job_takes_beside_its_computing_is_counted_too() {
+        let mut device = device(Some(100));
+        let loaded = Some(wanted(1).model);
+        let measured = Measured { load: Duration::ZERO, compute: Duration::from_secs(10) };
+        device.learn(&wanted(1_000), &measured, Duration::from_secs(13));
+        assert_eq!(device.estimate(&wanted(1_000), loaded), Duration::from_secs(13));
     }
 
     #[test]
     fn reloading_the_models_keeps_what_was_measured() {
         let mut device = device(None);
-        device.learn(&wanted(1_000), &Measured { load: Duration::ZERO, compute: Duration::from_secs(1) });
+        device.learn(
+            &wanted(1_000),
+            &Measured { load: Duration::ZERO, compute: Duration::from_secs(1) },
+            Duration::ZERO,
+        );
         device.set_models(BTreeMap::from([(wanted(1).model, Some(5))]));
         assert_eq!(device.models[&wanted(1).model].rate, Some(1_000.0));
     }

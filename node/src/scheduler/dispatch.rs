@@ -18,6 +18,20 @@ const ETA_GRAIN: Duration = Duration::from_secs(2);
 /// The number of arrival of a job that does not exist yet: after all others.
 const NOT_YET: u64 = u64::MAX;
 
+/// Leases come after the jobs that are here, in the order in which they were opened.
+const LEASED: u64 = u64::MAX / 2;
+
+/// What a plan is made of, beside the jobs that are here.
+#[derive(Clone, Copy)]
+enum Scope<'a> {
+    /// What can start now.
+    Start,
+    /// Every job that waits.
+    Waiting,
+    /// Also the jobs that open leases will become: who asks now comes after who asked before.
+    Coming(Option<(JobId, &'a Origin, &'a Wanted)>),
+}
+
 /// A device as `/status` shows it.
 #[derive(Debug, Clone)]
 pub struct DeviceStatus {
@@ -50,7 +64,7 @@ pub struct QueueStatus {
     pub work: u64,
     /// Open leases.
     pub leases: u32,
-    /// How long until the first device is free for a new job; `None` when none is open.
+    /// How long until the first device is free for a new job, open leases counted as jobs; `None` when none is open.
     pub wait: Option<Duration>,
 }
 
@@ -64,7 +78,7 @@ impl Scheduler {
             mode: device.mode,
             loaded: device.loaded,
             running: device.running.as_ref().map(|running| running.job),
-            done: device.running.as_ref().map_or(0, |running| running.done),
+            done: device.running.as_ref().map_or(0, Running::done),
             busy_for: device.busy_for(now),
             speeds: device
                 .models
@@ -79,7 +93,7 @@ impl Scheduler {
     #[must_use]
     pub fn queue(&self, now: Instant) -> QueueStatus {
         let waiting = self.jobs.waiting_count(|_| true);
-        let planned = self.plan(None, now, false);
+        let planned = self.plan(Scope::Coming(None), now);
         let free_at = |id: &DeviceId, device: &super::Device| {
             let own = device.opens_at(now)?.max(now + device.busy_for(now));
             let last =
@@ -100,7 +114,7 @@ impl Scheduler {
     #[must_use]
     pub fn standing(&self, job: &JobId, now: Instant) -> Option<(u32, Eta)> {
         let entry = self.jobs.live.get(job).filter(|entry| entry.waits())?;
-        let planned = self.plan(None, now, false);
+        let planned = self.plan(Scope::Waiting, now);
         match planned.iter().position(|planned| planned.job == *job) {
             Some(index) => Some((index_to_position(index), Some(planned[index].times()))),
             None => Some((self.jobs.waiting_count(|other| other.seq < entry.seq), None)),
@@ -114,53 +128,61 @@ impl Scheduler {
         invariants::debug_check(self);
     }
 
-    /// Where a job that does not exist yet would stand.
+    /// Where a job that does not exist yet would stand, if every open lease became a job: two that ask at once must not
+    /// both be promised the same free device.
     pub(super) fn forecast(&self, origin: &Origin, wanted: &Wanted, now: Instant) -> (u32, Eta) {
         let id = JobId::from_bytes([0; 32]);
-        let planned = self.plan(Some((id, origin, wanted)), now, false);
+        let planned = self.plan(Scope::Coming(Some((id, origin, wanted))), now);
         match planned.iter().position(|planned| planned.job == id) {
             Some(index) => (index_to_position(index), Some(planned[index].times())),
             None => (self.jobs.waiting_count(|_| true), None),
         }
     }
 
-    fn plan(
-        &self,
-        extra: Option<(JobId, &Origin, &Wanted)>,
-        now: Instant,
-        stop_after_idle: bool,
-    ) -> Vec<Planned> {
+    fn plan(&self, scope: Scope<'_>, now: Instant) -> Vec<Planned> {
+        let for_start = matches!(scope, Scope::Start);
         let mut waiting = Vec::new();
-        for (id, job) in self.jobs.live.iter().filter(|(_, job)| self.is_planned(job, stop_after_idle)) {
+        for (id, job) in self.jobs.live.iter().filter(|(_, job)| self.is_planned(job, for_start)) {
             let candidate = Candidate { wanted: job.wanted, bypassed: job.bypassed, avoid: job.avoid };
             let work = job.wanted.work.0;
             waiting.push(Waiting { job: *id, origin: job.origin, seq: job.seq, work, candidate });
         }
-        if let Some((id, origin, wanted)) = extra {
-            let candidate = Candidate { wanted: *wanted, bypassed: 0, avoid: None };
-            let work = wanted.work.0;
-            waiting.push(Waiting { job: id, origin: *origin, seq: NOT_YET, work, candidate });
+        if let Scope::Coming(extra) = scope {
+            let coming = |job: JobId, origin: &Origin, wanted: &Wanted, seq: u64| {
+                let candidate = Candidate { wanted: *wanted, bypassed: 0, avoid: None };
+                Waiting { job, origin: *origin, seq, work: wanted.work.0, candidate }
+            };
+            let leased = self.leases.iter().filter(|(_, lease)| self.is_reachable(&lease.wanted));
+            waiting.extend(
+                leased.map(|(_, l)| coming(lease_job(l.number), &l.origin, &l.wanted, LEASED + l.number)),
+            );
+            waiting.extend(extra.map(|(id, origin, wanted)| coming(id, origin, wanted, NOT_YET)));
         }
         let picker = Picker::new(&self.fairness, waiting.into_iter());
-        plan(&self.devices, picker, now, stop_after_idle)
+        plan(&self.devices, picker, now, for_start)
     }
 
     /// For starting, only what can start counts; for telling, a job that waits for inputs or disk keeps its place.
     fn is_planned(&self, job: &Job, for_start: bool) -> bool {
         let ready = job.stage == Stage::Queued || (!for_start && job.waits());
+        ready && self.is_reachable(&job.wanted)
+    }
+
+    /// Whether some device will run it at a known time.
+    fn is_reachable(&self, wanted: &Wanted) -> bool {
         let reachable = |device: &super::Device| {
             !matches!(
                 device.mode,
                 DeviceMode::Down | DeviceMode::Paused { until: None } | DeviceMode::Draining { until: None }
-            ) && device.fits(&job.wanted).is_ok()
+            ) && device.fits(wanted).is_ok()
         };
-        ready && self.devices.values().any(reachable)
+        self.devices.values().any(reachable)
     }
 
     fn start_what_can(&mut self, now: Instant) {
         let idle = |device: &super::Device| device.running.is_none() && device.mode == DeviceMode::Open;
         while self.devices.values().any(idle) {
-            let planned = self.plan(None, now, true);
+            let planned = self.plan(Scope::Start, now);
             let idle_device = |id: &DeviceId| self.devices.get(id).is_some_and(idle);
             let next = planned.iter().find(|planned| planned.starts <= now && idle_device(&planned.device));
             let Some(next) = next.copied() else { break };
@@ -192,7 +214,7 @@ impl Scheduler {
         if let Some(device) = self.devices.get_mut(&planned.device) {
             let expected = device.estimate(&wanted, device.loaded);
             device.running =
-                Some(Running { job: planned.job, since: now, expected, done: 0, cancelled: false });
+                Some(Running { job: planned.job, since: now, expected, marks: None, cancelled: false });
             device.loaded = Some(wanted.model);
         }
         self.events.push_back(Event::Start { device: planned.device, job: planned.job, attempt });
@@ -202,7 +224,7 @@ impl Scheduler {
         if self.jobs.waiting_count(|job| job.stage == Stage::Queued) == 0 {
             return;
         }
-        let planned = self.plan(None, now, false);
+        let planned = self.plan(Scope::Waiting, now);
         let places: BTreeMap<JobId, (u32, Times)> =
             (0..).zip(&planned).map(|(index, planned)| (planned.job, (index, planned.times()))).collect();
         let behind = u32::try_from(planned.len()).unwrap_or(u32::MAX);
@@ -240,6 +262,13 @@ impl Job {
             (told, finishes) => told == finishes,
         }
     }
+}
+
+/// Stands for the job that a lease will become; no hash of a job begins with so many zeros.
+fn lease_job(number: u64) -> JobId {
+    let mut id = [0; 32];
+    id[24..].copy_from_slice(&number.to_be_bytes());
+    JobId::from_bytes(id)
 }
 
 fn index_to_position(index: usize) -> u32 {

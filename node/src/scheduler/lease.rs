@@ -1,6 +1,6 @@
 //! Leases: what quotes hold for some seconds. Bounded per requester, per network prefix and in total.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use kinoflock_protocol::id::LeaseId;
@@ -10,8 +10,13 @@ use super::origin::{NetPrefix, Origin};
 use crate::config::QueueConfig;
 use crate::policy::{Class, Rule, Wanted};
 
+/// Expired leases remembered, so that who comes late hears just that.
+const MAX_EXPIRED: usize = 512;
+
 #[derive(Debug, Clone)]
 pub(super) struct Lease {
+    /// How many were opened before it.
+    pub(super) number: u64,
     pub(super) origin: Origin,
     pub(super) wanted: Wanted,
     pub(super) expires: Instant,
@@ -20,13 +25,15 @@ pub(super) struct Lease {
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     open: BTreeMap<LeaseId, Lease>,
+    /// The newest last.
+    expired: VecDeque<LeaseId>,
     secret: [u8; 32],
     made: u64,
 }
 
 impl Leases {
     pub(super) fn new(secret: [u8; 32]) -> Self {
-        Self { open: BTreeMap::new(), secret, made: 0 }
+        Self { secret, ..Self::default() }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -55,7 +62,7 @@ impl Leases {
                 .ok_or_else(|| Rule::Leases.refuse(limits.leases, self.open.len() + 1))?;
         }
         let id = self.next_id();
-        self.open.insert(id, Lease { origin, wanted, expires: now + limits.lease });
+        self.open.insert(id, Lease { number: self.made, origin, wanted, expires: now + limits.lease });
         Ok(id)
     }
 
@@ -68,7 +75,10 @@ impl Leases {
         now: Instant,
     ) -> Result<(), Refusal> {
         let lease = self.open.get(id).filter(|lease| lease.expires > now);
-        let lease = lease.ok_or_else(|| Rule::LeaseUnknown.refuse("an open lease", id))?;
+        let lease = lease.ok_or_else(|| {
+            let over = self.open.contains_key(id) || self.expired.contains(id);
+            if over { Rule::LeaseExpired } else { Rule::LeaseUnknown }.refuse("an open lease", id)
+        })?;
         if lease.origin.requester != origin.requester {
             // Not used up: a stranger who guessed its id must not be able to burn it.
             return Err(Rule::LeaseOther.refuse(lease.origin.requester, origin.requester));
@@ -101,6 +111,10 @@ impl Leases {
             .collect();
         for (id, _) in &over {
             self.open.remove(id);
+            self.expired.push_back(*id);
+        }
+        while self.expired.len() > MAX_EXPIRED {
+            self.expired.pop_front();
         }
         over
     }

@@ -215,6 +215,15 @@ impl Clips {
         self.lock().index.acknowledge(id, job, now)
     }
 
+    /// Takes a job's part out of a blob, and deletes it if no other job has one.
+    ///
+    /// # Errors
+    /// When there is no such blob, or the index fails.
+    pub fn release(&self, id: &BlobId, job: &JobId) -> Result<(), ClipsError> {
+        let mut state = self.lock();
+        if state.index.remove_owner(id, job)? { Ok(()) } else { self.delete(&mut state, id) }
+    }
+
     /// Deletes blobs whose terms are over: all owners acknowledged before `acknowledged_before`, or stored before
     /// `stored_before`. Gives back what was deleted.
     ///

@@ -305,6 +305,10 @@ pub struct Storage {
     pub clips_limit: u64,
     /// Bytes of sealed copies kept for others.
     pub replicas_limit: u64,
+    /// Bytes of latents kept for audits.
+    pub audit_limit: u64,
+    /// How long they are kept.
+    pub audit_keep: Duration,
 }
 
 /// `[engine]`, checked. The worker program stands in each device.
@@ -500,6 +504,8 @@ fn check_storage(section: &file::StorageSection, folders: Option<&Folders>) -> R
         models_limit: section.models_limit.0.map(|size| size.0),
         clips_limit: section.clips_limit.0,
         replicas_limit: section.replicas_limit.0,
+        audit_limit: section.audit_limit.0,
+        audit_keep: section.audit_keep.duration(),
     })
 }
 

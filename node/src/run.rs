@@ -6,7 +6,8 @@
 //!
 //! - `start`: from the configuration to a running daemon;
 //! - `requests`: what peers ask; `prompts`, `refuse`: why some are told no;
-//! - `jobs`: what scheduler and workers say; `finish`: from a worker's files to a receipt;
+//! - `jobs`: what scheduler and workers say; `finish`: from a worker's files to a receipt; `checkpoints`: where another
+//!   run, here or elsewhere, goes on; `audits`: what is kept and shown of each step;
 //! - `boards`: what followers of a job are told; `selftest`: which models may be offered; `advert`: what is offered;
 //! - `held`, `replicate`: sealed clips for others, and ours with others; `custody`: jobs watched for others;
 //! - `interest`, `look`: why this node is idle; `operator`: what the admin interface asks.
@@ -41,7 +42,9 @@ use crate::telemetry::Metrics;
 use self::boards::Boards;
 
 mod advert;
+mod audits;
 mod boards;
+mod checkpoints;
 mod custody;
 mod finish;
 mod held;
@@ -83,7 +86,9 @@ enum Note {
     /// A start is on disk.
     Started { device: DeviceId, job: JobId, result: Result<u32, QueueError> },
     /// Inputs of a job are here, or not.
-    Inputs { job: JobId, result: Result<(), String> },
+    Inputs { job: JobId, result: Result<checkpoints::Segments, String> },
+    /// A checkpoint is sealed and signed, or not.
+    Checkpoint { job: JobId, result: Result<checkpoints::Made, String> },
     /// A clip is stored and its receipt signed, or not.
     Finished { device: DeviceId, job: JobId, result: Result<Box<finish::Finished>, finish::FinishError> },
     /// The end of a job without a clip is on disk.
@@ -119,6 +124,7 @@ struct LiveJob {
     /// Who sent it and serves its inputs; unknown after a restart.
     submitter: Option<NodeId>,
     steps_done: u32,
+    checkpoints: checkpoints::Kept,
 }
 
 /// A device and its worker.
@@ -154,6 +160,7 @@ struct Daemon {
     /// Blobs that are being fetched for others.
     keeping: BTreeSet<(JobId, Content)>,
     custodian: custody::Custodian,
+    audits: audits::Audits,
     models: BTreeMap<ModelId, Arc<Model>>,
     prompts: prompts::Prompts,
     self_tests: crate::models::selftest::Results,
@@ -225,6 +232,7 @@ impl Daemon {
             Note::Heard { order, verdict, responder } => self.handle_heard(*order, verdict, responder),
             Note::Started { device, job, result } => self.handle_started(device, job, result),
             Note::Inputs { job, result } => self.handle_inputs(job, result),
+            Note::Checkpoint { job, result } => self.handle_checkpoint(job, result),
             Note::Finished { device, job, result } => self.handle_finished(device, job, result),
             Note::Ended { job, result } => self.handle_ended(job, result),
             Note::Swept { jobs } => jobs.iter().for_each(|job| self.scheduler.forget(job)),
@@ -345,6 +353,7 @@ impl Daemon {
         let acknowledged = ago(self.config.terms.keep_acknowledged);
         let stored = ago(self.config.terms.keep_at_most);
         let (queue, clips) = (self.queue.clone(), self.clips.clone());
+        let (audits, audited) = (self.audits.clone(), ago(self.config.storage.audit_keep));
         let forget = Instant::now().checked_sub(KEEP_BOARDS);
         for job in forget.map(|moment| self.boards.ended_before(moment)).unwrap_or_default() {
             self.boards.forget(&job);
@@ -354,7 +363,11 @@ impl Daemon {
                 tracing::error!(%error, "old records could not be erased");
                 Vec::new()
             });
-            let swept = tokio::task::spawn_blocking(move || clips.sweep(acknowledged, stored)).await;
+            let swept = tokio::task::spawn_blocking(move || {
+                audits.sweep(audited);
+                clips.sweep(acknowledged, stored)
+            });
+            let swept = swept.await;
             match swept {
                 Ok(Ok(blobs)) if !blobs.is_empty() => {
                     tracing::info!(clips = blobs.len(), "clips erased as the terms say")

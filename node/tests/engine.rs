@@ -56,7 +56,8 @@ fn request(folder: &Path) -> RunRequest {
         output: Output {
             clip: path("clip.mp4"),
             latents: Some(path("latents.safetensors")),
-            checkpoint: Some(path("checkpoint.safetensors")),
+            checkpoint: Some(path("checkpoints")),
+            states: None,
         },
         checkpoint_every: 2,
         preview_every: 1,
@@ -102,7 +103,7 @@ async fn a_real_worker_makes_the_same_clip_twice_and_resumes_from_its_checkpoint
 
     let mut resumed = request(c.path());
     resumed.extra.resume =
-        Some(WirePath::new(a.path().join("checkpoint.safetensors").display().to_string()).unwrap());
+        Some(WirePath::new(a.path().join("checkpoints/step-2.safetensors").display().to_string()).unwrap());
     let resumed = run_to_end(&engine, &mut events, resumed, |_| {}).await.unwrap();
     assert_eq!(resumed.steps_done, 1);
     assert_eq!((resumed.clip.blake3, resumed.step_root), (first.clip.blake3, first.step_root));
@@ -226,7 +227,7 @@ async fn a_model_passes_its_self_test_against_its_own_fingerprint_and_fails_agai
     let make = |model: &Model| {
         let load =
             LoadRequest { model: model.id, dir: WirePath::new(model.dir.display().to_string()).unwrap() };
-        let output = Output { clip: path("clip.mp4"), latents: None, checkpoint: None };
+        let output = Output { clip: path("clip.mp4"), latents: None, checkpoint: None, states: None };
         selftest::request(model, JobId::from_bytes([3; 32]), load, output)
     };
     let request = make(&model);

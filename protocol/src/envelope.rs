@@ -46,11 +46,15 @@ pub enum Kind {
     NodeList = 12,
     /// A [`crate::list::ModelList`].
     ModelList = 13,
+    /// A [`crate::audit::AuditRequest`].
+    AuditRequest = 14,
+    /// A [`crate::audit::AuditGrant`].
+    AuditGrant = 15,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Job,
         Self::Order,
         Self::Capacity,
@@ -64,6 +68,8 @@ impl Kind {
         Self::Keep,
         Self::NodeList,
         Self::ModelList,
+        Self::AuditRequest,
+        Self::AuditGrant,
     ];
 
     /// The kind of this number.
@@ -87,6 +93,8 @@ impl Kind {
             Self::Keep => "keep",
             Self::NodeList => "node-list",
             Self::ModelList => "model-list",
+            Self::AuditRequest => "audit-request",
+            Self::AuditGrant => "audit-grant",
         }
     }
 }

@@ -21,6 +21,8 @@
 //! A job may name custodians, nodes that watch it while its client is away and can hand it on; finished clips are held by
 //! others too, [sealed](seal) ([`custody`]). [Lists](list) of nodes and models can be published by anybody.
 //!
+//! A receipt may hold the root of a tree over every step; anybody whom the requester names may then [audit](audit) one.
+//!
 //! What computes is a [`model::ModelManifest`], whose hash is the model's id; what people say about it is on signed
 //! [`card::Card`]s.
 //!
@@ -30,6 +32,7 @@
 //! bounds every size, count and time; [`names`] has protocol names and tickets; [`id`] names keys and hashes. Every
 //! type also has a JSON form for people and tools, with ids as text and 64-bit numbers as strings.
 
+pub mod audit;
 pub mod capacity;
 pub mod card;
 pub mod clip;

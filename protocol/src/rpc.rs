@@ -7,6 +7,7 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::audit::AuditReply;
 use crate::clip::{BlobRef, Outline};
 use crate::codec::{self, Bytes, CodecError, List, Text, text_u64};
 use crate::custody::{Held, Look, Seen};
@@ -70,6 +71,13 @@ pub enum Request {
     Look(Look),
     /// The newest edition of this list that you know?
     List(ListName),
+    /// Show me this step of a finished job.
+    Audit {
+        /// The signed [`crate::audit::AuditRequest`].
+        request: Envelope,
+        /// The requester's signed [`crate::audit::AuditGrant`], where another asks.
+        grant: Option<Envelope>,
+    },
 }
 
 impl Request {
@@ -92,6 +100,7 @@ impl Request {
             Self::Forget(_) => "forget",
             Self::Look(_) => "look",
             Self::List(_) => "list",
+            Self::Audit { .. } => "audit",
         }
     }
 }
@@ -203,6 +212,8 @@ pub enum Response {
     Seen(Seen),
     /// The signed list.
     List(Envelope),
+    /// Some states of a finished job.
+    Audit(AuditReply),
 }
 
 impl Response {
@@ -227,6 +238,7 @@ impl Response {
             Self::Forgotten { .. } => "forgotten",
             Self::Seen(_) => "seen",
             Self::List(_) => "list",
+            Self::Audit(_) => "audit",
         }
     }
 

@@ -1,18 +1,20 @@
 //! A requester by hand: one who signs jobs, orders and queries piece by piece, so that a test may bend each of them.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use kinoflock_net::{NetConfig, NetHandle};
+use kinoflock_net::blobs::MemoryBlobs;
+use kinoflock_net::{FetchOptions, MemorySink, NetConfig, NetHandle, ProgressStream};
 use kinoflock_protocol::envelope::Message;
 use kinoflock_protocol::job::Prompt;
 use kinoflock_protocol::model::ModelManifest;
-use kinoflock_protocol::order::{Order, QuoteRequest, ValidQuote};
+use kinoflock_protocol::order::{Order, QuoteRequest, Resume, ValidQuote};
 use kinoflock_protocol::query::{JobQuery, QueryAction};
 use kinoflock_protocol::rpc::{Request, Response};
 use kinoflock_protocol::work::{JobShape, work};
 use kinoflock_protocol::{
-    Envelope, JobId, JobSpec, Keypair, LeaseId, ModelId, NetworkId, NodeId, Nonce, UnixMillis,
+    BlobId, Envelope, JobId, JobSpec, Keypair, LeaseId, ModelId, NetworkId, NodeId, Nonce, UnixMillis,
 };
 
 use crate::sandbox::{Node, PATIENCE, Sandbox};
@@ -121,6 +123,44 @@ impl Requester {
         let id = JobId::of(&job, &self.network);
         let order = self.seal(&Order { job: id, node: to, lease, issued_at: now(), resume: None });
         Ordered { order, job }
+    }
+
+    /// Signs an order to go on with a job where another node left it.
+    #[must_use]
+    pub fn order_to_resume(&self, to: NodeId, job: &Envelope, lease: LeaseId, resume: Resume) -> Ordered {
+        let order = Order { job: self.id(job), node: to, lease, issued_at: now(), resume: Some(resume) };
+        Ordered { order: self.seal(&order), job: job.clone() }
+    }
+
+    /// From now on, serves these blobs to whoever asks.
+    ///
+    /// # Panics
+    /// When one is too large.
+    pub fn serve(&self, blobs: &[&[u8]]) {
+        let source = MemoryBlobs::new();
+        for blob in blobs {
+            source.insert(*blob).expect("a small blob");
+        }
+        self.net.serve_blobs(Arc::new(source));
+    }
+
+    /// A blob that a node serves; nothing if it does not.
+    pub async fn fetch(&self, node: &Node, id: BlobId) -> Option<Vec<u8>> {
+        let peer =
+            self.net.dial(node.address("tcp").parse().expect("an address")).await.expect("it is reached");
+        let fetched = self.net.fetch_blob(id, &[peer], MemorySink::new(), FetchOptions::default()).await;
+        fetched.ok().map(|(sink, _)| sink.into_bytes())
+    }
+
+    /// Follows a job from its first event that the node still knows.
+    ///
+    /// # Panics
+    /// When the node does not let it be followed.
+    pub async fn follow(&self, node: &Node, job: JobId) -> ProgressStream {
+        let peer =
+            self.net.dial(node.address("tcp").parse().expect("an address")).await.expect("it is reached");
+        let query = self.query(peer, job, QueryAction::Progress);
+        self.net.open_progress(peer, query, 0).await.expect("it may be followed")
     }
 
     /// The id of a signed job.

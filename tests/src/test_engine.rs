@@ -27,6 +27,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use kinoflock_inference::sampler::checkpoint::latents_bytes;
+use kinoflock_inference::{Checkpoint, Commitment, Device, Tensor};
 use kinoflock_node::engine::frames::RgbFrames;
 use kinoflock_node::engine::wire::{Failure, LoadRequest, Name, OpenRequest, Phase, RunRequest, WorkerInfo};
 use kinoflock_node::engine::worker::{self, Context, Engine, LoadedModel, Made, Stop};
@@ -125,21 +127,22 @@ impl Engine for TestEngine {
             stray(request);
         }
         context.phase(Phase::Step);
-        let mut step_hashes = Vec::new();
-        for step in 1..=request.steps {
+        let mut state = self.begin(request, key)?;
+        let first = state.steps_done as u32;
+        for step in first + 1..=request.steps {
             if context.cancelled() {
                 return Err(Stop::Cancelled);
             }
             self.misbehave(request, context, step)?;
             pause(self.orders.number("step-ms"));
-            let hash = *blake3::keyed_hash(&key, &step.to_le_bytes()).as_bytes();
-            step_hashes.push(hash);
+            let hash = advance(&mut state, step)?;
             context.step(step, request.steps);
             if request.preview_every > 0 && step % request.preview_every == 0 {
                 context.preview(&draw(&key, 8, 8, 2, false));
             }
-            if request.checkpoint_every > 0 && step % request.checkpoint_every == 0 {
-                context.checkpoint(&hash, hash);
+            let due = request.checkpoint_every > 0 && step % request.checkpoint_every == 0;
+            if due && step < request.steps {
+                context.checkpoint(&state.to_bytes().map_err(|error| fault(&error))?, hash);
             }
         }
         context.phase(Phase::Decode);
@@ -148,7 +151,13 @@ impl Engine for TestEngine {
             draw(&key, request.width as usize, request.height as usize, request.frames as usize, constant);
         let latents = latents(&key, request.frames as usize);
         let latents_shape = vec![1, 4, request.frames as usize, 2, 2];
-        Ok(Made { frames, latents, latents_shape, step_hashes, steps_done: request.steps })
+        let start = latents_bytes(&step_latents(&key, 0).map_err(|error| fault(&error))?);
+        let start = *blake3::hash(&start.map_err(|error| fault(&error))?).as_bytes();
+        let state_hashes = [&[start], state.step_hashes.as_slice()].concat();
+        let samplers = (0..=request.steps).map(|step| *blake3::hash(&step.to_le_bytes()).as_bytes());
+        let commitment = Commitment { conditioning: key, samplers: samplers.collect() };
+        let steps_done = request.steps - first;
+        Ok(Made { frames, latents, latents_shape, state_hashes, commitment, steps_done })
     }
 
     fn reset(&mut self) {
@@ -157,6 +166,27 @@ impl Engine for TestEngine {
 }
 
 impl TestEngine {
+    /// Where the job begins, or where its checkpoint left it.
+    fn begin(&self, request: &RunRequest, key: [u8; 32]) -> Result<Checkpoint, Failure> {
+        let mut state = Checkpoint {
+            steps_done: 0,
+            sigmas: (0..=request.steps).map(|step| 1.0 - step as f32 / request.steps as f32).collect(),
+            latents: step_latents(&key, 0).map_err(|error| fault(&error))?,
+            request_digest: key,
+            step_hashes: Vec::new(),
+            history: Vec::new(),
+        };
+        if let Some(path) = &request.extra.resume {
+            let bytes = std::fs::read(path.as_str()).map_err(|error| fault(&error))?;
+            let left = Checkpoint::from_bytes(&bytes).map_err(|error| fault(&error))?;
+            if left.request_digest != key || left.sigmas != state.sigmas {
+                return Err(fault(&"it belongs to another job"));
+            }
+            state = left;
+        }
+        Ok(state)
+    }
+
     fn misbehave(&self, request: &RunRequest, context: &Context<'_>, step: u32) -> Result<(), Stop> {
         let due = |name: &str| self.orders.due(name, step);
         if due("crash-at") {
@@ -193,6 +223,25 @@ impl TestEngine {
         }
         Ok(())
     }
+}
+
+/// One step further; gives the hash of its latents.
+fn advance(state: &mut Checkpoint, step: u32) -> Result<[u8; 32], Failure> {
+    state.latents = step_latents(&state.request_digest, step).map_err(|error| fault(&error))?;
+    let hash = *blake3::hash(&latents_bytes(&state.latents).map_err(|error| fault(&error))?).as_bytes();
+    state.step_hashes.push(hash);
+    state.steps_done = step as usize;
+    Ok(hash)
+}
+
+fn step_latents(key: &[u8; 32], step: u32) -> Result<Tensor, kinoflock_inference::Error> {
+    let hash = blake3::keyed_hash(key, &step.to_le_bytes());
+    let values: Vec<f32> = hash.as_bytes().iter().map(|byte| f32::from(*byte) / 64.0 - 2.0).collect();
+    Ok(Tensor::from_vec(values, (1, 4, 8), &Device::Cpu)?)
+}
+
+fn fault(error: &impl std::fmt::Display) -> Failure {
+    Failure::new("checkpoint", &error.to_string(), false)
 }
 
 /// A square of one colour drifting over another, both from the key.

@@ -47,6 +47,7 @@ fn request(folder: &Path, number: u8) -> RunRequest {
             clip: path("clip.mp4"),
             latents: Some(path("latents.safetensors")),
             checkpoint: Some(path("checkpoint")),
+            states: None,
         },
         checkpoint_every: 2,
         preview_every: 2,
@@ -92,8 +93,7 @@ async fn a_job_gives_a_real_clip_and_every_event_in_order() {
     })
     .await
     .unwrap();
-    let expected =
-        "ready load loaded text step 1/4 2/4 PNG checkpoint 2 3/4 4/4 PNG checkpoint 4 decode encode done";
+    let expected = "ready load loaded text step 1/4 2/4 PNG checkpoint 2 3/4 4/4 PNG decode encode done";
     assert_eq!(seen.join(" "), expected);
     let bytes = std::fs::read(folder.path().join("clip.mp4")).unwrap();
     assert_eq!((report.clip.len, report.clip.blake3), (bytes.len() as u64, BlobId::of(&bytes)));
@@ -232,7 +232,7 @@ async fn another_version_or_another_program_is_named_as_such() {
         (
             ["--wire-version", "9"],
             "worker_version",
-            "speaks version 9 of the engine's language, this daemon speaks 1",
+            "speaks version 9 of the engine's language, this daemon speaks 2",
         ),
         (["--babble", "1"], "not_a_worker", "no kinoflock worker"),
         (["--refuse-device", "1"], "device", "cuda:7"),

@@ -7,6 +7,7 @@
 //!
 //! Everything here computes for seconds or minutes: call it from a plain thread, never from an async worker.
 
+pub mod audit;
 pub mod error;
 pub mod frames;
 pub mod models;
@@ -22,6 +23,7 @@ pub mod weights;
 
 pub use candle_core::{DType, Device, Tensor};
 
+pub use crate::audit::{Commitment, Transition};
 pub use crate::error::Error;
 pub use crate::frames::RgbFrames;
 pub use crate::pipeline::{

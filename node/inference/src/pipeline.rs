@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
 pub use crate::sampler::checkpoint::Checkpoint;
@@ -75,6 +76,35 @@ pub trait Pipeline: Send {
         request: &GenerateRequest,
         observer: &mut dyn Observer,
     ) -> Result<Generated, Error>;
+
+    /// What a run of this request commits to beside its latents: see [`crate::audit`].
+    ///
+    /// # Errors
+    /// What [`Pipeline::check`] finds.
+    fn commitment(&self, request: &GenerateRequest) -> Result<Commitment, Error>;
+
+    /// The packed latents `[1, tokens, C]` that a run begins with, f32, on the CPU.
+    ///
+    /// # Errors
+    /// When given latents have another shape.
+    fn start(&self, request: &GenerateRequest) -> Result<Tensor, Error>;
+
+    /// Computes one step anew, from these packed latents before it.
+    ///
+    /// # Errors
+    /// When there is no such step, the latents have another shape, or what the device reports.
+    fn transition(
+        &mut self,
+        request: &GenerateRequest,
+        index: usize,
+        latents: &Tensor,
+    ) -> Result<Transition, Error>;
+
+    /// The frames of packed latents after the last step.
+    ///
+    /// # Errors
+    /// When the latents have another shape, or what the device reports.
+    fn frames(&self, request: &GenerateRequest, latents: &Tensor) -> Result<RgbFrames, Error>;
 }
 
 /// Facts about a loaded model.
@@ -310,6 +340,8 @@ pub struct Generated {
     pub frames: RgbFrames,
     /// The latents that it was decoded from, normalised, `[1, C, F, H, W]`, f32, on the CPU.
     pub latents: Tensor,
+    /// blake3 of the packed latents before the first step.
+    pub start_hash: [u8; 32],
     /// blake3 of the latents after each step, from the first on, those before a resume included.
     pub step_hashes: Vec<[u8; 32]>,
     /// Steps computed in this run, without those before a resume.

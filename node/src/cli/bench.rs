@@ -70,7 +70,7 @@ pub(super) fn fixed_job(model: &Model, folder: &std::path::Path) -> anyhow::Resu
     let path = |name: &str| wire::WirePath::new(folder.join(name).display().to_string());
     let load =
         wire::LoadRequest { model: model.id, dir: wire::WirePath::new(model.dir.display().to_string())? };
-    let output = wire::Output { clip: path("clip.mp4")?, latents: None, checkpoint: None };
+    let output = wire::Output { clip: path("clip.mp4")?, latents: None, checkpoint: None, states: None };
     Ok(selftest::request(model, JobId::from_bytes([0xbe; 32]), load, output))
 }
 

@@ -146,6 +146,17 @@ impl Index {
         self.insert(*id, row)
     }
 
+    /// Takes a job's part out of a blob; gives whether another is left, without which nothing is changed.
+    pub(super) fn remove_owner(&mut self, id: &BlobId, job: &JobId) -> Result<bool, ClipsError> {
+        let mut row = self.row(id)?.clone();
+        row.owners.retain(|part| part.owner.job != *job);
+        if row.owners.is_empty() {
+            return Ok(false);
+        }
+        self.insert(*id, row)?;
+        Ok(true)
+    }
+
     pub(super) fn acknowledge(
         &mut self,
         id: &BlobId,

@@ -109,6 +109,12 @@ pub const DOCS: &[KeyDoc] = &[
         "storage.replicas_limit",
         "Most disk for sealed clips kept for others, who alone can open them. 0 keeps none.",
     ),
+    doc(
+        "storage.audit_limit",
+        "Most disk for the sealed latents of each step, kept where a job asks for a commitment to its steps; the\n\
+         oldest make room. A job whose latents are gone can be audited no more.",
+    ),
+    doc("storage.audit_keep", "How long they are kept."),
     doc("engine.worker", "The program started as worker; empty for this one."),
     doc("engine.worker_args", "Its arguments; empty for the default [\"worker\"]."),
     doc("engine.phase_deadline", "Shortest deadline of a phase (load, text, step, decode, encode)."),

@@ -136,6 +136,8 @@ pub struct StorageSection {
     pub models_limit: Ceiling<ByteSize>,
     pub clips_limit: ByteSize,
     pub replicas_limit: ByteSize,
+    pub audit_limit: ByteSize,
+    pub audit_keep: Span,
 }
 
 /// `[engine]`
@@ -268,6 +270,8 @@ impl Default for StorageSection {
             models_limit: Ceiling::UNLIMITED,
             clips_limit: default_clips_limit(),
             replicas_limit: default_replicas_limit(),
+            audit_limit: default_audit_limit(),
+            audit_keep: default_audit_keep(),
         }
     }
 }
@@ -397,6 +401,14 @@ const fn default_clips_limit() -> ByteSize {
 
 const fn default_replicas_limit() -> ByteSize {
     ByteSize::gib(5)
+}
+
+const fn default_audit_limit() -> ByteSize {
+    ByteSize::gib(2)
+}
+
+const fn default_audit_keep() -> Span {
+    Span::seconds(2 * 24 * 3600)
 }
 
 const fn default_phase_deadline() -> Span {

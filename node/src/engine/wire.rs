@@ -14,6 +14,8 @@
 
 use std::io::{Read, Write};
 
+use kinoflock_inference::Commitment;
+use kinoflock_protocol::audit::Leaf;
 use kinoflock_protocol::codec::{self, Bytes, CodecError, List, Text};
 use kinoflock_protocol::frame::{self, FrameError};
 use kinoflock_protocol::id::{BlobId, JobId, ModelId};
@@ -21,7 +23,7 @@ use kinoflock_protocol::limits::{MAX_LINE, MAX_NAME, MAX_PREVIEW, MAX_PROMPT};
 use serde::{Deserialize, Serialize};
 
 /// The version of these messages. Both sides are of one release, or the daemon says that they are not.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;
 /// Greatest message, bytes: a prompt twice, or a preview, with room.
 pub const MAX_FRAME: usize = 128 * 1024;
 /// Greatest path, bytes of UTF-8.
@@ -243,8 +245,47 @@ pub struct Output {
     pub clip: WirePath,
     /// The latents it was decoded from, if wanted.
     pub latents: Option<WirePath>,
-    /// Checkpoints, each replacing the one before.
+    /// A folder for checkpoints: [`checkpoint_name`]. Beside a new one, the one before it stays.
     pub checkpoint: Option<WirePath>,
+    /// A folder for the latents before the first step and after each, for audits: [`state_name`], and the
+    /// [`StepRecord`] under [`STEPS`].
+    pub states: Option<WirePath>,
+}
+
+/// Name of the file with a run's [`StepRecord`].
+pub const STEPS: &str = "steps";
+/// Greatest [`StepRecord`], bytes: 64 for each of the most steps that a run may have.
+pub const MAX_STEP_RECORD: usize = 8 << 20;
+
+/// What a run committed to, one entry for each state.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// The leaves under the root.
+    pub leaves: Vec<Leaf>,
+    /// Hashes of the latents.
+    pub latents: Vec<BlobId>,
+}
+
+impl StepRecord {
+    /// The record of these states, whose hashes are `latents`.
+    #[must_use]
+    pub fn new(latents: &[[u8; 32]], commitment: &Commitment) -> Self {
+        let latents: Vec<_> = latents.iter().map(|hash| BlobId::from_bytes(*hash)).collect();
+        let leaf = |(latents, sampler)| Leaf::new(latents, sampler, &commitment.conditioning);
+        Self { leaves: latents.iter().zip(&commitment.samplers).map(leaf).collect(), latents }
+    }
+}
+
+/// The file of the state after so many steps.
+#[must_use]
+pub fn state_name(index: usize) -> String {
+    format!("state-{index}.safetensors")
+}
+
+/// The file of a checkpoint after so many steps.
+#[must_use]
+pub fn checkpoint_name(step: u32) -> String {
+    format!("step-{step}.safetensors")
 }
 
 /// From the worker to its node.
@@ -389,7 +430,7 @@ pub struct DoneReport {
     pub clip: FileReport,
     /// The latents, if they were wanted.
     pub latents: Option<FileReport>,
-    /// Root over the hashes of each step's latents: [`step_root`].
+    /// Root over the states of all steps: [`kinoflock_protocol::audit::root`].
     pub step_root: Option<BlobId>,
     /// Steps computed in this run, without those before a checkpoint that it went on from.
     pub steps_done: u32,
@@ -496,21 +537,6 @@ impl Phase {
             Self::Encode => "encode",
         }
     }
-}
-
-/// The root over step hashes: blake3 of all of them, one after the other, under a domain of its own; `None` without
-/// steps.
-#[must_use]
-pub fn step_root(hashes: &[[u8; 32]]) -> Option<BlobId> {
-    if hashes.is_empty() {
-        return None;
-    }
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(b"kinoflock/1/steps\0");
-    for hash in hashes {
-        hasher.update(hash);
-    }
-    Some(BlobId::from_bytes(*hasher.finalize().as_bytes()))
 }
 
 /// A message as it goes over the pipe.

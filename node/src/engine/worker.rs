@@ -10,15 +10,17 @@
 //! [`main`] is what `kinoflockd worker` runs: [`serve`] with the engine that has the models. Another [`Engine`] makes
 //! another worker program with the same manners.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Read;
 use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kinoflock_inference::RgbFrames;
+use kinoflock_inference::{Commitment, RgbFrames};
 use kinoflock_protocol::codec::Bytes;
 use kinoflock_protocol::id::{BlobId, JobId};
 use kinoflock_protocol::limits::MAX_PREVIEW;
@@ -34,6 +36,8 @@ mod output;
 
 /// Orders that wait for the main thread. The daemon gives one at a time; cancels do not wait.
 const MAX_ORDERS: usize = 4;
+/// Checkpoints of a run that stay on disk: the daemon may still be reading the one before the newest.
+const KEPT_CHECKPOINTS: usize = 2;
 /// How long the exit handlers of libraries may take before the process is ended without them.
 const EXIT_WITHIN: Duration = Duration::from_secs(1);
 /// Exit codes of a worker.
@@ -84,8 +88,10 @@ pub struct Made {
     pub latents: Vec<f32>,
     /// Their shape.
     pub latents_shape: Vec<usize>,
-    /// blake3 of the latents after each step, those before a checkpoint included.
-    pub step_hashes: Vec<[u8; 32]>,
+    /// blake3 of the latents before the first step and after each, those before a checkpoint included.
+    pub state_hashes: Vec<[u8; 32]>,
+    /// What the run commits to beside them.
+    pub commitment: Commitment,
     /// Steps computed in this run.
     pub steps_done: u32,
 }
@@ -114,6 +120,8 @@ pub struct Context<'a> {
     phase: Option<(Phase, Instant)>,
     step_since: Instant,
     steps_done: u32,
+    /// Checkpoints of this run that are on disk, oldest first.
+    checkpoints: VecDeque<PathBuf>,
 }
 
 impl Context<'_> {
@@ -145,16 +153,45 @@ impl Context<'_> {
     /// Leaves a state from which the job can go on, if the daemon wants checkpoints. `latents` is the hash of the
     /// latents after the last step. A checkpoint that cannot be written is no reason to fail the job.
     pub fn checkpoint(&mut self, state: &[u8], latents: [u8; 32]) {
-        let Some(path) = &self.request.output.checkpoint else { return };
-        match output::write(path, state) {
-            Ok(file) => self.tell(&FromWorker::Checkpoint {
-                job: self.request.job,
-                step: self.steps_done,
-                file,
-                latents: BlobId::from_bytes(latents),
-            }),
-            Err(failure) => say(&format!("checkpoint not written: {}", failure.code)),
+        let Some(folder) = &self.request.output.checkpoint else { return };
+        let path = Path::new(folder.as_str()).join(wire::checkpoint_name(self.steps_done));
+        let written = std::fs::create_dir_all(folder.as_str())
+            .map_err(|error| Failure::new("write", &error.to_string(), true))
+            .and_then(|()| output::write(&path, state));
+        let file = match written {
+            Ok(file) => file,
+            Err(failure) => return say(&format!("checkpoint not written: {}", failure.code)),
+        };
+        self.checkpoints.push_back(path);
+        if self.checkpoints.len() > KEPT_CHECKPOINTS
+            && let Some(oldest) = self.checkpoints.pop_front()
+            && let Err(error) = std::fs::remove_file(&oldest)
+        {
+            say(&format!("an old checkpoint not removed: {error}"));
         }
+        let latents = BlobId::from_bytes(latents);
+        self.tell(&FromWorker::Checkpoint { job: self.request.job, step: self.steps_done, file, latents });
+    }
+
+    /// Keeps a state of the latents for audits, packed `[1, tokens, C]`, if the daemon wants them. One that cannot be
+    /// written is no reason to fail the job.
+    pub fn state(&mut self, index: usize, shape: &[usize], values: &[f32]) {
+        let Some(folder) = &self.request.output.states else { return };
+        let path = Path::new(folder.as_str()).join(wire::state_name(index));
+        let written = output::latents_file(values, shape).and_then(|bytes| {
+            std::fs::create_dir_all(folder.as_str())
+                .and_then(|()| std::fs::write(&path, bytes))
+                .map_err(|error| Failure::new("write", &error.to_string(), true))
+        });
+        if let Err(failure) = written {
+            say(&format!("a state for audits not written: {}", failure.code));
+        }
+    }
+
+    /// Whether states are wanted: reading them back from a device costs time.
+    #[must_use]
+    pub fn wants_states(&self) -> bool {
+        self.request.output.states.is_some()
     }
 
     /// Whether the job is to stop.
@@ -325,8 +362,16 @@ fn run(engine: &mut impl Engine, out: &mut File, cancelled: &Cancelled, request:
     }
     let now = Instant::now();
     let timings = Timings { load, ..Timings::default() };
-    let mut context =
-        Context { out, cancelled, request, timings, phase: None, step_since: now, steps_done: 0 };
+    let mut context = Context {
+        out,
+        cancelled,
+        request,
+        timings,
+        phase: None,
+        step_since: now,
+        steps_done: 0,
+        checkpoints: VecDeque::new(),
+    };
     let ended = guarded_run(engine, &mut context).and_then(|made| output::finish(&made, &mut context));
     match ended {
         Ok(report) => FromWorker::Done(Box::new(report)),

@@ -1,6 +1,6 @@
 //! From a worker's files to a receipt: the clip into the store, its receipt into the chain, then the news to the artist.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kinoflock_protocol::capacity::DeviceClass;
@@ -13,6 +13,8 @@ use kinoflock_protocol::receipt::Receipt;
 use kinoflock_protocol::units::UnixMillis;
 use kinoflock_protocol::work::work;
 
+use super::audits::{self, Audits};
+use super::checkpoints::all_segments;
 use super::{Daemon, Note, jobs, unix_now};
 use crate::clips::{Clips, ClipsError, Owner};
 use crate::engine::wire::{DoneReport, Failure, FileReport};
@@ -66,6 +68,9 @@ impl FinishError {
 /// All but its place in the chain.
 struct Draft {
     receipt: Receipt,
+    /// Where the states of all steps lie, if the job asked for a commitment to them.
+    states: Option<PathBuf>,
+    audits: Audits,
     keypair: Keypair,
     network: NetworkId,
 }
@@ -95,6 +100,7 @@ impl Daemon {
         let worker = self.devices.get(&device)?.worker.as_ref();
         let card = self.card_id(model);
         let clip = blob(&report.clip);
+        let began_at = live.checkpoints.began_at;
         let receipt = Receipt {
             job: report.job,
             requester: live.job.requester(),
@@ -109,9 +115,13 @@ impl Daemon {
             parents: spec.parents.clone(),
             inputs: List::first_of(spec.inputs().iter().map(|blob| blob.id)),
             seed: spec.seed,
-            steps: report.steps_done,
+            steps: began_at + report.steps_done,
             step_root: report.step_root.filter(|_| spec.returns.step_root),
-            segments: List::default(),
+            segments: all_segments(
+                &live.checkpoints.segments,
+                self.identity.node_id(),
+                began_at + report.steps_done,
+            ),
             work: work(&model.manifest.work, &spec.shape()),
             device: worker.map_or(DeviceClass::Other, |worker| class_of(&worker.device)),
             engine: Text::truncated(
@@ -127,7 +137,9 @@ impl Daemon {
         };
         let owner =
             Owner { job: report.job, requester: live.job.requester(), class: live.origin.class.into() };
-        Some((Draft { receipt, keypair: self.identity.keypair().clone(), network: self.network }, owner))
+        let states = spec.returns.step_root.then(|| self.work_folder(&report.job).join(audits::STATES));
+        let (keypair, audits) = (self.identity.keypair().clone(), self.audits.clone());
+        Some((Draft { receipt, states, audits, keypair, network: self.network }, owner))
     }
 
     pub(super) fn handle_finished(
@@ -155,7 +167,8 @@ impl Daemon {
                     self.phase_took(phase, seconds);
                 }
                 let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
-                let measured = Measured { load: seconds(took.load), compute: seconds(took.compute()) };
+                let compute = took.compute() + self.saved_seconds(&job, &finished.report);
+                let measured = Measured { load: seconds(took.load), compute: seconds(compute) };
                 if let Some((live, record)) = self.live.get(&job).zip(self.queue.find(&job).ok().flatten()) {
                     self.replicate(&live.job, &record.job, &finished.receipt);
                 }
@@ -170,6 +183,14 @@ impl Daemon {
                 self.failed(device, &job, &failure);
             }
         }
+    }
+}
+
+impl Daemon {
+    /// What the steps before a checkpoint would have taken here: measured speed is of whole jobs.
+    fn saved_seconds(&self, job: &JobId, report: &DoneReport) -> f64 {
+        let began_at = self.live.get(job).map_or(0, |live| live.checkpoints.began_at);
+        report.timings.steps * f64::from(began_at) / f64::from(report.steps_done.max(1))
     }
 }
 
@@ -193,10 +214,14 @@ async fn store(
     });
     stored.await.map_err(|error| FinishError::Task(error.to_string()))??;
     let job = draft.receipt.job;
+    let (audits, states, network) = (draft.audits.clone(), draft.states.take(), draft.network);
     // A clock that was set back meanwhile must not make a receipt that contradicts itself.
     draft.receipt.finished_at = unix_now().max(draft.receipt.started_at);
     let receipt =
         queue.finish(job, draft.receipt.finished_at, Box::new(move |link| sign(draft, link))).await?;
+    if let Some(states) = states {
+        audits.keep(&queue, &receipt, &states, owner, &network).await;
+    }
     Ok(Finished { receipt, report })
 }
 

@@ -145,7 +145,8 @@ impl Daemon {
                 tracing::error!(job = %job.short(), %error, "what was held could not be dropped");
                 false
             });
-        let held = self.let_go(&job, &requester) || taken_back;
+        let audited = self.audits.forget(&job, &requester);
+        let held = self.let_go(&job, &requester) || taken_back || audited;
         if !own {
             return if held { Ok(job) } else { Err(Box::new(unknown())) };
         }

@@ -81,6 +81,10 @@ impl Daemon {
         let run =
             result.map_err(|error| Failure::new(error.code(), &error.to_string(), true)).and_then(|_| {
                 let request = self.run_request(&job)?;
+                let began_at = self.newest_state(&job).map_or(0, |(step, _)| step);
+                if let Some(live) = self.live.get_mut(&job) {
+                    live.checkpoints.began_at = began_at;
+                }
                 let engine =
                     &self.devices.get(&device).expect("invariant: the scheduler knows these devices").engine;
                 engine.run(request).map_err(|error| Failure::new(error.code(), &error.to_string(), true))
@@ -113,6 +117,7 @@ impl Daemon {
         if spec.initial_latents.is_some() {
             extra.initial_latents = Some(path(super::inputs::LATENTS)?);
         }
+        extra.resume = self.newest_state(job).map(|(_, state)| state);
         Ok(RunRequest {
             job: *job,
             model: load_request(model).map_err(internal)?,
@@ -129,9 +134,10 @@ impl Daemon {
             output: Output {
                 clip: path("clip.mp4")?,
                 latents: if spec.returns.latents { Some(path("latents.safetensors")?) } else { None },
-                checkpoint: None,
+                checkpoint: Some(wire_path(&self.checkpoints_folder(job)).map_err(internal)?),
+                states: if spec.returns.step_root { Some(path(super::audits::STATES)?) } else { None },
             },
-            checkpoint_every: 0,
+            checkpoint_every: self.checkpoint_every(spec),
             preview_every: if spec.returns.previews { PREVIEW_EVERY } else { 0 },
         })
     }
@@ -149,7 +155,8 @@ impl Daemon {
                 Phase::Encode => self.boards.tell(&job, JobEvent::Encoding),
                 Phase::Text | Phase::Step | Phase::Decode => {}
             },
-            EngineEvent::Phase { job: None, .. } | EngineEvent::Checkpoint { .. } => {}
+            EngineEvent::Phase { job: None, .. } => {}
+            EngineEvent::Checkpoint { job, step, file, latents } => self.checkpoint(job, step, file, latents),
             EngineEvent::Step(report) => self.step(device, &report, now),
             EngineEvent::Preview { job, step, png } => {
                 self.boards.tell(&job, JobEvent::Preview { step, png })
@@ -184,15 +191,17 @@ impl Daemon {
         if self.test_failed(device, job, failure) {
             return;
         }
-        if let Err(error) = remove_folder(&self.work_folder(job)) {
-            tracing::warn!(job = %job.short(), %error, "a failed job's files could not be removed");
-        }
-        self.scheduler.handle_failed(device, job, cause(failure), Instant::now());
+        let mut cause = cause(failure);
+        cause.retryable |= self.discard_states(job, failure);
+        self.scheduler.handle_failed(device, job, cause, Instant::now());
     }
 
     /// A job is over: its end goes to disk, then to whoever follows it. What is done was written before.
     fn ended(&mut self, job: JobId, outcome: Outcome) {
         let live = self.live.remove(&job);
+        if let (Some(live), Outcome::Done | Outcome::Cancelled) = (&live, &outcome) {
+            self.release_checkpoints(&job, &live.checkpoints);
+        }
         let label = match &outcome {
             Outcome::Done => "done",
             Outcome::Cancelled => "cancelled",

@@ -21,6 +21,7 @@ use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
 use kinoflock_protocol::units::{Millis, UnixMillis};
 use kinoflock_protocol::work::{JobShape, work};
 
+use super::checkpoints::{Kept, check_resume};
 use super::inputs::MAX_INPUT_BYTES;
 use super::refuse::{
     check_adapters, check_inputs_len, invalid, job_refusal, order_refusal, unserved, unsupported,
@@ -68,6 +69,7 @@ impl Daemon {
             },
             Request::Status(query) => self.status(&query),
             Request::Cancel(query) => self.cancel(&query),
+            Request::Audit { request, grant } => self.audit(&request, grant.as_ref()),
             Request::Answer(answer) => self.answer(answer),
             Request::Release { lease, reason } => {
                 if self.scheduler.handle_release(&lease) {
@@ -214,12 +216,11 @@ impl Daemon {
             ("end_image", spec.end_image.is_some()),
             ("keyframes", !spec.keyframes.is_empty()),
             ("extend", spec.extend.is_some()),
-            ("resume", order.order().resume.is_some()),
-            ("returns.checkpoint_every", spec.returns.checkpoint_every > 0),
         ];
         if let Some((name, _)) = inputs.iter().find(|(_, wanted)| *wanted) {
             return Err(unsupported(name, "this release makes clips from a prompt, and from latents"));
         }
+        check_resume(order.order(), spec)?;
         check_inputs_len(spec.inputs().iter().map(|blob| blob.len).sum())?;
         let extra = jobs::extra(spec).map_err(|name| {
             unsupported(&name, &format!("known for --set are {}", jobs::OPERATIONS.join(", ")))
@@ -277,7 +278,7 @@ impl Daemon {
             wanted: ordered.wanted,
             lease: ordered.order.order().lease,
             deadline: spec.deadline.map(|at| now + remaining(at)),
-            needs_inputs: !spec.inputs().is_empty(),
+            needs_inputs: !spec.inputs().is_empty() || ordered.order.order().resume.is_some(),
         };
         let room = self.clips.room(
             &ordered.job.requester(),
@@ -330,6 +331,7 @@ impl Daemon {
             admitted: Instant::now(),
             submitter: Some(ordered.submitter),
             steps_done: 0,
+            checkpoints: Kept::of(ordered.order.order()),
         };
         self.live.insert(id, live);
         self.boards.board(id, 0);

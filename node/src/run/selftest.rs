@@ -207,5 +207,10 @@ impl Daemon {
 
 fn output(folder: &PathBuf) -> Result<Output, String> {
     std::fs::create_dir_all(folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
-    Ok(Output { clip: jobs::wire_path(&folder.join("clip.mp4"))?, latents: None, checkpoint: None })
+    Ok(Output {
+        clip: jobs::wire_path(&folder.join("clip.mp4"))?,
+        latents: None,
+        checkpoint: None,
+        states: None,
+    })
 }

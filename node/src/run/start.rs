@@ -14,6 +14,7 @@ use kinoflock_protocol::units::UnixMillis;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::audits::Audits;
 use super::custody::Custodian;
 use super::selftest::{Program, Tests};
 use super::{Daemon, Device, LiveJob, MAX_NOTES, Note, requests, unix_now};
@@ -110,6 +111,7 @@ async fn run(config: Config) -> Result<(), RunError> {
     // The job store's lock says that no second daemon works here: everything else comes after it.
     let queue = Queue::open(&config.storage.state, identity.chain())?;
     let clips = Clips::open(&config.storage.state.join("clips"), config.storage.clips_limit)?;
+    let audits = Audits::open(&config.storage.state, config.storage.audit_limit)?;
     let models = load_models(&config)?;
     let (net, events) = start_net(&config, &identity, network).await?;
     let holdings = Holdings::open(&config.storage.state.join("held"), config.storage.replicas_limit)?;
@@ -123,6 +125,7 @@ async fn run(config: Config) -> Result<(), RunError> {
     );
     net.serve_blobs(Arc::new(Sources(vec![
         Arc::new(ClipSource { clips: clips.clone() }),
+        Arc::new(ClipSource { clips: audits.store() }),
         Arc::new(ClipSource { clips: holdings.blobs().clone() }),
         custodian.inputs(),
     ])));
@@ -150,6 +153,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         scheduler,
         queue,
         clips,
+        audits,
         holdings,
         keeping: std::collections::BTreeSet::new(),
         custodian,
@@ -212,6 +216,7 @@ impl Daemon {
                 return false;
             }
         };
+        self.boards.board(record.id, requests::restored_seq());
         let live = LiveJob {
             job,
             origin: record.origin.into(),
@@ -220,9 +225,9 @@ impl Daemon {
             admitted: ago(now, wall, record.admitted_at),
             submitter: None,
             steps_done: 0,
+            checkpoints: self.restore_checkpoints(record),
         };
         self.live.insert(record.id, live);
-        self.boards.board(record.id, requests::restored_seq());
         true
     }
 }

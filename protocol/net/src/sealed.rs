@@ -32,12 +32,24 @@ pub fn seal_file(key: &SealKey, plain: &BlobId, from: &Path, to: &Path) -> io::R
 /// # Errors
 /// `InvalidData` when key or bytes are not the right ones; and when the files cannot be read or written.
 pub fn open_file(key: &SealKey, plain: &BlobId, from: &Path, to: &Path) -> io::Result<BlobRef> {
+    open_checked(key, Some(*plain), from, to)
+}
+
+/// Opens a sealed file whose content nobody named beforehand; gives what it held. That it was sealed with this key is
+/// certain; what it is, the caller checks.
+///
+/// # Errors
+/// As [`open_file`].
+pub fn open_unnamed(key: &SealKey, from: &Path, to: &Path) -> io::Result<BlobRef> {
+    open_checked(key, None, from, to)
+}
+
+fn open_checked(key: &SealKey, expected: Option<BlobId>, from: &Path, to: &Path) -> io::Result<BlobRef> {
     let mut input = BufReader::new(File::open(from)?);
     let mut header = [0; HEADER_BYTES];
     input.read_exact(&mut header)?;
     let mut opener = Opener::new(key, header).map_err(invalid)?;
-    let expected = *plain;
-    write_checked(to, Some(expected), |out| {
+    write_checked(to, expected, |out| {
         each_chunk(&mut input, CHUNK_BYTES, |mut chunk, is_last| {
             opener.open(&mut chunk, is_last).map_err(invalid)?;
             out.put(&chunk)

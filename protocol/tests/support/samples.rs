@@ -1,5 +1,6 @@
 //! Values of every message, drawn from a seed: every field filled, lists of several items, every variant reached.
 
+use kinoflock_protocol::audit::{AuditGrant, AuditReply, AuditRequest, Leaf, Opening, Proof};
 use kinoflock_protocol::capacity::*;
 use kinoflock_protocol::card::*;
 use kinoflock_protocol::clip::*;
@@ -52,6 +53,8 @@ pub(crate) fn every_signed(visit: &mut impl VisitSigned) {
     visit.signed(keep);
     visit.signed(node_list);
     visit.signed(model_list);
+    visit.signed(audit_request);
+    visit.signed(audit_grant);
 }
 
 pub(crate) fn every_message(visit: &mut impl Visit) {
@@ -93,6 +96,10 @@ pub(crate) fn every_message(visit: &mut impl Visit) {
     // Those that joined later stand apart: golden bytes do not change.
     visit.message("requests-custody", MAX_CONTROL_FRAME, requests_of_custody);
     visit.message("responses-custody", MAX_CONTROL_FRAME, responses_of_custody);
+    visit.message("audit-request", AuditRequest::MAX_BODY, audit_request);
+    visit.message("audit-grant", AuditGrant::MAX_BODY, audit_grant);
+    visit.message("requests-audit", MAX_CONTROL_FRAME, requests_of_audit);
+    visit.message("responses-audit", MAX_CONTROL_FRAME, responses_of_audit);
 }
 
 impl Draw {
@@ -569,6 +576,44 @@ pub(crate) fn manifest(d: &mut Draw) -> ModelManifest {
             [d.below(3) as usize]
             .clone(),
     }
+}
+
+fn audit_request(d: &mut Draw) -> AuditRequest {
+    AuditRequest {
+        job: job_id(d),
+        receipt: ReceiptId::from_bytes(d.bytes()),
+        node: node(d),
+        step: d.u32(),
+        issued_at: UnixMillis(d.u64()),
+        nonce: Nonce::from_bytes(d.bytes()),
+    }
+}
+
+fn audit_grant(d: &mut Draw) -> AuditGrant {
+    AuditGrant {
+        job: job_id(d),
+        receipt: ReceiptId::from_bytes(d.bytes()),
+        auditor: PublicKey::from(node(d)),
+        issued_at: UnixMillis(d.u64()),
+        expires_at: UnixMillis(d.u64()),
+    }
+}
+
+fn opening(d: &mut Draw) -> Opening {
+    Opening {
+        index: d.u32(),
+        latents: blob_id(d),
+        sealed: blob(d),
+        proof: Proof(d.list(|d| Leaf(d.bytes()))),
+    }
+}
+
+fn requests_of_audit(d: &mut Draw) -> List<Request, 16> {
+    List::first_of([Request::Audit { request: envelope(d), grant: d.some(envelope) }])
+}
+
+fn responses_of_audit(d: &mut Draw) -> List<Response, 16> {
+    List::first_of([Response::Audit(AuditReply { leaves: d.u64(), openings: d.list(opening) })])
 }
 
 fn node_address(d: &mut Draw) -> NodeAddress {

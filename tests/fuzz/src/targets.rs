@@ -1,6 +1,7 @@
 //! What each fuzz target does with its bytes. The fuzzer calls these by name, and the ordinary test
 //! `cargo test -p kinoflock-protocol --test corpus` replays the committed corpus through the same functions.
 
+use kinoflock_protocol::audit::{AuditGrant, AuditRequest};
 use kinoflock_protocol::capacity::Capacity;
 use kinoflock_protocol::card::Card;
 use kinoflock_protocol::clip::{self, ChainingValue, ChunkHasher, Outline};
@@ -64,6 +65,10 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("model_list", message::<ModelList>),
     ("requests_custody", message::<List<Request, 16>>),
     ("responses_custody", message::<List<Response, 16>>),
+    ("audit_request", message::<AuditRequest>),
+    ("audit_grant", message::<AuditGrant>),
+    ("requests_audit", message::<List<Request, 16>>),
+    ("responses_audit", message::<List<Response, 16>>),
     ("sealed", sealed),
 ];
 

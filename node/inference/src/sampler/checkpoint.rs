@@ -12,6 +12,8 @@ use crate::error::Error;
 
 /// The largest number of steps that a checkpoint may tell of.
 pub const MAX_STEPS: usize = 100_000;
+/// The most bytes of history that a checkpoint carries.
+pub const MAX_HISTORY: usize = 16 * 1024;
 
 /// Where a run can be taken up again.
 #[derive(Debug, Clone)]
@@ -26,6 +28,9 @@ pub struct Checkpoint {
     pub request_digest: [u8; 32],
     /// blake3 of the latents after each step that is done.
     pub step_hashes: Vec<[u8; 32]>,
+    /// What those who run jobs wrote about who did the steps so far: carried along unread, at most
+    /// [`MAX_HISTORY`] bytes.
+    pub history: Vec<u8>,
 }
 
 impl Checkpoint {
@@ -43,6 +48,7 @@ impl Checkpoint {
             ("sigmas".to_owned(), sigmas.join(",")),
             ("request".to_owned(), to_hex(&self.request_digest)),
             ("hashes".to_owned(), self.step_hashes.iter().map(to_hex).collect::<Vec<_>>().join(",")),
+            ("history".to_owned(), self.history.iter().map(|byte| format!("{byte:02x}")).collect()),
         ]);
         safetensors::serialize([(LATENTS, view)], Some(metadata)).map_err(unreadable)
     }
@@ -74,7 +80,9 @@ impl Checkpoint {
             return Err(fault("its latents are not f32"));
         }
         let latents = Tensor::from_raw_buffer(view.data(), DType::F32, view.shape(), &Device::Cpu)?;
-        Ok(Self { steps_done, sigmas, latents, request_digest: from_hex(field("request")?)?, step_hashes })
+        let history = bytes_of_hex(field("history")?)?;
+        let request_digest = from_hex(field("request")?)?;
+        Ok(Self { steps_done, sigmas, latents, request_digest, step_hashes, history })
     }
 }
 
@@ -106,6 +114,21 @@ fn to_hex(bytes: &[u8; 32]) -> String {
     blake3::Hash::from_bytes(*bytes).to_hex().to_string()
 }
 
+fn bytes_of_hex(text: &str) -> Result<Vec<u8>, Error> {
+    if text.len() > 2 * MAX_HISTORY {
+        return Err(fault(&format!("its history of {} bytes exceeds {MAX_HISTORY}", text.len() / 2)));
+    }
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    if !rest.is_empty() {
+        return Err(fault("its history is cut"));
+    }
+    let byte = |pair: &[u8; 2]| {
+        let digits = std::str::from_utf8(pair).map_err(unreadable)?;
+        u8::from_str_radix(digits, 16).map_err(unreadable)
+    };
+    pairs.iter().map(byte).collect()
+}
+
 fn from_hex(text: &str) -> Result<[u8; 32], Error> {
     blake3::Hash::from_hex(text).map(|hash| *hash.as_bytes()).map_err(unreadable)
 }
@@ -122,6 +145,7 @@ mod tests {
             latents: Tensor::new(&[[[1.5f32, f32::MIN_POSITIVE]]], &Device::Cpu).unwrap(),
             request_digest: [7; 32],
             step_hashes: vec![[9; 32]],
+            history: vec![0, 17, 255],
         }
     }
 
@@ -132,6 +156,7 @@ mod tests {
         assert_eq!(latents_bytes(&back.latents).unwrap(), latents_bytes(&sample().latents).unwrap());
         assert_eq!(back.sigmas, sample().sigmas);
         assert_eq!((back.steps_done, back.request_digest, back.step_hashes), (1, [7; 32], vec![[9; 32]]));
+        assert_eq!(back.history, [0, 17, 255]);
     }
 
     #[test]

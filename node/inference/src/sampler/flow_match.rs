@@ -183,8 +183,13 @@ impl Schedule {
     /// # Errors
     /// When the shapes differ.
     pub fn step(&self, index: usize, sample: &Tensor, velocity: &Tensor) -> Result<Tensor> {
-        let dt = self.sigmas[index + 1] - self.sigmas[index];
-        sample + (velocity * f64::from(dt))?
+        sample + (velocity * f64::from(self.change(index)))?
+    }
+
+    /// By how much the noise level changes in step `index` under [`Schedule::step`]; negative where noise is taken away.
+    #[must_use]
+    pub fn change(&self, index: usize) -> f32 {
+        self.sigmas[index + 1] - self.sigmas[index]
     }
 
     /// The latents after step `index` by the rule for per-token timesteps: from the timestep's own noise level to the
@@ -193,9 +198,14 @@ impl Schedule {
     /// # Errors
     /// When the shapes differ.
     pub fn step_from_timestep(&self, index: usize, sample: &Tensor, velocity: &Tensor) -> Result<Tensor> {
+        sample - (velocity * f64::from(-self.change_from_timestep(index)))?
+    }
+
+    /// By how much the noise level changes in step `index` under [`Schedule::step_from_timestep`].
+    #[must_use]
+    pub fn change_from_timestep(&self, index: usize) -> f32 {
         let current = self.timesteps[index] / self.train_timesteps;
-        let dt = current - self.next_below(current);
-        sample - (velocity * f64::from(dt))?
+        self.next_below(current) - current
     }
 
     /// The largest sigma below a noise level, 0 where there is none.

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use kinoflock_inference::{
-    Checkpoint, DType, DecodeOptions, Device, Error, GenerateRequest, Generated, LoadOptions, Observer,
-    Pipeline, RgbFrames, StepEvent, Tensor, open_device,
+    Checkpoint, Commitment, DType, DecodeOptions, Device, Error, GenerateRequest, Generated, LoadOptions,
+    Observer, Pipeline, RgbFrames, StepEvent, Tensor, open_device,
 };
 use kinoflock_protocol::id::ModelId;
 
@@ -68,8 +68,16 @@ impl Engine for LocalEngine {
         let (_, pipeline) = self.loaded.as_mut().ok_or_else(not_open)?;
         let generate = generate_request(request, pipeline.as_ref())?;
         let mut watcher = Watcher { context, step_hash: [0; 32] };
+        let commitment = pipeline.commitment(&generate).map_err(|error| failure(&error))?;
+        if watcher.context.wants_states() {
+            let start = pipeline.start(&generate).map_err(|error| failure(&error))?;
+            watcher.state(0, &start);
+            if let Some(left) = &generate.resume {
+                watcher.state(left.steps_done, &left.latents);
+            }
+        }
         match pipeline.generate(&generate, &mut watcher) {
-            Ok(generated) => Ok(made(generated)?),
+            Ok(generated) => Ok(made(generated, commitment)?),
             Err(Error::Cancelled { .. }) => Err(Stop::Cancelled),
             Err(error) => Err(failure(&error).into()),
         }
@@ -86,6 +94,16 @@ struct Watcher<'a, 'b> {
     step_hash: [u8; 32],
 }
 
+impl Watcher<'_, '_> {
+    /// A state that cannot be read back from the device is no reason to fail the job.
+    fn state(&mut self, index: usize, latents: &Tensor) {
+        let values = latents.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
+        if let Ok(values) = values {
+            self.context.state(index, latents.dims(), &values);
+        }
+    }
+}
+
 impl Observer for Watcher<'_, '_> {
     fn phase(&mut self, phase: kinoflock_inference::Phase) {
         match phase {
@@ -99,6 +117,9 @@ impl Observer for Watcher<'_, '_> {
 
     fn step(&mut self, event: &StepEvent<'_>) {
         self.step_hash = event.hash;
+        if self.context.wants_states() {
+            self.state(event.index + 1, event.latents);
+        }
         self.context.step(event.index as u32 + 1, event.total as u32);
     }
 
@@ -160,14 +181,15 @@ fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<Gen
     })
 }
 
-fn made(generated: Generated) -> Result<Made, Failure> {
+fn made(generated: Generated, commitment: Commitment) -> Result<Made, Failure> {
     let values = generated.latents.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
     let latents = values.map_err(|error| failure(&Error::from(error)))?;
     Ok(Made {
         latents_shape: generated.latents.dims().to_vec(),
         latents,
         frames: generated.frames,
-        step_hashes: generated.step_hashes,
+        state_hashes: [&[generated.start_hash], generated.step_hashes.as_slice()].concat(),
+        commitment,
         steps_done: generated.steps_done as u32,
     })
 }

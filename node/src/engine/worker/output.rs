@@ -26,17 +26,25 @@ pub(super) fn finish(made: &Made, context: &mut Context<'_>) -> Result<DoneRepor
     let request = context.request;
     let clip = encode::encode_mp4(&made.frames, request.fps, Quality::Archive)
         .map_err(|error| Failure::new(error.code(), &error.to_string(), false))?;
-    let clip = write(&request.output.clip, &clip)?;
+    let clip = write(Path::new(request.output.clip.as_str()), &clip)?;
     let latents = match &request.output.latents {
-        Some(path) => Some(write(path, &latents_file(&made.latents, &made.latents_shape)?)?),
+        Some(path) => {
+            Some(write(Path::new(path.as_str()), &latents_file(&made.latents, &made.latents_shape)?)?)
+        }
         None => None,
     };
+    let steps = wire::StepRecord::new(&made.state_hashes, &made.commitment);
+    if let Some(folder) = &request.output.states {
+        let folder = Path::new(folder.as_str());
+        std::fs::create_dir_all(folder).map_err(|error| not_written(&error, 0))?;
+        write(&folder.join(wire::STEPS), &kinoflock_protocol::codec::encode(&steps))?;
+    }
     context.close_phase();
     Ok(DoneReport {
         job: request.job,
         clip,
         latents,
-        step_root: wire::step_root(&made.step_hashes),
+        step_root: kinoflock_protocol::audit::root(&steps.leaves),
         steps_done: made.steps_done,
         frames: made.frames.count as u32,
         width: made.frames.width as u32,
@@ -48,8 +56,10 @@ pub(super) fn finish(made: &Made, context: &mut Context<'_>) -> Result<DoneRepor
 }
 
 /// Writes a file under a temporary name, syncs it, and gives it its name.
-pub(super) fn write(path: &WirePath, bytes: &[u8]) -> Result<FileReport, Failure> {
-    let target = Path::new(path.as_str());
+pub(super) fn write(target: &Path, bytes: &[u8]) -> Result<FileReport, Failure> {
+    let name = target.to_str().and_then(|path| WirePath::new(path).ok());
+    let path =
+        name.ok_or_else(|| Failure::new("write", "the result's path is too long or not UTF-8", false))?;
     let part = target.with_added_extension("part");
     let written = (|| {
         let mut file = File::create(&part)?;
@@ -62,7 +72,7 @@ pub(super) fn write(path: &WirePath, bytes: &[u8]) -> Result<FileReport, Failure
         }
     })();
     match written {
-        Ok(()) => Ok(FileReport { path: path.clone(), len: bytes.len() as u64, blake3: BlobId::of(bytes) }),
+        Ok(()) => Ok(FileReport { path, len: bytes.len() as u64, blake3: BlobId::of(bytes) }),
         Err(error) => {
             let _never_made = std::fs::remove_file(&part);
             Err(not_written(&error, bytes.len()))
@@ -83,7 +93,7 @@ fn not_written(error: &std::io::Error, bytes: usize) -> Failure {
 }
 
 /// One safetensors file with the tensor `latents`, f32. Byte for byte the same for the same values.
-fn latents_file(values: &[f32], shape: &[usize]) -> Result<Vec<u8>, Failure> {
+pub(super) fn latents_file(values: &[f32], shape: &[usize]) -> Result<Vec<u8>, Failure> {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     let fault = |error: safetensors::SafeTensorError| Failure::new("latents", &error.to_string(), false);
     let view = TensorView::new(Dtype::F32, shape.to_vec(), &bytes).map_err(fault)?;

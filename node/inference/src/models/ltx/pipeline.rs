@@ -4,6 +4,7 @@
 //! (cells; pixels and seconds with the first frame counted once), in the step's rule (by index; by timestep), and in
 //! the text encoder's attention (to the filling too; to the prompt alone).
 
+mod audit;
 mod latents;
 mod run;
 
@@ -15,7 +16,9 @@ use serde::Deserialize;
 use super::config::TransformerConfig;
 use super::transformer::LtxTransformer;
 use super::vae::{LtxVae, LtxVaeConfig};
+use crate::audit::{Commitment, Transition};
 use crate::error::Error;
+use crate::frames::RgbFrames;
 use crate::pipeline::{
     Defaults, FrameRule, GenerateRequest, Generated, LoadOptions, Observer, Pipeline, PipelineInfo,
     WorkConfig, config_error, read_json,
@@ -217,6 +220,27 @@ impl Pipeline for LtxPipeline {
         observer: &mut dyn Observer,
     ) -> Result<Generated, Error> {
         run::generate(self, request, observer)
+    }
+
+    fn commitment(&self, request: &GenerateRequest) -> Result<Commitment, Error> {
+        audit::commitment(self, request)
+    }
+
+    fn start(&self, request: &GenerateRequest) -> Result<Tensor, Error> {
+        audit::start(self, request)
+    }
+
+    fn transition(
+        &mut self,
+        request: &GenerateRequest,
+        index: usize,
+        latents: &Tensor,
+    ) -> Result<Transition, Error> {
+        audit::transition(self, request, index, latents)
+    }
+
+    fn frames(&self, request: &GenerateRequest, latents: &Tensor) -> Result<RgbFrames, Error> {
+        audit::frames(self, request, latents)
     }
 }
 

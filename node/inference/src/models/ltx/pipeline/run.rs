@@ -111,7 +111,8 @@ pub(super) fn generate(
         RgbFrames::from_unit(&video)?
     };
     let latents = latents.to_device(&Device::Cpu)?;
-    Ok(Generated { frames, latents, step_hashes: state.hashes, steps_done: steps - first })
+    let start_hash = *blake3::hash(&latents_bytes(&begin(request, &volume)?)?).as_bytes();
+    Ok(Generated { frames, latents, start_hash, step_hashes: state.hashes, steps_done: steps - first })
 }
 
 fn during(error: Error, phase: &'static str) -> Error {
@@ -126,15 +127,15 @@ fn guided(request: &GenerateRequest) -> bool {
 }
 
 /// The clip in latent cells.
-struct Volume {
+pub(super) struct Volume {
     /// Frames, height, width.
-    cells: [usize; 3],
-    patch: [usize; 3],
+    pub(super) cells: [usize; 3],
+    pub(super) patch: [usize; 3],
     channels: usize,
 }
 
 impl Volume {
-    fn of(model: &LtxPipeline, request: &GenerateRequest) -> Self {
+    pub(super) fn of(model: &LtxPipeline, request: &GenerateRequest) -> Self {
         let work = &model.info.work;
         let frames = (request.frames - 1) / work.temporal_ratio + 1;
         let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
@@ -150,7 +151,7 @@ impl Volume {
         std::array::from_fn(|axis| self.cells[axis] / self.patch[axis])
     }
 
-    fn packed_shape(&self) -> Vec<usize> {
+    pub(super) fn packed_shape(&self) -> Vec<usize> {
         vec![1, self.grid().iter().product(), self.channels * self.patch.iter().product::<usize>()]
     }
 }
@@ -189,14 +190,18 @@ fn unshifted(config: &FlowMatchConfig) -> FlowMatchConfig {
 }
 
 /// What stays the same over all steps.
-struct Context {
+pub(super) struct Context {
     text: TextContext,
     rope: RopeTables,
     guided: bool,
 }
 
 impl Context {
-    fn new(model: &LtxPipeline, request: &GenerateRequest, volume: &Volume) -> Result<Self, Error> {
+    pub(super) fn new(
+        model: &LtxPipeline,
+        request: &GenerateRequest,
+        volume: &Volume,
+    ) -> Result<Self, Error> {
         let guided = guided(request);
         let (mut text, mut mask) = model.encode_prompt(&request.prompt, request.truncate_prompt)?;
         if guided {
@@ -254,6 +259,27 @@ struct State {
     done: usize,
     hashes: Vec<[u8; 32]>,
     digest: [u8; 32],
+    history: Vec<u8>,
+}
+
+/// The packed latents that a run begins with, on the CPU.
+pub(super) fn begin(request: &GenerateRequest, volume: &Volume) -> Result<Tensor, Error> {
+    match &request.initial_latents {
+        None => {
+            let noise = normal_tensor(request.seed, Stream::Initial, volume.shape(), &Device::Cpu)?;
+            Ok(pack(&noise, volume.patch)?)
+        }
+        Some(given) if given.dims() == volume.shape() => {
+            Ok(pack(&given.to_dtype(DType::F32)?, volume.patch)?)
+        }
+        Some(given) if given.dims() == volume.packed_shape() => {
+            Ok(given.to_dtype(DType::F32)?.contiguous()?)
+        }
+        Some(given) => {
+            let (given, needed) = (given.dims().to_vec(), volume.shape());
+            Err(Error::LatentShape { what: "initial_latents", given, needed })
+        }
+    }
 }
 
 impl State {
@@ -267,23 +293,8 @@ impl State {
         if let Some(checkpoint) = &request.resume {
             return Self::resume(model, checkpoint, schedule, volume, digest);
         }
-        let latents = match &request.initial_latents {
-            None => pack(
-                &normal_tensor(request.seed, Stream::Initial, volume.shape(), &Device::Cpu)?,
-                volume.patch,
-            )?,
-            Some(given) if given.dims() == volume.shape() => {
-                pack(&given.to_dtype(DType::F32)?, volume.patch)?
-            }
-            Some(given) if given.dims() == volume.packed_shape() => {
-                given.to_dtype(DType::F32)?.contiguous()?
-            }
-            Some(given) => {
-                let (given, needed) = (given.dims().to_vec(), volume.shape());
-                return Err(Error::LatentShape { what: "initial_latents", given, needed });
-            }
-        };
-        Ok(Self { latents: latents.to_device(&model.device)?, done: 0, hashes: Vec::new(), digest })
+        let latents = begin(request, volume)?.to_device(&model.device)?;
+        Ok(Self { latents, done: 0, hashes: Vec::new(), digest, history: Vec::new() })
     }
 
     fn resume(
@@ -305,7 +316,8 @@ impl State {
             return Err(Error::LatentShape { what: "the checkpoint's latents", given, needed });
         }
         let latents = checkpoint.latents.to_dtype(DType::F32)?.to_device(&model.device)?;
-        Ok(Self { latents, done: checkpoint.steps_done, hashes: checkpoint.step_hashes.clone(), digest })
+        let (hashes, history) = (checkpoint.step_hashes.clone(), checkpoint.history.clone());
+        Ok(Self { latents, done: checkpoint.steps_done, hashes, digest, history })
     }
 
     /// Goes one step and gives the clean latents that the model predicted before it, packed.
@@ -316,29 +328,12 @@ impl State {
         schedule: &Schedule,
         context: &Context,
     ) -> Result<Tensor, Error> {
-        let index = self.done;
-        let batch = if context.guided { 2 } else { 1 };
-        let input = if context.guided {
-            Tensor::cat(&[&self.latents, &self.latents], 0)?
-        } else {
-            self.latents.clone()
-        };
-        let timesteps = Tensor::from_vec(vec![schedule.timesteps[index]; batch], (batch, 1), &model.device)?;
-        let forward = model.transformer.forward(&input, &timesteps, &context.text, &context.rope);
-        let mut velocity =
-            forward.map_err(|error| during(error.into(), "computing a step"))?.to_dtype(DType::F32)?;
-        if context.guided {
-            let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-            velocity = guide(&negative, &positive, request.guidance)?;
-            if request.guidance_rescale > 0.0 {
-                velocity = rescale(&velocity, &positive, request.guidance_rescale)?;
-            }
-        }
-        let sigma = f64::from(schedule.sigmas[index]);
+        let velocity = velocity(model, request, schedule, context, self.done, &self.latents)?;
+        let sigma = f64::from(schedule.sigmas[self.done]);
         let predicted = (&self.latents - (&velocity * sigma)?)?;
         self.latents = match model.class {
-            LtxClass::Text => schedule.step(index, &self.latents, &velocity)?,
-            LtxClass::Condition => schedule.step_from_timestep(index, &self.latents, &velocity)?,
+            LtxClass::Text => schedule.step(self.done, &self.latents, &velocity)?,
+            LtxClass::Condition => schedule.step_from_timestep(self.done, &self.latents, &velocity)?,
         };
         self.done += 1;
         Ok(predicted)
@@ -382,14 +377,40 @@ impl State {
                 latents: self.latents.to_device(&Device::Cpu)?,
                 request_digest: self.digest,
                 step_hashes: self.hashes.clone(),
+                history: self.history.clone(),
             });
         }
         Ok(())
     }
 }
 
+/// The guided model output at a step, from packed latents on the model's device; f32.
+pub(super) fn velocity(
+    model: &LtxPipeline,
+    request: &GenerateRequest,
+    schedule: &Schedule,
+    context: &Context,
+    index: usize,
+    latents: &Tensor,
+) -> Result<Tensor, Error> {
+    let batch = if context.guided { 2 } else { 1 };
+    let input = if context.guided { Tensor::cat(&[latents, latents], 0)? } else { latents.clone() };
+    let timesteps = Tensor::from_vec(vec![schedule.timesteps[index]; batch], (batch, 1), &model.device)?;
+    let forward = model.transformer.forward(&input, &timesteps, &context.text, &context.rope);
+    let velocity = forward.map_err(|error| during(error.into(), "computing a step"))?.to_dtype(DType::F32)?;
+    if !context.guided {
+        return Ok(velocity);
+    }
+    let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
+    let guided = guide(&negative, &positive, request.guidance)?;
+    if request.guidance_rescale > 0.0 {
+        return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
+    }
+    Ok(guided)
+}
+
 /// blake3 of everything that the latents depend on, the model aside.
-fn digest(request: &GenerateRequest, schedule: &Schedule) -> Result<[u8; 32], Error> {
+pub(super) fn digest(request: &GenerateRequest, schedule: &Schedule) -> Result<[u8; 32], Error> {
     let mut hasher = blake3::Hasher::new();
     for text in [&request.prompt, &request.negative_prompt] {
         hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());

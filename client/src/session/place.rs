@@ -3,6 +3,7 @@
 //! The same way is gone for a job that is new and for one that is handed on because its node is gone: that one is signed
 //! already, and begins from its newest checkpoint where one is at hand.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
@@ -10,40 +11,27 @@ use kinoflock_protocol::codec::List;
 use kinoflock_protocol::limits::MAX_CLOCK_SKEW_MS;
 use kinoflock_protocol::order::{Order, QuoteRequest, Resume, ValidQuote};
 use kinoflock_protocol::rpc::{ReleaseReason, Request, Response};
-use kinoflock_protocol::{Envelope, JobId, JobSpec, Millis, Reason, Work};
+use kinoflock_protocol::{Envelope, JobId, JobSpec, Millis, NodeId, Reason, Work};
 
 use super::find::{Found, Model, unexpected};
 use super::{Client, Event, Events, SessionError, corrected, nonce};
-use crate::route::{self, Candidate, Declined, Needs, Why};
+use crate::route::choice::Quoted;
+use crate::route::routing::{Routing, Step};
+use crate::route::{self, Candidate, Declined, Needs, Ranked, Why};
 use crate::store::{BatchKey, Custodian, Former, JobRecord, RecordState};
 
-/// Nodes that are asked for a quote at once.
-const QUOTES_AT_ONCE: usize = 3;
 /// Tries to hand over an order; the same order again gives the same job.
 const SUBMIT_TRIES: u32 = 4;
 /// Pause between two tries.
 const SUBMIT_PAUSE: Duration = Duration::from_millis(400);
-/// How long a node that only holds too many places for this key just now is asked again: its leases last seconds.
-const PLACES_WAIT: Duration = Duration::from_secs(60);
-/// Pause before it is asked again.
-const PLACES_PAUSE: Duration = Duration::from_millis(300);
 /// Difference of clocks that is corrected without a word.
 const SKEW_IGNORED_MS: u64 = 30_000;
-/// From this much on, a place is given back because another node is expected to be done sooner.
-const SOONER_MS: u64 = 1_000;
 
 /// A node that would take the job, and how far its clock is ahead.
 pub(super) struct Offered<'a> {
     pub(super) found: &'a Found,
     pub(super) quote: ValidQuote,
     skew_ms: i64,
-}
-
-impl Offered<'_> {
-    /// What its promise is worth; see [`route::cost`].
-    pub(super) fn cost(&self) -> (bool, u64) {
-        route::cost(&self.found.candidate.seen, self.quote.quote().eta, crate::now())
-    }
 }
 
 /// A job that a node is to have.
@@ -84,26 +72,45 @@ impl Placing {
     }
 }
 
-/// Who declined, each told once however often it was asked.
-struct Told<'a> {
+/// The search for a node: what was offered and refused so far.
+struct Search<'a> {
+    found: &'a [Found],
     events: &'a Events,
+    /// Who takes a job that is handed on is told; who does not is of no interest then.
     tells_all: bool,
+    /// By their place among those found.
+    offers: BTreeMap<usize, Offered<'a>>,
+    /// Who declined, each once however often it was asked.
     declined: Vec<Declined>,
 }
 
-impl Told<'_> {
-    async fn all(&mut self, declined: &[Declined]) {
+impl<'a> Search<'a> {
+    async fn note(&mut self, declined: impl IntoIterator<Item = Declined>) {
         for declined in declined {
-            if self.tells_all && !self.declined.contains(declined) {
-                self.events.tell(Event::from(declined)).await;
-                self.declined.push(declined.clone());
+            if !self.declined.contains(&declined) {
+                if self.tells_all {
+                    self.events.tell(Event::from(&declined)).await;
+                }
+                self.declined.push(declined);
             }
         }
+    }
+
+    fn index_of(&self, node: &NodeId) -> usize {
+        let at = self.found.iter().position(|found| found.candidate.node == *node);
+        at.expect("invariant: only those found are asked")
+    }
+
+    /// Takes offers out, to give them back.
+    fn remove(&mut self, places: Vec<(Quoted, ReleaseReason)>) -> Vec<(Offered<'a>, ReleaseReason)> {
+        let offer =
+            |(quoted, reason): (Quoted, ReleaseReason)| Some((self.offers.remove(&quoted.index)?, reason));
+        places.into_iter().filter_map(offer).collect()
     }
 }
 
 impl Client {
-    /// Hands the job to the best of those who take it.
+    /// Hands the job to the best of those who take it, as [`Routing`] says.
     pub(super) async fn place(
         &self,
         mut placing: Placing,
@@ -112,72 +119,86 @@ impl Client {
     ) -> Result<JobRecord, SessionError> {
         let candidates: Vec<Candidate> = found.iter().map(|found| found.candidate.clone()).collect();
         let (ranked, unfit) = route::rank(&candidates, &placing.needs(), crate::now());
-        let ranked = route::turn::in_turn(ranked, QUOTES_AT_ONCE, super::random()?);
-        // Who takes a job that is handed on is told; who does not is of no interest then.
+        let mut routing = Routing::new(ranked, super::random()?, Instant::now());
         let tells_all = placing.before.is_none();
-        let mut told = Told { events, tells_all, declined: Vec::new() };
-        told.all(&unfit).await;
-        let until = Instant::now() + PLACES_WAIT;
+        let mut search = Search { found, events, tells_all, offers: BTreeMap::new(), declined: Vec::new() };
+        search.note(unfit).await;
         loop {
-            let mut reasons = unfit.clone();
-            for few in ranked.chunks(QUOTES_AT_ONCE) {
-                let asked: Vec<&Found> = few.iter().map(|ranked| &found[ranked.index]).collect();
-                let (offers, declined) = self.quotes(&asked, &placing).await;
-                told.all(&declined).await;
-                reasons.extend(declined);
-                let taken = self.take(&mut placing, found, offers, &mut reasons, &mut told).await?;
-                if let Some(record) = taken {
-                    self.tell_custodians(&record.job, events).await?;
-                    return Ok(self.store.job(&record.job)?);
+            match routing.poll(Instant::now()) {
+                Step::Ask(few) => self.ask(&few, &placing, &mut search, &mut routing).await,
+                Step::Release(places) => self.release(search.remove(places)).await,
+                Step::Wait(at) => tokio::time::sleep_until(at.into()).await,
+                Step::Order(chosen) => {
+                    let taken = self.order(&chosen, &mut placing, &mut search, &mut routing).await?;
+                    if let Some(record) = taken {
+                        self.tell_custodians(&record.job, events).await?;
+                        return Ok(self.store.job(&record.job)?);
+                    }
+                }
+                // Every answer was waited for.
+                Step::Idle | Step::GiveUp => {
+                    let (model, reasons) = (placing.model.name, search.declined);
+                    return Err(SessionError::NoTaker { model, reasons });
                 }
             }
-            let is_momentary = reasons.iter().any(|declined| declined.why.is_momentary());
-            if !is_momentary || Instant::now() + PLACES_PAUSE > until {
-                return Err(SessionError::NoTaker { model: placing.model.name, reasons });
-            }
-            tokio::time::sleep(PLACES_PAUSE).await;
         }
     }
 
-    /// Hands the job to the first of those who offered that takes it. The job is signed once, by the clock of the node
-    /// that was chosen first.
-    async fn take(
+    /// Asks some nodes for quotes.
+    async fn ask<'a>(
         &self,
+        few: &[Ranked],
+        placing: &Placing,
+        search: &mut Search<'a>,
+        routing: &mut Routing,
+    ) {
+        let asked: Vec<&'a Found> = few.iter().map(|ranked| &search.found[ranked.index]).collect();
+        let (offers, declined) = self.quotes(&asked, placing).await;
+        for offer in offers {
+            let (candidate, index) = (&offer.found.candidate, search.index_of(&offer.quote.node()));
+            let eta = offer.quote.quote().eta;
+            routing.handle_quote(Quoted::new(index, candidate, eta, &placing.needs(), crate::now()));
+            search.offers.insert(index, offer);
+        }
+        for declined in &declined {
+            routing.handle_no(search.index_of(&declined.node), declined.why.is_momentary());
+        }
+        search.note(declined).await;
+    }
+
+    /// Hands the job to the chosen one. It is signed once, by the clock of the node that was chosen first.
+    async fn order(
+        &self,
+        chosen: &Quoted,
         placing: &mut Placing,
-        found: &[Found],
-        mut offers: Vec<Offered<'_>>,
-        reasons: &mut Vec<Declined>,
-        told: &mut Told<'_>,
+        search: &mut Search<'_>,
+        routing: &mut Routing,
     ) -> Result<Option<JobRecord>, SessionError> {
-        offers.sort_by_key(|offer| (offer.cost(), offer.quote.node()));
-        let mut offers = offers.into_iter();
-        while let Some(offer) = offers.next() {
-            let job = match &placing.signed {
-                Some(job) => job.clone(),
-                None => {
-                    let chosen = &offer.found.candidate.node;
-                    let wanted = placing.wanted_custodians;
-                    placing.custodians = self.choose_custodians(found, chosen, wanted).await;
-                    let job = self.sign(placing, offer.skew_ms)?;
-                    placing.signed.insert(job).clone()
-                }
-            };
-            self.announce(&offer, placing, told.events).await;
-            match self.hand_over(&offer, placing, job, told.events).await? {
-                Ok(record) => {
-                    self.release(offers, |other| why_not(other, &offer)).await;
-                    return Ok(Some(record));
-                }
-                Err(why) => {
-                    let declined = self.declined(offer.found, why);
-                    told.all(std::slice::from_ref(&declined)).await;
-                    reasons.push(declined);
-                    // Its place is held for some seconds more, and the artist's next try may need it.
-                    self.release(std::iter::once(offer), |_| ReleaseReason::ChoseAnother).await;
-                }
+        let offer = search.offers.remove(&chosen.index).expect("invariant: it was offered");
+        let job = match &placing.signed {
+            Some(job) => job.clone(),
+            None => {
+                let wanted = placing.wanted_custodians;
+                placing.custodians = self.choose_custodians(search.found, &chosen.node, wanted).await;
+                let job = self.sign(placing, offer.skew_ms)?;
+                placing.signed.insert(job).clone()
+            }
+        };
+        self.announce(&offer, placing, search.events).await;
+        match self.hand_over(&offer, placing, job, search.events).await? {
+            Ok(record) => {
+                let others = routing.handle_taken(chosen.index);
+                self.release(search.remove(others)).await;
+                Ok(Some(record))
+            }
+            Err(why) => {
+                routing.handle_no(chosen.index, why.is_momentary());
+                search.note([self.declined(offer.found, why)]).await;
+                // Its place is held for some seconds more, and the artist's next try may need it.
+                self.release(vec![(offer, ReleaseReason::ChoseAnother)]).await;
+                Ok(None)
             }
         }
-        Ok(None)
     }
 
     pub(super) async fn quotes<'a>(
@@ -385,15 +406,10 @@ impl Client {
         }
     }
 
-    /// Gives back the places that are not needed, each with its reason. A node that does not hear it gives them away by
-    /// itself.
-    pub(super) async fn release<'a>(
-        &self,
-        offers: impl Iterator<Item = Offered<'a>>,
-        reason: impl Fn(&Offered<'a>) -> ReleaseReason,
-    ) {
-        let released = offers.map(|offer| {
-            let request = Request::Release { lease: offer.quote.quote().lease, reason: reason(&offer) };
+    /// Gives back places that are not needed, each with its reason. A node that does not hear it gives them away by itself.
+    pub(super) async fn release(&self, places: Vec<(Offered<'_>, ReleaseReason)>) {
+        let released = places.into_iter().map(|(offer, reason)| {
+            let request = Request::Release { lease: offer.quote.quote().lease, reason };
             self.net.request(offer.found.candidate.node, request)
         });
         join_all(released).await;
@@ -409,15 +425,4 @@ impl Client {
 #[must_use]
 pub(super) fn is_passing(reason: Reason) -> bool {
     matches!(reason, Reason::Busy | Reason::QueueFull | Reason::TooManyLeases)
-}
-
-/// Why this one's place was not taken: the other is to be done sooner, or its word is worth more.
-fn why_not(other: &Offered<'_>, chosen: &Offered<'_>) -> ReleaseReason {
-    let (theirs, taken) = (other.quote.quote().eta.0, chosen.quote.quote().eta.0);
-    match theirs.saturating_sub(taken) {
-        sooner if sooner >= SOONER_MS => ReleaseReason::Sooner(Millis(sooner)),
-        _ if other.cost() > chosen.cost() && theirs <= taken => ReleaseReason::Reliability,
-        _ if other.found.candidate.round_trip > chosen.found.candidate.round_trip => ReleaseReason::Latency,
-        _ => ReleaseReason::ChoseAnother,
-    }
 }

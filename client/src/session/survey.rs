@@ -74,9 +74,12 @@ impl Client {
         let asked: Vec<&Found> = ranked.iter().take(SURVEYED).map(|ranked| &found[ranked.index]).collect();
         let (mut offers, refused) = self.quotes(&asked, &placing).await;
         declined.extend(refused);
-        offers.sort_by_key(|offer| (offer.cost(), offer.quote.node()));
+        let worth = |offer: &Offered<'_>| {
+            route::cost(&offer.found.candidate.seen, offer.quote.quote().eta, crate::now())
+        };
+        offers.sort_by_key(|offer| (worth(offer), offer.quote.node()));
         let could: Vec<Could> = offers.iter().map(|offer| Could::of(offer, placing.work)).collect();
-        self.release(offers.into_iter(), |_| ReleaseReason::Cancelled).await;
+        self.release(offers.into_iter().map(|offer| (offer, ReleaseReason::Cancelled)).collect()).await;
         if could.is_empty() {
             return Err(SessionError::NoTaker { model: placing.model.name, reasons: declined });
         }

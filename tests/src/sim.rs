@@ -22,7 +22,8 @@
 //!   and half drawn; or it is forwarded, once and no further, to a contact, whose answer is passed on. The adverts in it
 //!   are signed by their nodes, so who passes them on cannot change them.
 //!
-//! Changes of depth are not simulated: it is what the number of nodes makes it.
+//! Changes of depth are not simulated: it is what the number of nodes makes it. A question to the DHT is three hops of
+//! time, and its bytes are not counted.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -38,12 +39,15 @@ use kinoflock_protocol::*;
 use self::dice::Dice;
 use self::node::{Lie, OVERHEAD, ROOM, SimNode, Started};
 use self::report::{Fate, Report};
+use self::scene::{Event, SimJob, id, model};
+pub use self::scene::{Scene, depth};
 use self::sizes::Sizes;
 
 pub mod dice;
 pub mod mesh;
 pub mod node;
 pub mod report;
+mod scene;
 pub mod sizes;
 
 /// Seconds between two adverts of a node.
@@ -60,80 +64,6 @@ const AGAIN: f64 = 0.25;
 const NOTICED: f64 = 5.0;
 /// Time of the run at which nodes have advertised and jobs begin, in seconds.
 const BEGIN: f64 = 30.0;
-
-/// What is simulated.
-#[derive(Debug, Clone, Copy)]
-pub struct Scene {
-    /// Nodes.
-    pub nodes: usize,
-    /// Models, each node serving one.
-    pub models: usize,
-    /// Jobs.
-    pub jobs: usize,
-    /// Seconds over which they come; zero for all at once.
-    pub over: f64,
-    /// Chance that a message is lost and sent again.
-    pub loss: f64,
-    /// Share of the nodes that leave for a minute.
-    pub churn: f64,
-    /// Share of the nodes that lie.
-    pub liars: f64,
-    /// Share of the jobs that are cancelled.
-    pub cancels: f64,
-    /// Whether half of the network cannot reach the other for some seconds.
-    pub partition: bool,
-    /// Seed of everything.
-    pub seed: u64,
-}
-
-impl Scene {
-    /// A quiet one.
-    #[must_use]
-    pub const fn of(nodes: usize, models: usize, jobs: usize, over: f64) -> Self {
-        let (loss, churn, liars, cancels) = (0.0, 0.0, 0.0, 0.0);
-        Self { nodes, models, jobs, over, loss, churn, liars, cancels, partition: false, seed: 1 }
-    }
-
-    /// The same with everything that goes wrong.
-    #[must_use]
-    pub const fn rough(self) -> Self {
-        Self { loss: 0.02, churn: 0.1, liars: 0.1, cancels: 0.05, partition: true, ..self }
-    }
-}
-
-#[derive(Debug)]
-enum Event {
-    Advert(usize),
-    Down(usize),
-    Up(usize),
-    Timer(usize),
-    Mark { node: usize, job: usize, start: u64, done: u16 },
-    Finish { node: usize, job: usize, start: u64, took: f64 },
-    Find(usize),
-    Found { job: usize, nodes: Vec<usize> },
-    Quote { job: usize, index: usize, token: u64 },
-    Promise { job: usize, index: usize, token: u64, promise: Result<(LeaseId, Millis), bool> },
-    Order { job: usize, index: usize, token: u64, lease: LeaseId },
-    Answer { job: usize, index: usize, token: u64, until: Result<Instant, bool> },
-    Release { node: usize, lease: LeaseId },
-    Late { job: usize, index: usize, token: u64 },
-    Poll(usize),
-    Check { job: usize, moved: u32, fault: Fault },
-    Cancel(usize),
-}
-
-struct SimJob {
-    client: usize,
-    wanted: Wanted,
-    arrives: Instant,
-    fate: Fate,
-    routing: Option<Routing>,
-    candidates: Vec<(usize, Candidate)>,
-    leases: BTreeMap<usize, LeaseId>,
-    pending: BTreeMap<usize, u64>,
-    at: Option<usize>,
-    accepted: Option<Instant>,
-}
 
 /// A run.
 pub struct Sim {
@@ -164,26 +94,6 @@ pub fn run(scene: Scene) -> Report {
         sim.handle(event);
     }
     sim.report()
-}
-
-/// Bits of a node's id that name its slice, in a network with so many nodes of a model.
-#[must_use]
-pub fn depth(members: usize) -> u32 {
-    let mut depth = 0;
-    while members >> depth > SLICE_AT_MOST {
-        depth += 1;
-    }
-    depth
-}
-
-fn model(number: usize) -> ModelId {
-    ModelId::from_bytes([number as u8 + 1; 32])
-}
-
-fn id(number: usize) -> [u8; 32] {
-    let mut id = [1; 32];
-    id[..8].copy_from_slice(&(number as u64).to_be_bytes());
-    id
 }
 
 impl Sim {

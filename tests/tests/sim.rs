@@ -1,4 +1,5 @@
 //! What holds of many nodes and clients, in virtual time.
+#![allow(clippy::print_stdout)]
 
 use kinoflock_tests::sim::report::Report;
 use kinoflock_tests::sim::{Scene, run};

@@ -38,8 +38,7 @@ impl Sizes {
         let advert = seal(&full(model));
         let shape = shape();
         let nonce = Nonce::from_bytes([3; 16]);
-        let prompt =
-            Prompt::new(&"a red circle drifts left over a blue field, ".repeat(8)).expect("a prompt");
+        let prompt = Prompt::new("a red circle drifts left over a blue field, ".repeat(8)).expect("a prompt");
         let spec = JobSpec::generate(model, prompt, nonce, UnixMillis(1), shape);
         let job = Envelope::seal(&key, &network, &spec).expect("a job fits");
         let id = JobId::of(&job, &network);

@@ -9,6 +9,9 @@ use kinoflock_protocol::limits::{MAX_NAME, MAX_OPS};
 use kinoflock_protocol::model::{ModelManifest, RuleError};
 use kinoflock_protocol::{JobShape, JobSpec, Micro, Millis, ModelId, Nonce, Prompt, UnixMillis};
 
+/// Checkpoints of a job with many steps.
+const CHECKPOINTS: u32 = 8;
+
 /// What an artist asks for.
 #[derive(Debug, Clone, Default)]
 pub struct Ask {
@@ -183,7 +186,12 @@ impl Ask {
         spec.fps = fps;
         spec.guidance = guidance;
         spec.initial_latents = self.initial_latents.as_deref().map(BlobRef::of);
-        spec.returns = Returns { latents: self.latents, previews: self.previews, ..Returns::default() };
+        spec.returns = Returns {
+            latents: self.latents,
+            previews: self.previews,
+            checkpoint_every: self.checkpoint_every.unwrap_or_else(|| checkpoint_every(steps)),
+            ..Returns::default()
+        };
         spec.addressed_to = Audience::Anyone;
         spec.share = self.share;
         spec.ops = self.ops()?;
@@ -201,6 +209,11 @@ impl Ask {
         let ops: Vec<Op> = self.ops.iter().map(op).collect::<Result<_, _>>()?;
         List::new(ops).map_err(|TooLong { limit, given, .. }| AskError::TooManyOps { limit, given })
     }
+}
+
+/// A job with few steps is as quickly begun anew; of one with many, an eighth at most is lost with its node.
+fn checkpoint_every(steps: u32) -> u32 {
+    if steps < CHECKPOINTS { 0 } else { steps / CHECKPOINTS }
 }
 
 fn frames_of(seconds: Micro, fps: Micro) -> u32 {

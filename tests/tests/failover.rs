@@ -50,6 +50,47 @@ fn ends_at_the_other(sandbox: &Sandbox, client: &Client, artist: Child, lost: us
 }
 
 #[test]
+fn the_next_node_goes_on_from_the_last_checkpoint_and_the_receipt_credits_both() {
+    let mut sandbox = Sandbox::new();
+    let file = sandbox.path("go-on");
+    let worker = Worker::test(&["--hold-at", "15", "--hold-file", &file.display().to_string()]);
+    for _ in 0..2 {
+        sandbox.add(&worker, "");
+    }
+    let client = sandbox.client("artist");
+    for node in &sandbox.nodes {
+        client.must(["join", &node.ticket()]);
+    }
+    let plain = ["generate", PROMPT, "--custodians", "0", "-o", "clip.mp4", "--steps", "16"];
+    let artist = client.command(plain).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let holds = |node: &kinoflock_tests::sandbox::Node| {
+        node.status().jobs.iter().any(|job| job.step.is_some_and(|step| step.0 == 14))
+    };
+    let lost = eventually("a node waits in its fifteenth step", || sandbox.nodes.iter().position(holds));
+    let record = client.path(".local/share/kinoflock/client/jobs");
+    eventually("the artist has the checkpoint of step 14", || {
+        let job = fs::read_dir(&record).ok()?.next()?.ok()?.path();
+        let record: serde_json::Value = serde_json::from_slice(&fs::read(job).ok()?).ok()?;
+        let envelope: kinoflock_protocol::Envelope =
+            serde_json::from_value(record["checkpoint"].clone()).ok()?;
+        let opened = envelope.open::<kinoflock_protocol::progress::Checkpoint>(&sandbox.network()).ok()?;
+        (opened.value.step == 14).then_some(())
+    });
+    let maker = sandbox.nodes[lost].local().node_id;
+    sandbox.nodes[lost].kill();
+    fs::write(&file, b"").unwrap();
+    let output = artist.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("takes it from step 14"), "{said}");
+    let verified = invariants::delivered(&client.path("clip.mp4"), &sandbox.nodes[1 - lost]);
+    let segments = &verified.receipt.receipt().segments;
+    let credited: Vec<_> = segments.iter().map(|part| (part.node, part.first_step, part.steps)).collect();
+    let other = sandbox.nodes[1 - lost].local().node_id;
+    assert_eq!(credited, [(maker, 0, 14), (other, 14, 2)]);
+}
+
+#[test]
 fn a_node_that_is_killed_loses_its_job_to_another() {
     let (mut sandbox, client, file) = two_that_hold();
     let artist = generate(&client);

@@ -79,7 +79,7 @@ async fn watch(artist: &Requester, node: &Node, job: JobId, enough: impl Fn(&See
     tokio::time::timeout(PATIENCE, watching).await.unwrap()
 }
 
-fn has_checkpoint(sandbox: &Sandbox, step: u32) -> impl Fn(&Seen) -> bool {
+fn has_checkpoint(sandbox: &Sandbox, step: u32) -> impl Fn(&Seen) -> bool + use<> {
     let network = sandbox.network();
     move |seen| {
         let steps = seen.checkpoints.iter().map(|one| one.open::<Checkpoint>(&network).unwrap().value.step);
@@ -162,12 +162,12 @@ async fn a_daemon_killed_at_step_27_of_30_goes_on_at_its_own_checkpoint_and_tell
     let file = sandbox.path("go on");
     sandbox.add(&held_by(&file, DIES_AT), PATIENT);
     let artist = Requester::new(&sandbox).await;
-    let node = &mut sandbox.nodes[0];
+    let node = &sandbox.nodes[0];
     let spec = spec(&artist, node, EVERY).await;
     let id = artist.id(&submitted(&artist, node, &spec).await.job);
-    let before =
-        watch(&artist, node, id, |seen| seen.steps.contains(&(DIES_AT - 1)) && seen.checkpoints.len() == 3)
-            .await;
+    let saved = has_checkpoint(&sandbox, SAVED);
+    let node = &mut sandbox.nodes[0];
+    let before = watch(&artist, node, id, |seen| seen.steps.contains(&(DIES_AT - 1)) && saved(seen)).await;
     node.kill();
     std::fs::write(&file, b"").unwrap();
     node.start();

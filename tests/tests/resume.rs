@@ -31,7 +31,7 @@ fn returns(checkpoint_every: u32) -> Returns {
     Returns { latents: true, checkpoint_every, ..Returns::default() }
 }
 
-async fn spec(artist: &Requester, node: &Node, checkpoint_every: u32) -> JobSpec {
+fn spec(artist: &Requester, node: &Node, checkpoint_every: u32) -> JobSpec {
     JobSpec { returns: returns(checkpoint_every), seed: 5, ..artist.spec(node, PROMPT, STEPS) }
 }
 
@@ -79,11 +79,11 @@ async fn watch(artist: &Requester, node: &Node, job: JobId, enough: impl Fn(&See
     tokio::time::timeout(PATIENCE, watching).await.unwrap()
 }
 
-fn has_checkpoint(sandbox: &Sandbox, step: u32) -> impl Fn(&Seen) -> bool {
+fn has_checkpoint(sandbox: &Sandbox, step: u32) -> impl Fn(&Seen) -> bool + use<> {
     let network = sandbox.network();
     move |seen| {
         let steps = seen.checkpoints.iter().map(|one| one.open::<Checkpoint>(&network).unwrap().value.step);
-        steps.last() == Some(step)
+        steps.max() == Some(step)
     }
 }
 
@@ -135,7 +135,7 @@ async fn a_worker_killed_at_step_27_of_30_goes_on_at_its_own_checkpoint_asked_fo
         sandbox.add(&worker, PATIENT);
         let node = &sandbox.nodes[0];
         let artist = Requester::new(&sandbox).await;
-        let spec = spec(&artist, node, asked).await;
+        let spec = spec(&artist, node, asked);
         let id = artist.id(&submitted(&artist, node, &spec).await.job);
         let seen = watch(&artist, node, id, over).await;
         let twice: Vec<u32> = (SAVED + 1..DIES_AT).collect();
@@ -162,12 +162,12 @@ async fn a_daemon_killed_at_step_27_of_30_goes_on_at_its_own_checkpoint_and_tell
     let file = sandbox.path("go on");
     sandbox.add(&held_by(&file, DIES_AT), PATIENT);
     let artist = Requester::new(&sandbox).await;
-    let node = &mut sandbox.nodes[0];
-    let spec = spec(&artist, node, EVERY).await;
+    let node = &sandbox.nodes[0];
+    let spec = spec(&artist, node, EVERY);
     let id = artist.id(&submitted(&artist, node, &spec).await.job);
-    let before =
-        watch(&artist, node, id, |seen| seen.steps.contains(&(DIES_AT - 1)) && seen.checkpoints.len() == 3)
-            .await;
+    let saved = has_checkpoint(&sandbox, SAVED);
+    let node = &mut sandbox.nodes[0];
+    let before = watch(&artist, node, id, |seen| seen.steps.contains(&(DIES_AT - 1)) && saved(seen)).await;
     node.kill();
     std::fs::write(&file, b"").unwrap();
     node.start();
@@ -189,7 +189,7 @@ async fn another_node_goes_on_where_a_lost_one_stopped_and_the_receipt_credits_a
         sandbox.add(&held_by(&file, at), PATIENT);
     }
     let artist = Requester::new(&sandbox).await;
-    let spec = spec(&artist, &sandbox.nodes[0], EVERY).await;
+    let spec = spec(&artist, &sandbox.nodes[0], EVERY);
     let job = submitted(&artist, &sandbox.nodes[0], &spec).await.job;
     let id = artist.id(&job);
     let mut credited = Vec::new();
@@ -247,7 +247,7 @@ async fn a_checkpoint_of_another_job_or_model_or_state_or_with_a_wrong_signature
     sandbox.add(&Worker::test(&[]), PATIENT);
     let (node, next) = (&sandbox.nodes[0], &sandbox.nodes[1]);
     let artist = Requester::new(&sandbox).await;
-    let first = spec(&artist, node, EVERY).await;
+    let first = spec(&artist, node, EVERY);
     let job = submitted(&artist, node, &first).await.job;
     let seen = watch(&artist, node, artist.id(&job), has_checkpoint(&sandbox, EVERY)).await;
     let (_, like, state) = checkpoint(&sandbox, &artist, node, &seen).await;
@@ -266,7 +266,7 @@ async fn a_checkpoint_of_another_job_or_model_or_state_or_with_a_wrong_signature
         ("signature", |_| {}),
     ];
     for (what, bend) in cases {
-        let spec = JobSpec { seed: 5, ..spec(&artist, next, EVERY).await };
+        let spec = JobSpec { seed: 5, ..spec(&artist, next, EVERY) };
         let mut forged = forge(&artist, &spec, &like, &state);
         bend(&mut forged);
         let mut statement = artist.seal(&forged.made).encode();

@@ -202,12 +202,12 @@ fn punched(engine: &[&str], steps: &str) {
     let [public, maker] = nodes(&mut sandbox, &homes, engine);
     std::fs::write(client.path("start.safetensors"), vec![7; LARGE_INPUT]).unwrap();
     // The artist knows the public node only; that one tells of the maker.
-    let way = public.address("udp");
+    client.must(["join", &public.ticket()]);
     eventually("the public node knows the maker's advert", || {
-        let output = homes.run(&client, &["nodes", "--node", &way]);
+        let output = homes.run(&client, &["nodes"]);
         said(&output).contains(&maker.local().node_id.short()).then_some(())
     });
-    let input = ["--node", &way, "--init-latents", "start.safetensors", "--steps", steps];
+    let input = ["--init-latents", "start.safetensors", "--steps", steps];
     let told = generated(&homes, &client, &input);
     assert!(told.contains("hole_punched") || maker.log().contains("hole_punched"), "{told}");
     invariants::delivered(&client.path("clip.mp4"), maker);

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kinoflock_net::{Multiaddr, NetHandle, multiaddr::Protocol, peer};
 use kinoflock_protocol::envelope::Envelope;
@@ -19,6 +20,10 @@ const FILE: &str = "peers.json";
 const MAX_PEERS: usize = 64;
 /// Addresses that are remembered of each.
 const MAX_ADDRESSES: usize = 8;
+/// How often a node is asked whom it knows.
+const TRIES: u32 = 4;
+/// How long each question waits for its answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 /// Greatest file that is read, bytes.
 const MAX_BYTES: u64 = 256 * 1024;
 
@@ -65,18 +70,7 @@ impl Daemon {
     /// A node has come: it is remembered, and tells of the nodes that it knows.
     pub(super) fn handle_met(&mut self, node: NodeId) {
         let net = self.net.clone();
-        self.spawn(async move {
-            let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32 };
-            let adverts = match net.request(node, Request::FindNodes(question)).await {
-                Ok(Response::Nodes(adverts)) => adverts.iter().cloned().collect(),
-                Ok(_) => Vec::new(),
-                Err(error) => {
-                    tracing::debug!(peer = %node.short(), %error, "a node did not tell whom it knows");
-                    Vec::new()
-                }
-            };
-            Note::Told { adverts }
-        });
+        self.spawn(async move { Note::Told { adverts: whom_it_knows(&net, node).await } });
         self.adverts.outdate();
     }
 
@@ -91,6 +85,22 @@ impl Daemon {
             }
         });
     }
+}
+
+/// The adverts that a node knows. It is asked again when it does not answer: the question may have gone to a connection
+/// of its earlier life.
+async fn whom_it_knows(net: &NetHandle, node: NodeId) -> Vec<Envelope> {
+    let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32 };
+    for _ in 0..TRIES {
+        match net.request_within(node, Request::FindNodes(question), ANSWER_WITHIN).await {
+            Ok(Response::Nodes(adverts)) => return adverts.iter().cloned().collect(),
+            Ok(_) => return Vec::new(),
+            Err(error) => {
+                tracing::debug!(peer = %node.short(), %error, "a node did not tell whom it knows");
+            }
+        }
+    }
+    Vec::new()
 }
 
 async fn remember(net: &NetHandle, path: PathBuf, turn: super::Turn) -> std::io::Result<()> {

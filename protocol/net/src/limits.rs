@@ -160,7 +160,8 @@ pub const CONNECTIONS_PENDING_OUT: u32 = 64;
 pub const MEMORY_BYTES: usize = 8 * 1024 * 1024 * 1024;
 /// A connection without a stream is closed after this.
 pub const IDLE_CONNECTION: Duration = Duration::from_secs(60);
-/// QUIC gives up a silent connection after this.
-pub const QUIC_IDLE: Duration = Duration::from_secs(30);
+/// QUIC gives up a silent connection after this. A process that was killed says no goodbye over UDP: until then its
+/// peers take it for connected, and their requests may go to the dead connection though it is back on a new one.
+pub const QUIC_IDLE: Duration = Duration::from_secs(8);
 /// QUIC says "still here" this often.
-pub const QUIC_KEEP_ALIVE: Duration = Duration::from_secs(5);
+pub const QUIC_KEEP_ALIVE: Duration = Duration::from_secs(2);

@@ -2,7 +2,7 @@
 //! is lost, and none is accepted twice.
 //!
 //! `KINOFLOCK_CHAOS=100x8` runs 100 jobs through 8 nodes; `KINOFLOCK_CHAOS_SEED` repeats a run's chaos.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -10,11 +10,11 @@ use rustix::process::Signal;
 
 const PROMPT: &str = "a green square drifts up over a black field";
 
-/// Two nodes whose jobs wait in their second step for a file, and an artist who knows both.
+/// Two nodes whose jobs wait in their third step for a file, and an artist who knows both. Self-tests have two steps.
 fn two_that_hold() -> (Sandbox, Client, std::path::PathBuf) {
     let mut sandbox = Sandbox::new();
     let file = sandbox.path("go-on");
-    let worker = Worker::test(&["--hold-at", "2", "--hold-file", &file.display().to_string()]);
+    let worker = Worker::test(&["--hold-at", "3", "--hold-file", &file.display().to_string()]);
     for _ in 0..2 {
         sandbox.add(&worker, "");
     }

@@ -74,6 +74,10 @@ async fn forger(over: Over) {
         publish(&forger, &[b'f', forged]).await;
         advert(&mut honest).await.judge(Verdict::Reject);
     }
+    // The driver takes verdicts and commands in a drawn order: after so many commands the verdicts have had their turn.
+    for _ in 0..64 {
+        honest.net.known_nodes().await.unwrap();
+    }
     publish(&forger, b"never heard").await;
     publish(&other, b"heard").await;
     let next = advert(&mut honest).await;

@@ -66,7 +66,8 @@ impl Slice {
         }
         let (depth, bits) = suffix.strip_prefix('/')?.split_once('/')?;
         let slice = Self { depth: depth.parse().ok()?, prefix: u16::from_str_radix(bits, 2).ok()? };
-        (slice.depth <= MAX_DEPTH && slice.suffix() == suffix).then_some(slice)
+        let fits = slice.depth <= MAX_DEPTH && u32::from(slice.prefix) >> slice.depth == 0;
+        (fits && slice.suffix() == suffix).then_some(slice)
     }
 }
 

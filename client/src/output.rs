@@ -4,6 +4,7 @@
 //! line of JSON on standard output that begins `{"schema":1`.
 #![expect(clippy::print_stderr, reason = "this module is where words are printed")]
 
+use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
@@ -48,7 +49,7 @@ impl Output {
     /// A line of data: to standard output, unless that is JSON.
     pub fn line(&self, text: &str) {
         if !self.json {
-            self.bytes(format!("{text}\n").as_bytes());
+            self.bytes(format!("{}\n", printable(text)).as_bytes());
         }
     }
 
@@ -72,20 +73,24 @@ impl Output {
     /// A heading of data, bold where that can be seen.
     pub fn heading(&self, text: &str) {
         let bold = self.colour && io::stdout().is_terminal();
-        self.line(&if bold { format!("\u{1b}[1m{text}\u{1b}[0m") } else { text.to_owned() });
+        if bold && !self.json {
+            self.bytes(format!("\u{1b}[1m{}\u{1b}[0m\n", printable(text)).as_bytes());
+        } else {
+            self.line(text);
+        }
     }
 
     /// Words for people.
     pub fn words(&self, text: &str) {
         if !self.quiet {
-            eprintln!("{text}");
+            eprintln!("{}", printable(text));
         }
     }
 
     /// What went wrong.
     pub fn error(&self, text: &str) {
         let (red, plain) = if self.colour { ("\u{1b}[31m", "\u{1b}[0m") } else { ("", "") };
-        eprintln!("{red}error:{plain} {text}");
+        eprintln!("{red}error:{plain} {}", printable(text));
     }
 
     /// Whether somebody can be asked.
@@ -195,11 +200,22 @@ fn move_bar(bar: &ProgressBar, event: &Event) {
         }
         Event::Queued { .. } | Event::Loading | Event::Encoding | Event::AwaitingInputs { .. } => {
             bar.set_style(waiting());
-            bar.set_message(event.to_string());
+            bar.set_message(printable(&event.to_string()).into_owned());
         }
         event if is_for_programs(event) => {}
-        other => bar.println(other.to_string()),
+        other => bar.println(printable(&other.to_string())),
     }
+}
+
+/// A text without what would move the cursor, change colours or turn the direction of writing: names and reasons come from
+/// others.
+fn printable(text: &str) -> Cow<'_, str> {
+    let is_directing = |c: char| matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_harmless = |c: char| matches!(c, '\n' | '\t') || !(c.is_control() || is_directing(c));
+    if text.chars().all(is_harmless) {
+        return Cow::Borrowed(text);
+    }
+    Cow::Owned(text.chars().map(|c| if is_harmless(c) { c } else { char::REPLACEMENT_CHARACTER }).collect())
 }
 
 /// What a person need not read: pictures, and reasons that the error at the end repeats if it comes to one.
@@ -224,4 +240,18 @@ fn transferring() -> ProgressStyle {
 
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_steer_the_terminal() {
+        assert_eq!(printable("attic\tmärn 北\nnext"), "attic\tmärn 北\nnext");
+        assert_eq!(
+            printable("a\u{1b}[31mb\u{7}\u{9b}2J\r\u{202e}c"),
+            "a\u{fffd}[31mb\u{fffd}\u{fffd}2J\u{fffd}\u{fffd}c"
+        );
+    }
 }

@@ -173,6 +173,8 @@ pub struct Network {
     pub relay: Relay,
     /// Whether the router is asked to forward ports.
     pub upnp: bool,
+    /// Most nodes of a slice of the network, whose adverts are heard.
+    pub slice: usize,
     /// Bytes a second; `None` for no ceiling.
     pub upload: Option<u64>,
     /// Bytes a second; `None` for no ceiling.
@@ -404,6 +406,10 @@ fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError>
         mdns: section.mdns,
         relay: section.relay.parse()?,
         upnp: section.upnp,
+        slice: match section.slice {
+            0 => return Err(invalid("network.slice", "0", "at least 1; 128 is the default")),
+            most => most as usize,
+        },
         upload: positive("network.upload", section.upload.0.map(|size| size.0))?,
         download: positive("network.download", section.download.0.map(|size| size.0))?,
     })

@@ -59,6 +59,7 @@ mod refuse;
 mod replicate;
 mod requests;
 mod selftest;
+mod slices;
 mod start;
 
 pub use start::{RunError, main};
@@ -105,6 +106,10 @@ enum Note {
     Watched { job: JobId },
     /// A node told whose adverts it knows.
     Told { adverts: Vec<kinoflock_protocol::Envelope> },
+    /// How deep the slices of the neighbours are.
+    Depths { neighbours: Vec<u8> },
+    /// A question that was passed on is answered.
+    Sought(Box<slices::Sought>),
     /// Something of an engine.
     Engine { device: DeviceId, event: EngineEvent },
 }
@@ -168,6 +173,8 @@ struct Daemon {
     live: BTreeMap<JobId, LiveJob>,
     boards: Boards,
     adverts: advert::Adverts,
+    depth: slices::Depth,
+    contacts: slices::Contacts,
     interest: interest::Interest,
     looks: look::Looks,
     notes: mpsc::Sender<Note>,
@@ -206,6 +213,7 @@ impl Daemon {
                 _ = sweep.tick() => self.sweep(),
                 _ = advert.tick() => {
                     self.advertise();
+                    self.look_at_slice();
                     self.custodian.set_ways(self.adverts.ways());
                 }
             }
@@ -241,6 +249,8 @@ impl Daemon {
             Note::Looked { seen, responder } => self.handle_looked(seen, responder),
             Note::Watched { job } => self.handle_watched(job),
             Note::Told { adverts } => self.handle_told(&adverts),
+            Note::Depths { neighbours } => self.handle_depths(&neighbours),
+            Note::Sought(sought) => self.handle_sought(*sought),
             Note::Engine { device, event } => self.handle_engine(device, event),
         }
     }

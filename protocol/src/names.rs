@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, CodecError, List, Text, text_u64};
-use crate::id::{ClipId, CollectiveId, NetworkId, NodeId, hash_parts};
+use crate::id::{BlobId, ClipId, CollectiveId, ModelId, NetworkId, NodeId, hash_parts};
 use crate::limits::*;
 
 /// Name of the public network.
@@ -51,6 +51,13 @@ impl Protocols {
             capacity_topic: name("capacity"),
         }
     }
+}
+
+/// Under what in the DHT some of the nodes are found that serve a model, where a network is so large that adverts do not
+/// reach everybody.
+#[must_use]
+pub fn capacity_key(model: &ModelId) -> BlobId {
+    BlobId::from_bytes(blake3::derive_key("kinoflock 1 nodes that serve a model", model.as_bytes()))
 }
 
 /// A node and where it may be reached.

@@ -114,6 +114,8 @@ pub struct FindNodes {
     pub shape: Option<JobShape>,
     /// At most so many, and never more than [`MAX_NODES`].
     pub limit: u32,
+    /// Whether whoever is asked may ask others where it knows few itself. False in what is passed on.
+    pub forward: bool,
 }
 
 /// Why a place is given back.

@@ -68,7 +68,7 @@ fn three(sandbox: &mut Sandbox) -> [Place; 3] {
 
 /// The nodes that a node tells of, each with its first address.
 async fn told(artist: &Requester, node: &Node, sandbox: &Sandbox) -> Vec<(NodeId, String)> {
-    let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32 };
+    let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32, forward: false };
     let Response::Nodes(adverts) = artist.ask(node, Request::FindNodes(question)).await else {
         return Vec::new();
     };

@@ -23,6 +23,10 @@ const AT_ONCE: usize = 8;
 const MAX_TARGETS: usize = 48;
 /// Nodes that are asked whom else they know.
 const ASKED_FOR_OTHERS: usize = 4;
+/// With fewer nodes than this all of them know each other.
+const SMALL: usize = 4;
+/// With fewer nodes that serve a model, more are looked for.
+const FEW: usize = 3;
 /// Time for a connection and an advert.
 const PROBE: Duration = Duration::from_secs(10);
 /// Time in which nodes of the local network must have answered, if nobody else did.
@@ -230,7 +234,24 @@ impl Client {
 
     /// Adds the nodes whose adverts the first few know. One that does not answer is no loss.
     async fn ask_for_others(&self, found: &mut Vec<Found>) {
-        let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32 };
+        let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32, forward: false };
+        self.ask_who(question, found).await;
+    }
+
+    /// Adds nodes that serve a model, where few of those found do: in a large network a node knows a part of it only, and
+    /// passes the question on. `wanted` is the model's id or name.
+    pub(super) async fn seek(&self, wanted: &str, found: &mut Vec<Found>) {
+        let named = || offered(found).into_iter().find(|(_, name)| name == wanted).map(|(id, _)| id);
+        let Some(model) = wanted.parse::<ModelId>().ok().or_else(named) else { return };
+        let serving = found.iter().filter(|found| found.candidate.capacity.offer(&model).is_some()).count();
+        if found.len() >= SMALL && serving < FEW {
+            let question =
+                FindNodes { model: Some(model), shape: None, limit: MAX_NODES as u32, forward: true };
+            self.ask_who(question, found).await;
+        }
+    }
+
+    async fn ask_who(&self, question: FindNodes, found: &mut Vec<Found>) {
         let asked: Vec<_> =
             found.iter().take(ASKED_FOR_OTHERS).map(|f| (f.candidate.node, f.skew_ms)).collect();
         let asking = asked.into_iter().map(|(node, skew_ms)| async move {

@@ -51,6 +51,9 @@ impl Client {
         if matches!(spec.addressed_to, Audience::Node(_)) {
             return Ok(false);
         }
+        if !record.pinned {
+            self.seek(&record.model.to_string(), &mut found).await;
+        }
         found.retain(|found| self.may_have(record, &found.candidate.node));
         let model = Model { id: record.model, name: record.model_name.clone() };
         let Ok(manifest) = self.manifest(&model, &found).await else { return Ok(false) };

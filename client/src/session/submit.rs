@@ -47,7 +47,14 @@ impl Client {
         ways: &[Way],
         events: &Events,
     ) -> Result<Vec<Found>, SessionError> {
-        if ask.pinned { self.find_named(ways, events).await } else { self.find(ways, events).await }
+        if ask.pinned {
+            return self.find_named(ways, events).await;
+        }
+        let mut found = self.find(ways, events).await?;
+        if let Some(model) = &ask.model {
+            self.seek(model, &mut found).await;
+        }
+        Ok(found)
     }
 
     /// The job as it would be signed.

@@ -47,6 +47,11 @@ pub const DOCS: &[KeyDoc] = &[
          one is (4 MiB and an hour for each, no clips). on: carry them whatever was found out. off: neither.",
     ),
     doc("network.upnp", "Ask the router to forward the ports of network.listen."),
+    doc(
+        "network.slice",
+        "In a network of more nodes than this, adverts stay in parts of about this many, so that what this node hears\n\
+         does not grow with the network.",
+    ),
     doc("network.upload", "Most bytes sent per second, for example \"2 MiB\"; or \"unlimited\"."),
     doc("network.download", "Most bytes received per second; or \"unlimited\"."),
     doc("serve.own_keys", "Requester keys (kf1...) whose jobs come first: yours."),

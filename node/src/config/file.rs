@@ -57,6 +57,7 @@ pub struct NetworkSection {
     pub mdns: bool,
     pub relay: String,
     pub upnp: bool,
+    pub slice: u32,
     pub upload: Ceiling<ByteSize>,
     pub download: Ceiling<ByteSize>,
 }
@@ -197,6 +198,7 @@ impl Default for NetworkSection {
             mdns: true,
             relay: default_relay(),
             upnp: true,
+            slice: default_slice(),
             upload: Ceiling::UNLIMITED,
             download: Ceiling::UNLIMITED,
         }
@@ -401,6 +403,10 @@ const fn default_clips_limit() -> ByteSize {
 
 const fn default_replicas_limit() -> ByteSize {
     ByteSize::gib(5)
+}
+
+const fn default_slice() -> u32 {
+    128
 }
 
 const fn default_audit_limit() -> ByteSize {

@@ -90,7 +90,7 @@ impl Daemon {
 /// The adverts that a node knows. It is asked again when it does not answer: the question may have gone to a connection
 /// of its earlier life.
 async fn whom_it_knows(net: &NetHandle, node: NodeId) -> Vec<Envelope> {
-    let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32 };
+    let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32, forward: false };
     for _ in 0..TRIES {
         match net.request_within(node, Request::FindNodes(question), ANSWER_WITHIN).await {
             Ok(Response::Nodes(adverts)) => return adverts.iter().cloned().collect(),

@@ -61,7 +61,7 @@ impl Daemon {
         let kind = request.name();
         let response = match request {
             Request::Capacity => self.own_advert(),
-            Request::FindNodes(wanted) => self.find_nodes(&wanted),
+            Request::FindNodes(wanted) => return self.find_or_seek(wanted, responder),
             Request::Quote(request) => self.quote(&request, addr),
             Request::Submit { order, job } => match self.check_submit(order, job, node, addr) {
                 Ok(ordered) => return self.submit(ordered, responder),
@@ -105,7 +105,7 @@ impl Daemon {
         self.respond(kind, responder, response);
     }
 
-    fn respond(&self, kind: &'static str, responder: Responder, response: Response) {
+    pub(super) fn respond(&self, kind: &'static str, responder: Responder, response: Response) {
         if let Response::Refused(refusal) = &response {
             let reason = refusal.code().to_owned();
             tracing::debug!(kind, reason, rule = %refusal.rule, "refused");

@@ -164,6 +164,8 @@ async fn run(config: Config) -> Result<(), RunError> {
         live: BTreeMap::new(),
         boards: super::boards::Boards::default(),
         adverts: super::advert::Adverts::default(),
+        depth: super::slices::Depth::new(identity.node_id(), config.network.slice),
+        contacts: super::slices::Contacts::default(),
         interest: super::interest::Interest::new(Instant::now()),
         looks: super::look::Looks::new(Instant::now()),
         notes,

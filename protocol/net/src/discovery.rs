@@ -130,7 +130,7 @@ pub(crate) fn gossip(
 
 /// What counts for and against a peer: forged adverts only. With thirty seconds between adverts, how many of them a
 /// peer brings first says nothing. Three forged ones within a minute or so, and nothing of it is heard any more.
-fn forgers() -> TopicScoreParams {
+pub(crate) fn forgers() -> TopicScoreParams {
     TopicScoreParams {
         topic_weight: 1.0,
         time_in_mesh_weight: 0.0,
@@ -155,6 +155,9 @@ pub(crate) fn kad(role: KadRole, local: PeerId, name: StreamProtocol) -> Option<
     };
     let mut config = kad::Config::new(name);
     config.set_query_timeout(std::time::Duration::from_secs(30));
+    // What a node serves changes within hours, and who is gone should not be asked for days.
+    config.set_provider_publication_interval(Some(limits::PROVIDED_EVERY));
+    config.set_provider_record_ttl(Some(limits::PROVIDED_FOR));
     config.set_record_filtering(kad::StoreInserts::FilterBoth);
     let mut kad = kad::Behaviour::with_config(local, MemoryStore::new(local), config);
     kad.set_mode(Some(mode));

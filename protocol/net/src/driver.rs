@@ -4,13 +4,14 @@
 //! elsewhere. No channel here can stop it: what it cannot hand on at once is dropped if it is news, and
 //! answered `Busy` if somebody waits for it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use futures::{FutureExt, StreamExt};
-use kinoflock_protocol::NodeId;
 use kinoflock_protocol::rpc::Request;
-use libp2p::gossipsub::{IdentTopic, PublishError};
+use kinoflock_protocol::{BlobId, NodeId};
+use libp2p::gossipsub::PublishError;
+use libp2p::kad::QueryId;
 use libp2p::metrics::Metrics;
 use libp2p::request_response::OutboundRequestId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
@@ -29,15 +30,18 @@ use crate::peer::{self, PeerInfo};
 use crate::reach::Reachability;
 use crate::rejoin::KnownNode;
 use crate::rpc::{Answered, WireResponse};
+use crate::slices::Slice;
 use crate::slots::PeerSlots;
 use crate::streams::{OpenError, Opened};
 
 mod book;
 mod events;
 mod reach;
+mod slices;
 
 use book::Book;
 use reach::Reached;
+use slices::{Seeking, Slices};
 
 /// Events of the swarm that are handled at most before a command counts as carried out.
 const SETTLED_EVENTS: usize = 256;
@@ -63,6 +67,14 @@ pub(crate) enum Command {
     Known { reply: Reply<Vec<KnownNode>> },
     /// Gossip an advert.
     Publish { bytes: Vec<u8>, reply: Reply<Result<Published, NetError>> },
+    /// Tell adverts in one slice and hear those of some.
+    SetSlices { told: Slice, heard: BTreeSet<Slice>, reply: Reply<Result<(), NetError>> },
+    /// How deep the slices of the connected peers are.
+    Depths { reply: Reply<Vec<u8>> },
+    /// Tell the DHT that we have something, or have it no longer.
+    Provide { key: BlobId, on: bool, reply: Reply<Result<(), NetError>> },
+    /// Ask the DHT who has something.
+    Seek { key: BlobId, reply: Reply<Vec<NodeId>> },
     /// Refresh the DHT's routing table.
     Bootstrap { reply: Reply<Result<(), NetError>> },
     /// End all connections with a peer.
@@ -121,7 +133,7 @@ pub(crate) struct Driver {
     swarm: Swarm<Behaviour>,
     names: Names,
     metrics: Option<Metrics>,
-    topic: IdentTopic,
+    slices: Slices,
     channels: Channels,
     book: Book,
     /// Callers that wait for a connection; at most [`limits::WAITERS`].
@@ -134,6 +146,8 @@ pub(crate) struct Driver {
     identifying: HashMap<PeerId, Vec<Reply<PeerInfo>>>,
     /// Callers that wait for a direct connection; at most [`limits::WAITERS`].
     directing: HashMap<PeerId, Vec<Reply<()>>>,
+    /// Callers that wait for the providers of a key; at most [`limits::WAITERS`].
+    seeking: HashMap<QueryId, Seeking>,
     reached: Reached,
     /// Requests that wait for their answer; at most [`limits::OUTBOUND_REQUESTS`].
     requests: HashMap<OutboundRequestId, Reply<Result<WireResponse, RequestFailure>>>,
@@ -159,7 +173,8 @@ impl Driver {
         let reach = config.reach;
         Self {
             swarm,
-            topic: names.topic(),
+            slices: Slices::default(),
+            seeking: HashMap::new(),
             names,
             metrics,
             channels,
@@ -224,6 +239,16 @@ impl Driver {
             Command::Publish { bytes, reply } => {
                 let _ = reply.send(self.publish(bytes));
             }
+            Command::SetSlices { told, heard, reply } => {
+                let _ = reply.send(self.set_slices(told, heard));
+            }
+            Command::Depths { reply } => {
+                let _ = reply.send(self.depths());
+            }
+            Command::Provide { key, on, reply } => {
+                let _ = reply.send(self.provide(&key, on));
+            }
+            Command::Seek { key, reply } => self.seek(&key, reply),
             Command::Bootstrap { reply } => {
                 let _ = reply.send(self.bootstrap());
             }
@@ -342,7 +367,7 @@ impl Driver {
     }
 
     fn publish(&mut self, bytes: Vec<u8>) -> Result<Published, NetError> {
-        let topic = self.topic.clone();
+        let topic = self.names.topic_of(&self.slices.told);
         let gossip =
             self.swarm.behaviour_mut().gossip.as_mut().ok_or(NetError::RoleOff { role: "gossip" })?;
         let given = bytes.len();

@@ -1,5 +1,6 @@
 //! The owner's side of the driver: every operation of the network as an async method.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ use crate::rate::RateLimit;
 use crate::reach::Reachability;
 use crate::rejoin::KnownNode;
 use crate::rpc::check_length;
+use crate::slices::Slice;
 use crate::slots::PeerSlots;
 
 /// A handle on a running swarm. Clones are cheap and all mean the same swarm.
@@ -316,6 +318,43 @@ impl NetHandle {
             return Err(NetError::TooLong { what: "an advert", limit: limits::ADVERT_BYTES, given });
         }
         self.ask(|reply| Command::Publish { bytes, reply }).await?
+    }
+
+    /// From now on tells adverts in one slice of the network and hears those of some. At the start both are
+    /// [`Slice::ALL`].
+    ///
+    /// # Errors
+    /// `RoleOff`, `Closed`.
+    pub async fn set_slices(&self, told: Slice, heard: BTreeSet<Slice>) -> Result<(), NetError> {
+        self.ask(|reply| Command::SetSlices { told, heard, reply }).await?
+    }
+
+    /// How deep the slices are that connected peers listen to, each peer's deepest one.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub async fn depths(&self) -> Result<Vec<u8>, NetError> {
+        self.ask(|reply| Command::Depths { reply }).await
+    }
+
+    /// Tells the DHT that this process has what a key means, from now on, or no longer. Others forget it some time
+    /// after the last time that they were told.
+    ///
+    /// # Errors
+    /// `RoleOff`, `TooMany`, `Closed`.
+    pub async fn provide(&self, key: BlobId, on: bool) -> Result<(), NetError> {
+        self.ask(|reply| Command::Provide { key, on, reply }).await?
+    }
+
+    /// Nodes that told the DHT that they have what a key means, at most [`limits::PROVIDERS`]; nobody checked it. None
+    /// when nobody is found within [`limits::SEEK_TIMEOUT`], or without that role.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub async fn providers(&self, key: BlobId) -> Result<Vec<NodeId>, NetError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Seek { key, reply }).await?;
+        Ok(timeout(limits::SEEK_TIMEOUT, answer).await.ok().and_then(Result::ok).unwrap_or_default())
     }
 
     /// Refreshes the DHT's routing table from the peers that are known.

@@ -14,7 +14,8 @@
 //! - [`blobs`]: content by its hash, verified MiB by MiB;
 //! - [`reach`]: how others get in past routers: addresses that were tested, places at relays;
 //! - [`rejoin`]: staying connected with nodes that were named, met or heard of;
-//! - [`discovery`]: mDNS, Kademlia's bootstrap, signed adverts over gossip.
+//! - [`discovery`]: mDNS, Kademlia's bootstrap, signed adverts over gossip;
+//! - [`slices`]: the parts of a large network in which adverts stay.
 
 pub mod blobs;
 pub mod config;
@@ -30,6 +31,7 @@ pub mod reach;
 pub mod rejoin;
 pub mod rpc;
 pub mod sealed;
+pub mod slices;
 pub mod streams;
 
 mod arrivals;
@@ -57,4 +59,5 @@ pub use progress::{ProgressSender, ProgressSink, ProgressStream};
 pub use reach::Reachability;
 pub use rejoin::KnownNode;
 pub use rpc::Responder;
+pub use slices::Slice;
 pub use swarm::{start, start_with_metrics};

@@ -94,6 +94,16 @@ pub const ADDRESSES_PER_PEER: usize = 16;
 pub const PROTOCOLS_PER_PEER: usize = 64;
 /// Callers waiting for one connection or one identify record. Above it the caller gets `TooManyRequests`.
 pub const WAITERS: usize = 1024;
+/// Keys that we tell the DHT to have; it is the store's own bound.
+pub const PROVIDED_KEYS: usize = 1024;
+/// How often the DHT is told again what we have.
+pub const PROVIDED_EVERY: Duration = Duration::from_secs(20 * 60);
+/// How long the DHT remembers it.
+pub const PROVIDED_FOR: Duration = Duration::from_secs(3600);
+/// Providers of one key that are asked for.
+pub const PROVIDERS: usize = 8;
+/// Time for the DHT to name providers.
+pub const SEEK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time to wait for a peer's identify record when a negotiation failed, to tell which version it speaks.
 pub const IDENTIFY_WAIT: Duration = Duration::from_secs(5);
 /// Time for a dial.

@@ -6,6 +6,8 @@ use kinoflock_protocol::names::Protocols;
 use libp2p::StreamProtocol;
 use libp2p::gossipsub::IdentTopic;
 
+use crate::slices::Slice;
+
 /// What the name of our control protocol begins with, on any network.
 const FAMILY: &str = "/kinoflock/";
 
@@ -46,8 +48,14 @@ impl Names {
         }
     }
 
-    pub(crate) fn topic(&self) -> IdentTopic {
-        IdentTopic::new(self.topic.clone())
+    /// The topic of a slice's adverts.
+    pub(crate) fn topic_of(&self, slice: &Slice) -> IdentTopic {
+        IdentTopic::new(format!("{}{}", self.topic, slice.suffix()))
+    }
+
+    /// The slice whose adverts have this topic.
+    pub(crate) fn slice_of(&self, topic: &str) -> Option<Slice> {
+        topic.strip_prefix(&self.topic).and_then(Slice::of_suffix)
     }
 
     /// The versions of our control protocol among a peer's protocols, and whether it speaks the protocol on

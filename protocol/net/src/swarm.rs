@@ -27,6 +27,7 @@ use crate::handle::NetHandle;
 use crate::names::Names;
 use crate::rejoin::Ways;
 use crate::rpc::ControlCodec;
+use crate::slices::Slice;
 use crate::streams::Incoming;
 use crate::{arrivals, discovery, inbound, limits, rejoin, streams};
 
@@ -185,7 +186,8 @@ fn behaviour(
         .with_max_concurrent_streams(limits::RPC_STREAMS_PER_CONNECTION);
     let protocols = [(names.control.clone(), request_response::ProtocolSupport::Full)];
     let (streams, incoming) = streams::Behaviour::new(inbound::offers(names));
-    let gossip = if config.gossip { Some(discovery::gossip(keypair, &names.topic())?) } else { None };
+    let gossip =
+        if config.gossip { Some(discovery::gossip(keypair, &names.topic_of(&Slice::ALL))?) } else { None };
     let mdns = if config.mdns { Some(lan(local)?) } else { None };
     let behaviour = Behaviour {
         blocked: libp2p::allow_block_list::Behaviour::default(),

@@ -681,7 +681,12 @@ fn progress_frames(d: &mut Draw) -> List<ProgressFrame, 8> {
 pub(crate) fn requests(d: &mut Draw) -> List<Request, 16> {
     List::first_of([
         Request::Capacity,
-        Request::FindNodes(FindNodes { model: d.some(model_id), shape: d.some(shape), limit: d.u32() }),
+        Request::FindNodes(FindNodes {
+            model: d.some(model_id),
+            shape: d.some(shape),
+            limit: d.u32(),
+            forward: d.u32().is_multiple_of(2),
+        }),
         Request::Quote(quote_request(d)),
         Request::Submit { order: envelope(d), job: envelope(d) },
         Request::Status(envelope(d)),

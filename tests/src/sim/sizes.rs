@@ -62,7 +62,7 @@ impl Sizes {
         let order = Envelope::seal(&key, &network, &order).expect("an order fits");
         let request = |request: &Request| encode_request(request).len() + TRANSPORT;
         let response = |response: &Response| encode_response(response).len() + TRANSPORT;
-        let find = FindNodes { model: Some(model), shape: Some(shape), limit: 16 };
+        let find = FindNodes { model: Some(model), shape: Some(shape), limit: 16, forward: true };
         Self {
             advert: advert.encode().len() + TRANSPORT,
             find: request(&Request::FindNodes(find)),

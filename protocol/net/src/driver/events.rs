@@ -90,6 +90,7 @@ impl Driver {
                 if let Some(metrics) = &self.metrics {
                     metrics.record(&event);
                 }
+                self.on_kad(event);
             }
             BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
                 for (peer, addr) in found {

@@ -8,6 +8,7 @@ mod hostile;
 mod lifecycle;
 mod relay;
 mod rpc;
+mod slices;
 mod streams;
 mod support;
 mod versions;

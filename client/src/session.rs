@@ -22,6 +22,7 @@ mod custody;
 mod deliver;
 mod error;
 mod event;
+mod faults;
 mod find;
 mod follow;
 mod many;

@@ -14,6 +14,7 @@ use kinoflock_protocol::query::QueryAction;
 use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
 use kinoflock_protocol::{JobId, Millis, NodeId, Reason, ValidJob};
 
+use super::faults::fault_of;
 use super::find::unexpected;
 use super::pace::Watch;
 use super::place::is_passing;
@@ -179,7 +180,7 @@ impl Client {
         let record = self.store.job(&following.job)?;
         let is_moved = self.rescue(&record, error, following.ways, following.events).await?;
         if is_moved || !is_transient(error) {
-            self.remember_fault(&record, fault_of(error).unwrap_or(Fault::OutOfReach));
+            self.blame(&record, error).await;
         }
         Ok(is_moved)
     }
@@ -224,7 +225,7 @@ impl Client {
         self.keep_experience(&record.node, &seen);
     }
 
-    fn remember_fault(&self, record: &JobRecord, fault: Fault) {
+    pub(super) fn remember_fault(&self, record: &JobRecord, fault: Fault) {
         let mut seen = self.store.experience(&record.node);
         seen.fault(fault, crate::now());
         self.keep_experience(&record.node, &seen);
@@ -463,17 +464,6 @@ fn unknown_job(record: &JobRecord, error: SessionError) -> SessionError {
             SessionError::Lost { job: record.job, node }
         }
         other => other,
-    }
-}
-
-/// What a node did wrong, if this error is its fault. A job that can never succeed is not.
-fn fault_of(error: &SessionError) -> Option<Fault> {
-    match error {
-        SessionError::Failed { retryable: true, .. } => Some(Fault::Failed),
-        SessionError::Lost { .. } => Some(Fault::Forgot),
-        SessionError::Stalled { .. } => Some(Fault::Stalled),
-        SessionError::Disputed { .. } => Some(Fault::WrongClip),
-        _ => None,
     }
 }
 

@@ -39,7 +39,7 @@ use kinoflock_protocol::*;
 use self::dice::Dice;
 use self::node::{Lie, OVERHEAD, ROOM, SimNode, Started};
 use self::report::{Fate, Report};
-use self::scene::{Event, SimJob, id, model};
+use self::scene::{Event, Promised, SimJob, id, model};
 pub use self::scene::{Scene, depth};
 use self::sizes::Sizes;
 
@@ -104,8 +104,9 @@ impl Sim {
             let lies = (number as f64 * 0.618_034).fract() < scene.liars;
             lies.then_some(if number.is_multiple_of(2) { Lie::Overstates } else { Lie::NeverDone })
         };
-        let nodes =
-            (0..scene.nodes).map(|n| SimNode::new(model(n % scene.models), lie(n), &mut dice)).collect();
+        let nodes = (0..scene.nodes)
+            .map(|n| SimNode::new(model(n % scene.models), lie(n), scene.speed_error, &mut dice))
+            .collect();
         let sizes = Sizes::measure(model(0));
         let (events, count, left) = (BTreeMap::new(), 0, scene.jobs);
         let (seen, contacts) = (BTreeMap::new(), BTreeMap::new());
@@ -426,7 +427,7 @@ impl Sim {
         let promise = match promise {
             Ok(promise) => {
                 let until = promise.eta.map_or(now, |times| times.finishes);
-                Ok((promise.lease, self.nodes[node].said(Millis::from(until - now))))
+                Ok((promise.lease, (promise.position, self.nodes[node].said(Millis::from(until - now)))))
             }
             Err(refusal) => Err(is_momentary(&refusal)),
         };
@@ -434,18 +435,18 @@ impl Sim {
         self.after(way, Event::Promise { job, index, token, promise });
     }
 
-    fn promise(&mut self, job: usize, index: usize, token: u64, promise: Result<(LeaseId, Millis), bool>) {
+    fn promise(&mut self, job: usize, index: usize, token: u64, promise: Result<Promised, bool>) {
         if self.jobs[job].pending.get(&index) != Some(&token) {
             return;
         }
         self.cost(job, if promise.is_ok() { self.sizes.promise } else { self.sizes.refused });
         match promise {
-            Ok((lease, eta)) => {
+            Ok((lease, promise)) => {
                 let (needs, unix) = (self.needs(job), self.unix());
                 let entry = &mut self.jobs[job];
                 entry.pending.remove(&index);
                 entry.leases.insert(index, lease);
-                let quoted = Quoted::new(index, &entry.candidates[index].1, eta, &needs, unix);
+                let quoted = Quoted::new(index, &entry.candidates[index].1, promise, &needs, unix);
                 if let Some(routing) = entry.routing.as_mut() {
                     routing.handle_quote(quoted);
                 }
@@ -512,6 +513,7 @@ impl Sim {
         let told = until.saturating_duration_since(accepted).as_secs_f64();
         if entry.fate.moved == 0 {
             entry.fate.told = told;
+            entry.fate.lied_to = self.nodes[node].lie.is_some();
         }
         if entry.fate.routed == 0.0 {
             entry.fate.routed = (now - entry.arrives).as_secs_f64();

@@ -6,6 +6,8 @@ use kinoflock_tests::sim::{Scene, run};
 
 /// Bytes that a client may spend on routing one job.
 const CLIENT_BYTES: f64 = 64.0 * 1024.0;
+/// Round trips one after another that it may take: who is there, who takes it, the order.
+const TRIPS: f64 = 3.0;
 
 fn shown(what: &str, reports: &[Report]) {
     println!("{what}\n{}", Report::heading());
@@ -14,10 +16,12 @@ fn shown(what: &str, reports: &[Report]) {
 
 #[test]
 fn two_hundred_clients_at_once_spread_over_the_nodes() {
-    let herd = |seed| run(Scene { seed, ..Scene::of(20, 1, 200, 0.0) });
-    let reports: Vec<_> = (1..=5).map(herd).collect();
+    let herd = |seed| Scene { seed, ..Scene::of(20, 1, 200, 0.0) };
+    let reports: Vec<_> = (1..=5).map(|seed| run(herd(seed))).collect();
     shown("200 clients at once", &reports);
-    for report in reports {
+    let wrong: Vec<_> = (1..=5).map(|seed| run(Scene { speed_error: 0.15, ..herd(seed) })).collect();
+    shown("200 clients at once, speeds measured within 15 %", &wrong);
+    for report in reports.into_iter().chain(wrong) {
         assert!(report.done() > 0.999, "{report}");
         assert!(report.over_best <= 1.3, "{report}");
     }
@@ -49,6 +53,7 @@ fn networks_of_all_sizes_route_their_jobs() {
     reports.iter().for_each(check);
     for report in &rough {
         assert!(report.done() > 0.99, "{report}");
+        assert!(report.honest_of_honest(0.25) >= 0.9, "{report}");
     }
 }
 
@@ -63,5 +68,6 @@ fn ten_thousand_nodes_cost_a_client_no_more_than_ten() {
 fn check(report: &Report) {
     assert!(report.done() > 0.999, "{report}");
     assert!(report.quantile(0.99, |job| job.bytes as f64) < CLIENT_BYTES, "{report}");
+    assert!(report.quantile(0.99, |job| job.trips.into()) <= TRIPS, "{report}");
     assert!(report.slice <= 128, "{report}");
 }

@@ -21,6 +21,8 @@ pub struct Quoted {
     pub cost: u64,
     /// Round trip, if it was measured.
     pub round_trip: Option<Millis>,
+    /// Jobs that came there since its advert, and places that others hold there now.
+    pub came: u32,
     /// Whether it did wrong a moment ago.
     pub is_avoided: bool,
     /// Whether it serves the artist's own collective, if such are to be asked first.
@@ -28,14 +30,21 @@ pub struct Quoted {
 }
 
 impl Quoted {
-    /// What a candidate's promise of `eta` is worth.
+    /// What a candidate's promise is worth: of `eta`, with `position` jobs and held places before.
     #[must_use]
-    pub fn new(index: usize, candidate: &Candidate, eta: Millis, needs: &Needs, now: UnixMillis) -> Self {
+    pub fn new(
+        index: usize,
+        candidate: &Candidate,
+        (position, eta): (u32, Millis),
+        needs: &Needs,
+        now: UnixMillis,
+    ) -> Self {
         let round_trip = candidate.round_trip.unwrap_or_default();
         let finish = Millis(eta.0.max(transfer(needs).0).saturating_add(round_trip.0));
         let (is_avoided, cost) = cost(&candidate.seen, finish, now);
         let (node, round_trip) = (candidate.node, candidate.round_trip);
-        Self { index, node, finish, cost, round_trip, is_avoided, is_own: false }
+        let came = position.saturating_sub(candidate.capacity.queue.jobs);
+        Self { index, node, finish, cost, round_trip, came, is_avoided, is_own: false }
     }
 }
 
@@ -73,7 +82,7 @@ mod tests {
     fn quoted(number: u8, finish: u64, cost: u64) -> Quoted {
         let (node, finish) = (NodeId::from_bytes([number; 32]), Millis(finish));
         let (index, round_trip) = (number.into(), Some(Millis(10)));
-        Quoted { index, node, finish, cost, round_trip, is_avoided: false, is_own: false }
+        Quoted { index, node, finish, cost, round_trip, came: 0, is_avoided: false, is_own: false }
     }
 
     #[test]

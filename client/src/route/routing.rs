@@ -4,10 +4,12 @@
 //! [`handle_quote`](Routing::handle_quote) or [`handle_no`](Routing::handle_no), and of an order with
 //! [`handle_taken`](Routing::handle_taken) or [`handle_no`](Routing::handle_no).
 //!
-//! The first few are asked at once, and the best promise has the order. But when even that is far behind what an advert
-//! of some seconds ago says, many have come at once: each holds places at several nodes, and what nodes promise is the
-//! noise of that. Then all places are given back, and others are asked after a drawn pause, by which the many are spread.
-//! When all said no, and one of them only for the moment, all are asked again after a pause that grows.
+//! The first few are asked at once, and the best promise has the order. That is the whole of it in ordinary load, however
+//! far the promise is behind the adverts: some jobs have come since, and asking again costs a round trip to win little.
+//! But when many jobs and places stand before this one that the advert of some seconds ago did not know, a crowd has come
+//! at once: each holds places at several nodes, and what nodes promise is the noise of that. Then all places are given
+//! back, and others are asked after a drawn pause, by which the many are spread. When all said no, and one of them only
+//! for the moment, all are asked again after a pause that grows.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -20,11 +22,13 @@ use super::{Ranked, turn};
 /// Nodes that are asked for a quote at once.
 pub const QUOTES_AT_ONCE: usize = 3;
 /// Rounds of questions before the best of those who offered has the order.
-const ROUNDS: u32 = 2;
+const ROUNDS: u32 = 3;
 /// The pause before the next round is drawn below this part of the best promise.
 const SPREAD_PART: u64 = 10;
 /// Longest pause before the next round, in milliseconds.
 const SPREAD_MS: u64 = 5_000;
+/// A crowd has come when so many jobs and held places that its advert did not know are before us at the best node.
+const CROWD: u32 = 4;
 /// The best promise is far behind when it takes so many times as long as the best advert says.
 const FAR_BEHIND: f64 = 1.5;
 /// And when it takes so much longer at least: a round trip is not worth less.
@@ -167,7 +171,7 @@ impl Routing {
         let is_behind = |promised: u64| {
             best.cost as f64 > promised as f64 * FAR_BEHIND && best.cost - promised > FAR_BEHIND_MS
         };
-        self.rounds >= ROUNDS || !promised.is_some_and(is_behind)
+        self.rounds >= ROUNDS || best.came < CROWD || !promised.is_some_and(is_behind)
     }
 }
 
@@ -193,7 +197,11 @@ mod tests {
     fn quoted(node: &Ranked, cost: u64) -> Quoted {
         let (is_avoided, is_own) = (false, false);
         let Ranked { index, node, .. } = *node;
-        Quoted { index, node, finish: Millis(cost), cost, round_trip: None, is_avoided, is_own }
+        Quoted { index, node, finish: Millis(cost), cost, round_trip: None, came: 0, is_avoided, is_own }
+    }
+
+    fn crowded(node: &Ranked, cost: u64) -> Quoted {
+        Quoted { came: CROWD, ..quoted(node, cost) }
     }
 
     fn asked(step: Step) -> Vec<Ranked> {
@@ -221,19 +229,29 @@ mod tests {
     }
 
     #[test]
-    fn places_are_given_back_while_promises_are_far_behind_the_adverts_but_not_for_ever() {
+    fn promises_far_behind_the_adverts_are_ordered_from_at_once_where_no_crowd_came() {
+        let now = Instant::now();
+        let mut routing = Routing::new(ranked(20, 10_000), 1, now);
+        for node in asked(routing.poll(now)) {
+            routing.handle_quote(Quoted { came: CROWD - 1, ..quoted(&node, 90_000) });
+        }
+        assert!(matches!(routing.poll(now), Step::Order(_)));
+    }
+
+    #[test]
+    fn places_are_given_back_while_a_crowd_is_before_us_but_not_for_ever() {
         let mut now = Instant::now();
         let mut routing = Routing::new(ranked(20, 10_000), 1, now);
         for _ in 0..ROUNDS {
             for node in asked(routing.poll(now)) {
-                routing.handle_quote(quoted(&node, 40_000));
+                routing.handle_quote(crowded(&node, 40_000));
             }
             let Step::Release(places) = routing.poll(now) else { panic!("gives places back") };
             assert_eq!(places.len(), QUOTES_AT_ONCE);
             now += Duration::from_secs(4);
         }
         for node in asked(routing.poll(now)) {
-            routing.handle_quote(quoted(&node, 40_000));
+            routing.handle_quote(crowded(&node, 40_000));
         }
         assert!(matches!(routing.poll(now), Step::Order(_)));
     }

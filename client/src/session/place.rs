@@ -156,8 +156,8 @@ impl Client {
         let (offers, declined) = self.quotes(&asked, placing).await;
         for offer in offers {
             let (candidate, index) = (&offer.found.candidate, search.index_of(&offer.quote.node()));
-            let eta = offer.quote.quote().eta;
-            routing.handle_quote(Quoted::new(index, candidate, eta, &placing.needs(), crate::now()));
+            let promise = (offer.quote.quote().position, offer.quote.quote().eta);
+            routing.handle_quote(Quoted::new(index, candidate, promise, &placing.needs(), crate::now()));
             search.offers.insert(index, offer);
         }
         for declined in &declined {

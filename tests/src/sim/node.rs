@@ -67,11 +67,11 @@ pub struct Started {
 }
 
 impl SimNode {
-    /// A node that is up and has its model loaded.
+    /// A node that is up and has its model loaded, whose measured speed is within a share `error` of the true one.
     #[must_use]
-    pub fn new(model: ModelId, lie: Option<Lie>, dice: &mut Dice) -> Self {
+    pub fn new(model: ModelId, lie: Option<Lie>, error: f64, dice: &mut Dice) -> Self {
         let speed = 1e6 * dice.between(0.5, 2.0);
-        let measured = (speed * dice.between(0.95, 1.05)) as u64;
+        let measured = (speed * dice.between(1.0 - error, 1.0 + error)) as u64;
         let scheduler = scheduler(model, measured);
         let (advert, works) = (None, BTreeMap::new());
         Self { scheduler, model, speed, measured, lie, is_up: true, advert, works, starts: 0, timer: None }

@@ -1,4 +1,13 @@
 //! What a run came to, and the best that it could have come to.
+//!
+//! # Times told by liars
+//!
+//! A node that says that it is four times as fast as it is looks best to everybody, so it gets far more than its share
+//! of the jobs, and the times told for them are wrong. An artist finds out by the first job there and is not fooled
+//! again, but in a large network each of the liars has an artist to fool once. With a tenth of the nodes lying, times
+//! told are right within 25 % for 80 to 91 % of all jobs, and for 96 % or more of those at nodes that do not lie (the
+//! last two columns of the table; `cargo test --workspace --test sim -- --nocapture`). A promise that is too good cannot
+//! be told from a fast card before it was tried once; if artists told each other, that would be the liars' tool too.
 
 use std::fmt;
 
@@ -23,6 +32,8 @@ pub struct Fate {
     pub bytes: usize,
     /// Round trips one after another until acceptance.
     pub trips: u32,
+    /// Whether the node that told its time was one that lies.
+    pub lied_to: bool,
 }
 
 /// What a run came to.
@@ -53,15 +64,23 @@ impl Report {
     /// Share of the jobs whose time was told within `tolerance`; those that were moved or cancelled are left out.
     #[must_use]
     pub fn honest(&self, tolerance: f64) -> f64 {
-        let errors = self.errors();
-        errors.iter().filter(|error| error.abs() <= tolerance).count() as f64 / errors.len().max(1) as f64
+        share_within(self.errors(), tolerance)
     }
 
-    /// Time taken over time told, less 1.
+    /// The same of the jobs whose node did not lie.
+    #[must_use]
+    pub fn honest_of_honest(&self, tolerance: f64) -> f64 {
+        share_within(self.ended().filter(|job| !job.lied_to).map(error).collect(), tolerance)
+    }
+
+    /// Time told over time taken, less 1.
     #[must_use]
     pub fn errors(&self) -> Vec<f64> {
-        let ended = self.jobs.iter().filter(|job| job.done_at.is_some() && job.moved == 0 && !job.cancelled);
-        ended.map(|job| job.told / job.took - 1.0).collect()
+        self.ended().map(error).collect()
+    }
+
+    fn ended(&self) -> impl Iterator<Item = &Fate> {
+        self.jobs.iter().filter(|job| job.done_at.is_some() && job.moved == 0 && !job.cancelled)
     }
 
     /// The value that this share of the jobs does not exceed.
@@ -76,7 +95,7 @@ impl Report {
     /// The heading of the rows that [`Display`](fmt::Display) gives.
     #[must_use]
     pub fn heading() -> &'static str {
-        "| nodes | jobs | route p50 ms | p99 ms | messages | trips p99 | client bytes p99 | advert B/s/node | to all B/s | slice | done % | finish/best | eta in 25 % |"
+        "| nodes | jobs | route p50 ms | p99 ms | messages | trips p99 | client bytes p99 | advert B/s/node | to all B/s | slice | done % | finish/best | eta in 25 % | of honest |"
     }
 }
 
@@ -85,7 +104,7 @@ impl fmt::Display for Report {
         let routed = |share| self.quantile(share, |job| job.routed * 1000.0);
         write!(
             f,
-            "| {} | {} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {} | {:.1} | {:.2} | {:.1} |",
+            "| {} | {} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {} | {:.1} | {:.2} | {:.1} | {:.1} |",
             self.nodes,
             self.jobs.len(),
             routed(0.5),
@@ -99,8 +118,17 @@ impl fmt::Display for Report {
             self.done() * 100.0,
             self.over_best,
             self.honest(0.25) * 100.0,
+            self.honest_of_honest(0.25) * 100.0,
         )
     }
+}
+
+fn error(job: &Fate) -> f64 {
+    job.told / job.took - 1.0
+}
+
+fn share_within(errors: Vec<f64>, tolerance: f64) -> f64 {
+    errors.iter().filter(|error| error.abs() <= tolerance).count() as f64 / errors.len().max(1) as f64
 }
 
 /// Slowest finish in seconds when jobs of these costs are given, the longest first, each to the node that is done with

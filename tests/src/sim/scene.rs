@@ -33,6 +33,8 @@ pub struct Scene {
     pub cancels: f64,
     /// Whether half of the network cannot reach the other for some seconds.
     pub partition: bool,
+    /// By which share a node's measured speed may differ from what it is.
+    pub speed_error: f64,
     /// Seed of everything.
     pub seed: u64,
 }
@@ -41,8 +43,20 @@ impl Scene {
     /// A quiet one.
     #[must_use]
     pub const fn of(nodes: usize, models: usize, jobs: usize, over: f64) -> Self {
-        let (loss, churn, liars, cancels) = (0.0, 0.0, 0.0, 0.0);
-        Self { nodes, models, jobs, over, loss, churn, liars, cancels, partition: false, seed: 1 }
+        let (loss, churn, liars, cancels, speed_error) = (0.0, 0.0, 0.0, 0.0, 0.05);
+        Self {
+            nodes,
+            models,
+            jobs,
+            over,
+            loss,
+            churn,
+            liars,
+            cancels,
+            partition: false,
+            speed_error,
+            seed: 1,
+        }
     }
 
     /// The same with everything that goes wrong.
@@ -51,6 +65,9 @@ impl Scene {
         Self { loss: 0.02, churn: 0.1, liars: 0.1, cancels: 0.05, partition: true, ..self }
     }
 }
+
+/// A node's promise: the lease, jobs and held places before it, and when the clip would be there.
+pub(super) type Promised = (LeaseId, (u32, Millis));
 
 /// What happens next.
 #[derive(Debug)]
@@ -64,7 +81,7 @@ pub(super) enum Event {
     Find(usize),
     Found { job: usize, nodes: Vec<usize> },
     Quote { job: usize, index: usize, token: u64 },
-    Promise { job: usize, index: usize, token: u64, promise: Result<(LeaseId, Millis), bool> },
+    Promise { job: usize, index: usize, token: u64, promise: Result<Promised, bool> },
     Order { job: usize, index: usize, token: u64, lease: LeaseId },
     Answer { job: usize, index: usize, token: u64, until: Result<Instant, bool> },
     Release { node: usize, lease: LeaseId },

@@ -6,26 +6,16 @@
 //!
 //! # Adverts in slices
 //!
-//! Adverts to everybody cost every node bytes in proportion to the network. So they go to a slice only, and what runs
-//! here is this form of it:
+//! Adverts to everybody cost every node bytes in proportion to the network. So in a network of more than
+//! [`SLICE_AT_MOST`] nodes they go to a slice only: the nodes whose keys begin with the same bits. What runs here is the
+//! answer to `FindNodes` as nodes give it: from the adverts of the slice, half of it being those with the shortest wait,
+//! and where few of the slice serve the model, from two nodes that the DHT names for it.
 //!
-//! - The topic is `capacity/<model>/<depth>/<prefix>`: the first `depth` bits of the node's id. A node joins one slice
-//!   for each model that it serves (four at most; it names further models in its advert, and answers for them itself),
-//!   publishes there every [`ADVERT_EVERY`] seconds, and keeps what it hears there, [`SLICE_AT_MOST`] adverts and no
-//!   more.
-//! - `depth` grows by one when the slice has held more than [`SLICE_AT_MOST`] live members for two lives of an advert, and
-//!   shrinks when it and its sibling hold fewer than three eighths of that together. In between a node is in both.
-//! - A node keeps two contacts for each model that it was asked for and does not serve, found under the key of
-//!   `capacity/<model>` in the DHT (each member of a slice provides it with a chance that keeps providers at about
-//!   twenty), 64 models at most, those asked for longest ago forgotten first.
-//! - `FindNodes` for a model is answered from the slice's table, half of the answer being those with the shortest wait
-//!   and half drawn; or it is forwarded, once and no further, to a contact, whose answer is passed on. The adverts in it
-//!   are signed by their nodes, so who passes them on cannot change them.
-//!
-//! Changes of depth are not simulated: it is what the number of nodes makes it. A question to the DHT is three hops of
-//! time, and its bytes are not counted.
+//! Changes of depth are not simulated (`node/src/run/slices.rs` tests them): it is what the number of nodes makes it. A
+//! question to the DHT is three hops of time the first time; its bytes are not counted. Nor is what a slice costs beside
+//! its own adverts: while members move, the slice twice as large is heard too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use kinoflock_client::route::choice::Quoted;
@@ -51,11 +41,15 @@ mod scene;
 pub mod sizes;
 
 /// Seconds between two adverts of a node.
-pub const ADVERT_EVERY: f64 = 20.0;
+pub const ADVERT_EVERY: f64 = 30.0;
 /// Most members of a slice.
 pub const SLICE_AT_MOST: usize = 128;
 /// Adverts in an answer.
 const ANSWER: usize = limits::MAX_NODES;
+/// With fewer adverts of a model than this, others are asked.
+const ENOUGH: usize = ANSWER / 2;
+/// How many of those that the DHT names are asked.
+const NOTED_ASKED: usize = 2;
 /// Seconds until who does not answer is given up.
 const NO_ANSWER: f64 = 5.0;
 /// Seconds by which a lost message comes later.
@@ -300,35 +294,40 @@ impl Sim {
         let mut way = self.way(job, contact) + self.way(job, contact);
         let wanted = self.jobs[job].wanted.model;
         let number = (0..self.scene.models).find(|n| model(*n) == wanted).unwrap_or_default();
-        let mut asked = contact;
-        if self.nodes[contact].model != wanted {
-            // Three hops of the DHT the first time, the contact after.
+        let mut nodes = self.table(contact, wanted);
+        if nodes.len() < ENOUGH && depth(self.scene.nodes) > 0 {
+            // Three hops of the DHT the first time, the noted ones after.
             let hops = if self.contacts.insert((contact, number), ()).is_none() { 3 } else { 0 };
-            let members = self.scene.nodes.div_ceil(self.scene.models);
-            asked = (self.dice.below(members) * self.scene.models + number).min(self.scene.nodes - 1);
+            for _ in 0..NOTED_ASKED {
+                let members = self.scene.nodes.div_ceil(self.scene.models);
+                let noted = self.dice.below(members) * self.scene.models + number;
+                nodes.extend(self.table(noted.min(self.scene.nodes - 1), wanted));
+            }
+            let mut seen = BTreeSet::new();
+            nodes.retain(|node| seen.insert(*node));
+            nodes.truncate(ANSWER);
             way += (0..=hops).map(|_| self.dice.between(0.01, 0.16)).sum::<f64>();
         }
-        let nodes = self.table(asked, number);
         let bytes = 120 + nodes.len() * self.sizes.nodes / ANSWER;
         self.cost(job, bytes);
         self.after(way, Event::Found { job, nodes });
     }
 
     /// What a node answers from its slice's table: half by the shortest wait, half drawn.
-    fn table(&mut self, asked: usize, number: usize) -> Vec<usize> {
-        let members = (self.scene.nodes + self.scene.models - 1 - number) / self.scene.models;
-        let slices = 1_usize << depth(members);
-        let slice = (asked / self.scene.models) % slices;
-        let all = (0..members).filter(|member| member % slices == slice);
+    fn table(&mut self, asked: usize, wanted: ModelId) -> Vec<usize> {
+        let slices = 1_usize << depth(self.scene.nodes);
+        // Models go round with the number of a node, and slices must not go round with them.
+        let slice = |node: usize| (node / self.scene.models) % slices;
+        let of_slice = (0..self.scene.nodes).filter(|node| slice(*node) == slice(asked));
+        let of: Vec<usize> = of_slice.filter(|node| self.nodes[*node].model == wanted).collect();
         let now = self.now;
         let life = Duration::from_millis(limits::ADVERT_LIFE_MS);
         let wait = |node: &usize| {
             let (at, advert) = self.nodes[*node].advert.as_ref()?;
             (now - *at < life).then_some(advert.queue.wait)
         };
-        let of = all.map(|member| member * self.scene.models + number);
         let mut known: Vec<(Millis, u64, usize)> =
-            of.filter_map(|node| Some((wait(&node)?, 0, node))).collect();
+            of.into_iter().filter_map(|node| Some((wait(&node)?, 0, node))).collect();
         for entry in &mut known {
             entry.1 = self.dice.bits();
         }
@@ -574,9 +573,8 @@ impl Sim {
     }
 
     fn report(&self) -> Report {
-        let Scene { nodes, models, seed, .. } = self.scene;
-        let members = nodes.div_ceil(models);
-        let slice = members.div_ceil(1 << depth(members));
+        let Scene { nodes, seed, .. } = self.scene;
+        let slice = nodes.div_ceil(1 << depth(nodes));
         let bytes = |members| mesh::bytes_per_second(members, self.sizes.advert, ADVERT_EVERY, seed);
         let fates: Vec<Fate> = self.jobs.iter().map(|job| job.fate).collect();
         let honest: Vec<_> = self.nodes.iter().filter(|node| node.lie.is_none()).collect();

@@ -1,15 +1,21 @@
-//! Many jobs through nodes that are killed, stopped and started again at random: every job ends with one verified clip, none
-//! is lost, and none is accepted twice.
+//! Many jobs through nodes that are killed and started again, stopped, and cut off at random: every job ends with one
+//! verified clip, none is lost, and none is accepted twice.
+//!
+//! A node is cut off by rules of nftables that drop what comes to its ports and from them. Where the system lets nobody set
+//! such rules, it is stopped instead, and the test says how often it was which.
 //!
 //! `KINOFLOCK_CHAOS=100x8` runs 100 jobs through 8 nodes; `KINOFLOCK_CHAOS_SEED` repeats a run's chaos.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use kinoflock_client::local::LocalNode;
 use kinoflock_client::provenance::{self, Verified};
 use kinoflock_tests::invariants;
 use kinoflock_tests::sandbox::{Client, Node, Sandbox, Worker, said, send};
@@ -34,24 +40,75 @@ impl Dice {
     }
 }
 
+/// What was done to nodes.
+#[derive(Debug, Default)]
+struct Blows {
+    killed: usize,
+    stopped: usize,
+    cut_off: usize,
+}
+
+/// Rules that drop all that comes to a node's ports or from them, until this is dropped.
+struct Cut {
+    table: String,
+}
+
+impl Cut {
+    /// None where the system does not let us.
+    fn off(node: &Node) -> Option<Self> {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        // A node that has only just started may not have told its ports.
+        let local = LocalNode::read(&node.path("run")).ok()?;
+        let ports: Vec<_> = local.addresses.iter().filter_map(|address| address.split('/').nth(4)).collect();
+        let number = NEXT.fetch_add(1, Ordering::SeqCst);
+        let table = format!("kinoflock_chaos_{}_{number}", std::process::id());
+        let of = |what: &str| format!("{what} {{ {} }} drop\n", ports.join(", "));
+        let drops: String = ["udp dport", "udp sport", "tcp dport", "tcp sport"].map(of).concat();
+        let rules =
+            format!("table inet {table} {{ chain cut {{ type filter hook input priority 0;\n{drops}}} }}\n");
+        let mut nft = Command::new("nft");
+        nft.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut setting = nft.spawn().ok()?;
+        setting.stdin.take()?.write_all(rules.as_bytes()).ok()?;
+        setting.wait().ok()?.success().then_some(Self { table })
+    }
+}
+
+impl Drop for Cut {
+    fn drop(&mut self) {
+        // Where it could be set it can be taken away.
+        let _ = Command::new("nft").args(["delete", "table", "inet", &self.table]).status();
+    }
+}
+
 /// Hurts one node at a time until it is told to stop; the first one stays well, for somebody must know the way.
-fn hurt(nodes: &Mutex<Vec<Node>>, seed: u64, over: &AtomicBool) -> usize {
+fn hurt(nodes: &Mutex<Vec<Node>>, seed: u64, over: &AtomicBool) -> Blows {
     let mut dice = Dice(seed);
-    let mut blows = 0;
+    let mut blows = Blows::default();
     while !over.load(Ordering::SeqCst) {
         let place = 1 + dice.draw(nodes.lock().unwrap().len() as u64 - 1) as usize;
         let pause = Duration::from_millis(500 + dice.draw(2500));
-        if dice.draw(2) == 0 {
-            nodes.lock().unwrap()[place].kill();
-            wait(pause, over);
-            nodes.lock().unwrap()[place].start();
+        let cut = match dice.draw(3) {
+            0 => {
+                nodes.lock().unwrap()[place].kill();
+                wait(pause, over);
+                nodes.lock().unwrap()[place].start();
+                blows.killed += 1;
+                continue;
+            }
+            1 => Cut::off(&nodes.lock().unwrap()[place]),
+            _ => None,
+        };
+        if cut.is_some() {
+            wait(pause * 4, over);
+            blows.cut_off += 1;
         } else {
             let pid = nodes.lock().unwrap()[place].pid();
             send(pid, Signal::STOP);
             wait(pause * 4, over);
             send(pid, Signal::CONT);
+            blows.stopped += 1;
         }
-        blows += 1;
         wait(Duration::from_millis(dice.draw(1500)), over);
     }
     blows
@@ -111,7 +168,7 @@ fn survives(jobs: usize, nodes: usize, worker: impl Fn(usize) -> Worker, seed: u
     invariants::one_outcome_each(&made);
     assert_eq!(made.iter().map(|clip| clip.clip).collect::<BTreeSet<_>>().len(), jobs, "every seed its clip");
     let makers: BTreeSet<_> = made.iter().map(|clip| clip.receipt.receipt().node).collect();
-    println!("{jobs} clips from {} of {nodes} nodes under {blows} blows, seed {seed}", makers.len());
+    println!("{jobs} clips from {} of {nodes} nodes under {blows:?}, seed {seed}", makers.len());
 }
 
 fn seed() -> u64 {

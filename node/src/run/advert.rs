@@ -217,12 +217,20 @@ impl Daemon {
             .own
             .iter()
             .filter(|_| wanted.model.is_none_or(|model| self.passed(&model).is_some()));
-        let known = self.adverts.table.fresh(now).filter(|(capacity, _)| fits(capacity));
-        let mut known: Vec<_> = known.map(|(_, envelope)| envelope).collect();
+        let mut known: Vec<_> =
+            self.adverts.table.fresh(now).filter(|(capacity, _)| fits(capacity)).collect();
+        let mut soonest = Vec::new();
+        if known.len() > limit {
+            // Half of those that are told are those with the shortest wait.
+            known.sort_by_key(|(capacity, _)| (capacity.state != NodeState::Open, capacity.queue.wait));
+            soonest.extend(known.drain(..limit / 2));
+        }
         // Each answer goes on where the last one ended, so that nobody is told of less often than others.
         let turn = self.adverts.turn.fetch_add(limit, Ordering::Relaxed);
+        known.sort_by_key(|(_, envelope)| envelope.signer);
         let first = turn.checked_rem(known.len()).unwrap_or(0);
         known.rotate_left(first);
+        let known = soonest.into_iter().chain(known).map(|(_, envelope)| envelope);
         let nodes = own.chain(known).take(limit).cloned();
         Response::Nodes(List::first_of(nodes))
     }

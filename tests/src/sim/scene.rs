@@ -105,7 +105,7 @@ pub(super) struct SimJob {
     pub(super) accepted: Option<Instant>,
 }
 
-/// Bits of a node's id that name its slice, in a network with so many nodes of a model.
+/// Bits of a node's key that name its slice, in a network of so many nodes.
 #[must_use]
 pub fn depth(members: usize) -> u32 {
     let mut depth = 0;

@@ -1,10 +1,10 @@
-//! Many jobs of one artist: placed one after the other, so that each sees the queues that the former ones left, followed
-//! all at once, and found again by a process that comes later.
+//! Many jobs of one artist: placed a few at a time, so that each sees the queues that the former ones left, followed all at
+//! once, and found again by a process that comes later.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 
 use super::find::Found;
 use super::{Client, Delivered, Events, SessionError};
@@ -14,14 +14,18 @@ use crate::ticket::Way;
 
 /// Time after which nodes are looked for anew.
 const FRESH: Duration = Duration::from_secs(30);
+/// Jobs that are placed at once: as many places as a node holds for one artist, so that none is refused for the others.
+/// What one of them is promised counts the places of the other.
+const PLACED_AT_ONCE: usize = 2;
 
 /// Many jobs that are placed with one look at the network.
 #[derive(Debug)]
 pub struct Many<'a> {
     client: &'a Client,
     ways: &'a [Way],
-    /// Held while a job is placed.
+    /// Held while nodes are looked for.
     known: Mutex<Option<Known>>,
+    placing: Semaphore,
 }
 
 #[derive(Debug)]
@@ -34,7 +38,7 @@ impl Client {
     /// Many jobs by these ways.
     #[must_use]
     pub fn many<'a>(&'a self, ways: &'a [Way]) -> Many<'a> {
-        Many { client: self, ways, known: Mutex::new(None) }
+        Many { client: self, ways, known: Mutex::new(None), placing: Semaphore::new(PLACED_AT_ONCE) }
     }
 
     /// The jobs of batches that are under way or done, by their keys. One that failed or was cancelled is to be made
@@ -63,7 +67,7 @@ impl Client {
 }
 
 impl Many<'_> {
-    /// Hands one of the jobs over, when those before it are.
+    /// Hands one of the jobs over, when all but one of those before it are.
     ///
     /// # Errors
     /// As [`Client::submit`].
@@ -74,22 +78,32 @@ impl Many<'_> {
         events: &Events,
     ) -> Result<JobRecord, SessionError> {
         ask.check()?;
-        let mut known = self.known.lock().await;
-        if known.as_ref().is_none_or(|known| known.at.elapsed() > FRESH) {
-            *known = None;
-            let found = self.client.find_for(ask, self.ways, events).await?;
-            *known = Some(Known { found, at: Instant::now() });
-        }
-        let found = &mut known.as_mut().expect("invariant: just found").found;
-        let mut placing = self.client.prepare(ask, found).await?;
+        let _turn = self.placing.acquire().await.expect("invariant: it is never closed");
+        let found = self.found(ask, events).await?;
+        let mut placing = self.client.prepare(ask, &found).await?;
         placing.batch = key.cloned();
-        let record = self.client.hand_in(ask, placing, found, events).await?;
-        if let Some(taken) = found.iter_mut().find(|found| found.candidate.node == record.node) {
+        let record = self.client.hand_in(ask, placing, &found, events).await?;
+        let mut known = self.known.lock().await;
+        let found = known.iter_mut().flat_map(|known| &mut known.found);
+        if let Some(taken) = found.into_iter().find(|found| found.candidate.node == record.node) {
             // Its advert does not know of this job yet, and the next one is ranked by it.
             let queue = &mut taken.candidate.capacity.queue;
             queue.wait = queue.wait.max(record.told.unwrap_or_default());
+            queue.jobs = queue.jobs.saturating_add(1);
         }
         Ok(record)
+    }
+
+    /// The nodes, looked for once in a while only.
+    async fn found(&self, ask: &Ask, events: &Events) -> Result<Vec<Found>, SessionError> {
+        let mut known = self.known.lock().await;
+        if let Some(known) = known.as_ref().filter(|known| known.at.elapsed() <= FRESH) {
+            return Ok(known.found.clone());
+        }
+        *known = None;
+        let found = self.client.find_for(ask, self.ways, events).await?;
+        *known = Some(Known { found: found.clone(), at: Instant::now() });
+        Ok(found)
     }
 
     /// One of the jobs from its words to its clip.

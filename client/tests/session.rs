@@ -77,6 +77,35 @@ async fn a_receipt_for_something_else_is_disputed() {
     assert!(client.store().experience(&node).is_avoided(kinoflock_client::now()), "it is remembered");
 }
 
+/// What becomes of a second job with a node that does as the script says.
+async fn second_job_with(seed: u8, script: Script) -> SessionError {
+    let home = Home::new();
+    let peer = peer::start(seed, script).await;
+    let client = client(&home).await;
+    let first = client.generate(&ask(), &[way(&peer)], &Events::none()).await;
+    if script.old_receipt {
+        first.unwrap();
+    }
+    client.generate(&ask(), &[way(&peer)], &Events::none()).await.unwrap_err()
+}
+
+#[tokio::test]
+async fn a_true_receipt_of_another_job_or_of_another_node_is_disputed() {
+    let error = second_job_with(31, Script { old_receipt: true, ..Script::default() }).await;
+    assert!(matches!(error, SessionError::Disputed { .. }), "{error}");
+    let error = second_job_with(32, Script { borrowed_receipt: true, ..Script::default() }).await;
+    assert!(matches!(error, SessionError::Disputed { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_node_that_answers_for_another_is_not_believed() {
+    let error = second_job_with(33, Script { borrowed_advert: true, ..Script::default() }).await;
+    assert!(error.to_string().contains("with the advert of"), "{error}");
+    let error = second_job_with(34, Script { borrowed_quote: true, ..Script::default() }).await;
+    assert!(matches!(&error, SessionError::NoTaker { .. }), "{error}");
+    assert!(error.to_string().contains("signed by"), "{error}");
+}
+
 #[tokio::test]
 async fn a_clip_of_another_shape_than_asked_is_disputed() {
     let home = Home::new();

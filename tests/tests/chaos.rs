@@ -58,7 +58,7 @@ impl Cut {
     fn off(node: &Node) -> Option<Self> {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         // A node that has only just started may not have told its ports.
-        let local = LocalNode::read(&node.path("run")).ok()?;
+        let local = LocalNode::read(&node.path("run"))?;
         let ports: Vec<_> = local.addresses.iter().filter_map(|address| address.split('/').nth(4)).collect();
         let number = NEXT.fetch_add(1, Ordering::SeqCst);
         let table = format!("kinoflock_chaos_{}_{number}", std::process::id());

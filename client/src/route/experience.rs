@@ -19,6 +19,8 @@ const ASSUMED_TRUE: f64 = 2.0;
 const GREATEST_FACTOR: f64 = 8.0;
 /// Shortest time for which a node is passed over after a fault; it doubles with each further one.
 const AVOID_MS: f64 = 5_000.0;
+/// Time for which a node is passed over that something befell.
+const SET_ASIDE_MS: u64 = 60_000;
 /// Longest time for which a node is passed over.
 const AVOID_AT_MOST_MS: f64 = 3_600_000.0;
 /// A time that was told is compared with at least this one: below it both are noise.
@@ -89,6 +91,12 @@ impl Experience {
         self.faults += fault.weight();
         let avoid = (AVOID_MS * self.faults.exp2()).min(AVOID_AT_MOST_MS);
         self.avoid_until = now.plus(Millis(avoid as u64));
+    }
+
+    /// Something befell it: it is passed over for a moment, and nothing is held against it.
+    pub fn set_aside(&mut self, now: UnixMillis) {
+        self.fade(now);
+        self.avoid_until = self.avoid_until.max(now.plus(Millis(SET_ASIDE_MS)));
     }
 
     /// Chance that a job ends well there, above 0 and below 1.
@@ -179,6 +187,14 @@ mod tests {
             seen.fault(Fault::WrongClip, START);
         }
         assert!(!seen.is_avoided(later(AVOID_AT_MOST_MS)), "an hour at most");
+    }
+
+    #[test]
+    fn what_befalls_a_node_is_not_held_against_it() {
+        let mut seen = Experience::default();
+        seen.set_aside(START);
+        assert!(seen.is_avoided(later(1_000.0)) && !seen.is_avoided(START.plus(Millis(SET_ASIDE_MS))));
+        assert_eq!(seen.reliability(START), Experience::default().reliability(START));
     }
 
     #[test]

@@ -36,9 +36,14 @@ impl Client {
             SessionError::Stalled { .. } => self.takes_no_jobs(record).await,
             _ => false,
         };
-        if !is_befallen {
-            self.remember_fault(record, fault_of(error).unwrap_or(Fault::OutOfReach));
+        let now = crate::now();
+        let mut seen = self.store.experience(&record.node);
+        if is_befallen {
+            seen.set_aside(now);
+        } else {
+            seen.fault(fault_of(error).unwrap_or(Fault::OutOfReach), now);
         }
+        self.keep_experience(&record.node, &seen);
     }
 
     /// Whether its operator paused or drains the node: then what waits there stands still, and that is their right.

@@ -29,6 +29,14 @@ pub(crate) struct Script {
     pub(crate) breaks: u32,
     /// Its receipt names another seed.
     pub(crate) wrong_seed: bool,
+    /// Its receipt is a true one, of the first job that it did.
+    pub(crate) old_receipt: bool,
+    /// Its receipt is a true one, of another node for the same job.
+    pub(crate) borrowed_receipt: bool,
+    /// It answers with the advert of another node.
+    pub(crate) borrowed_advert: bool,
+    /// Its quotes are signed by another node.
+    pub(crate) borrowed_quote: bool,
     /// Its jobs fail.
     pub(crate) fails: bool,
     /// Its jobs stand still after the first step.
@@ -84,15 +92,21 @@ pub(crate) async fn start(seed: u8, script: Script) -> Peer {
     let (cancelled, cancels) = mpsc::channel(8);
     let (released, releases) = mpsc::channel(8);
     let streams = Arc::new(AtomicU32::new(0));
-    let state = State { key, script, job: None, streams, heard, cancelled, released };
+    let state = State { key, script, job: None, first_job: None, streams, heard, cancelled, released };
     tokio::spawn(state.serve(events));
     Peer { handle, answers, cancels, releases }
+}
+
+/// A node that is not there.
+fn other() -> Keypair {
+    Keypair::from_seed(&[200; 32])
 }
 
 struct State {
     key: Keypair,
     script: Script,
     job: Option<Envelope>,
+    first_job: Option<Envelope>,
     streams: Arc<AtomicU32>,
     heard: mpsc::Sender<Verdict>,
     cancelled: mpsc::Sender<JobId>,
@@ -127,11 +141,17 @@ impl State {
 
     fn answer(&mut self, request: Request) -> Response {
         match request {
+            Request::Capacity if self.script.borrowed_advert => {
+                Response::Capacity(Envelope::seal(&other(), &network(), &self.capacity()).unwrap())
+            }
             Request::Capacity => Response::Capacity(self.seal(&self.capacity())),
             Request::FindNodes(_) => Response::Nodes(List::empty()),
             Request::Manifest(_) => Response::Manifest(Bytes::new(manifest().encode()).unwrap()),
             Request::Quote(_) if self.script.refuses => {
                 Response::Refused(Refusal::new(Reason::TooLarge, "max_frames").limit(9, 17))
+            }
+            Request::Quote(request) if self.script.borrowed_quote => {
+                Response::Quote(Envelope::seal(&other(), &network(), &self.quote(&request)).unwrap())
             }
             Request::Quote(request) => Response::Quote(self.seal(&self.quote(&request))),
             Request::Submit { order, job } => self.take(&order, job),
@@ -171,6 +191,7 @@ impl State {
         if let Err(error) = ValidOrder::parse(order, &network(), self.now(), &self.key.node_id(), &valid) {
             return Response::error(error.code(), &error.to_string());
         }
+        self.first_job.get_or_insert_with(|| job.clone());
         self.job = Some(job);
         Response::Accepted { job: valid.id(), position: 0, eta: Millis(1000) }
     }
@@ -195,7 +216,9 @@ impl State {
             return sink.refuse(Refusal::new(Reason::JobUnknown, ""));
         };
         let breaks = self.streams.fetch_add(1, Ordering::SeqCst) < self.script.breaks;
-        let mut made = receipt(&job);
+        let done = self.first_job.as_ref().filter(|_| self.script.old_receipt).unwrap_or(&job);
+        let number = receipt(&job).job;
+        let mut made = receipt(done);
         made.node = self.key.node_id();
         if self.script.wrong_seed {
             made.seed += 1;
@@ -205,7 +228,9 @@ impl State {
                 (Text::new("out_of_memory").unwrap(), Text::new("device memory is full").unwrap());
             JobEvent::Failed { code, text, retryable: true }
         } else {
-            JobEvent::Done { receipt: self.seal(&made) }
+            let signer = if self.script.borrowed_receipt { other() } else { self.key.clone() };
+            made.node = signer.node_id();
+            JobEvent::Done { receipt: Envelope::seal(&signer, &network(), &made).unwrap() }
         };
         let step = |done| JobEvent::Step { done, total: 4, eta: Millis(1) };
         let events = [JobEvent::Loading, step(1), step(2), step(3), step(4), JobEvent::Encoding, last];
@@ -213,7 +238,7 @@ impl State {
         let holds = self.script.holds;
         tokio::spawn(async move {
             for (seq, event) in (0..).zip(events).filter(|(seq, _)| *seq >= from_seq) {
-                let told = sender.send(Progress { job: made.job, seq, event }).await;
+                let told = sender.send(Progress { job: number, seq, event }).await;
                 if told.is_err() || breaks {
                     return;
                 }

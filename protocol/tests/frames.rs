@@ -5,7 +5,7 @@
 mod samples;
 
 use kinoflock_protocol::frame::{FrameError, FrameReader, frame};
-use kinoflock_protocol::names::{ClipTicket, NodeTicket, PUBLIC_NETWORK, Protocols};
+use kinoflock_protocol::names::{ClipTicket, NodeAddress, NodeTicket, PUBLIC_NETWORK, Protocols};
 use kinoflock_protocol::rpc::*;
 use kinoflock_protocol::*;
 use proptest::prelude::*;
@@ -75,6 +75,22 @@ proptest! {
     }
 
     #[test]
+    fn a_ticket_has_one_form_and_whatever_is_no_ticket_is_refused(
+        seed in any::<u64>(), at in any::<prop::sample::Index>(), byte in any::<u8>()
+    ) {
+        let mut bytes = samples::node_ticket(&mut Draw(seed)).encode();
+        prop_assert!(NodeTicket::decode(&bytes[..at.index(bytes.len())]).is_err());
+        bytes.push(0);
+        prop_assert!(NodeTicket::decode(&bytes).is_err());
+        bytes.pop();
+        let at = at.index(bytes.len());
+        bytes[at] = byte;
+        if let Ok(ticket) = NodeTicket::decode(&bytes) {
+            prop_assert_eq!(ticket.encode(), bytes);
+        }
+    }
+
+    #[test]
     fn ids_survive_their_text_and_a_mistyped_one_is_refused(bytes in any::<[u8; 32]>(), at in 4..60usize) {
         let clip = ClipId::from_bytes(bytes);
         let text = clip.to_string();
@@ -102,6 +118,18 @@ proptest! {
         let text = String::from_utf8_lossy(&bytes);
         let _ = (text.parse::<NodeId>(), text.parse::<ClipId>(), text.parse::<NodeTicket>(), text.parse::<Micro>());
     }
+}
+
+#[test]
+fn a_ticket_for_one_public_node_is_a_line_that_can_be_pasted() {
+    let addresses = ["/ip4/198.18.0.1/udp/4820/quic-v1", "/ip4/198.18.0.1/tcp/4820"];
+    let addresses = List::first_of(addresses.map(|addr| Text::new(addr).unwrap()));
+    let node = NodeAddress { id: Keypair::from_seed(&[0; 32]).node_id(), addresses };
+    let network = NetworkId::named(PUBLIC_NETWORK);
+    let ticket = NodeTicket { network, nodes: List::first_of([node]), collective: None };
+    let text = ticket.to_string();
+    assert_eq!(text.len(), 99, "{text}");
+    assert!(text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()), "{text}");
 }
 
 #[test]

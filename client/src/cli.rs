@@ -17,6 +17,7 @@ mod keys;
 mod many;
 mod nodes;
 mod survey;
+mod ticket;
 
 pub use args::Cli;
 use args::Command;
@@ -76,6 +77,7 @@ async fn with_context(command: Command, context: &Context<'_>) -> Result<(), Fai
         Command::Nodes { node } => nodes::nodes(&node, context).await,
         Command::Models { node } => nodes::models(&node, context).await,
         Command::Join { ticket } => nodes::join(&ticket, context).await,
+        Command::Ticket => ticket::ticket(context),
         Command::Key { command } => keys::run(command, context),
         Command::Completions { .. } => Ok(()),
     }

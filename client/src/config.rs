@@ -5,14 +5,16 @@
 
 use std::path::{Path, PathBuf};
 
-use kinoflock_protocol::NetworkId;
+use kinoflock_protocol::id::IdError;
 use kinoflock_protocol::names::PUBLIC_NETWORK;
+use kinoflock_protocol::{CollectiveId, NetworkId};
 use serde::{Deserialize, Serialize};
 
 /// Every key of the configuration, with what it means; the source of the help text and of near names.
-pub const KEYS: [(&str, &str); 9] = [
+pub const KEYS: [(&str, &str); 10] = [
     ("network", "Name of the network, or its id (net1...)."),
     ("nodes", "Nodes to begin with: addresses or tickets."),
+    ("collective", "Collective (coll1...) whose nodes are asked first; without it, those of the tickets that you joined by."),
     ("model", "Model to use when none is named."),
     ("mdns", "Whether to look for nodes on the local network."),
     ("local", "Whether to ask the daemon on this machine first."),
@@ -76,6 +78,7 @@ impl ConfigError {
 struct FileConfig {
     network: Option<String>,
     nodes: Option<Vec<String>>,
+    collective: Option<CollectiveId>,
     model: Option<String>,
     mdns: Option<bool>,
     local: Option<bool>,
@@ -92,6 +95,8 @@ pub struct Config {
     pub network: NetworkId,
     /// Nodes to begin with: addresses or tickets.
     pub nodes: Vec<String>,
+    /// Collective whose nodes are asked first.
+    pub collective: Option<CollectiveId>,
     /// Model to use when none is named.
     pub model: Option<String>,
     /// Whether to look for nodes on the local network.
@@ -132,6 +137,7 @@ impl Config {
         Ok(Self {
             network: parse_network(network),
             nodes: values.nodes.unwrap_or_default(),
+            collective: values.collective,
             model: values.model,
             mdns: values.mdns.unwrap_or(true),
             local: values.local.unwrap_or(true),
@@ -194,6 +200,13 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
             "nodes" => {
                 values.nodes =
                     Some(value.split([',', ' ']).map(str::to_owned).filter(|n| !n.is_empty()).collect())
+            }
+            "collective" => {
+                let id = value.parse().map_err(|error: IdError| ConfigError::Value {
+                    origin: name.clone(),
+                    reason: error.to_string(),
+                })?;
+                values.collective = Some(id);
             }
             "model" => values.model = text,
             "mdns" => values.mdns = Some(flag(name, value)?),

@@ -10,12 +10,14 @@ use std::time::Duration;
 
 use kinoflock_net::blobs::FileReader;
 use kinoflock_net::{BlobReader, BlobSource, Multiaddr, NetConfig, NetEvent, NetEvents, NetHandle};
+use kinoflock_protocol::limits::MAX_COLLECTIVES;
 use kinoflock_protocol::query::{JobQuery, QueryAction};
 use kinoflock_protocol::{
-    BlobId, Envelope, JobId, Keypair, NetworkId, NodeId, Nonce, RequesterId, UnixMillis,
+    BlobId, CollectiveId, Envelope, JobId, Keypair, NetworkId, NodeId, Nonce, RequesterId, UnixMillis,
 };
 use tokio::sync::{mpsc, watch};
 
+use crate::route::{self, Candidate, Declined, Needs, Ranked};
 use crate::store::{JobRecord, Store};
 
 mod custody;
@@ -55,13 +57,15 @@ pub struct ClientOptions {
     pub mdns: bool,
     /// How long a node may be out of reach before following a job is given up.
     pub patience: Duration,
+    /// Collectives whose nodes are asked before all others; at most [`MAX_COLLECTIVES`].
+    pub collectives: Vec<CollectiveId>,
 }
 
 impl ClientOptions {
     /// No discovery, ten minutes of patience.
     #[must_use]
     pub fn new(network: NetworkId) -> Self {
-        Self { network, mdns: false, patience: Duration::from_secs(600) }
+        Self { network, mdns: false, patience: Duration::from_secs(600), collectives: Vec::new() }
     }
 }
 
@@ -74,6 +78,7 @@ pub struct Client {
     key: Keypair,
     patience: Duration,
     mdns: bool,
+    collectives: Arc<[CollectiveId]>,
     found: watch::Receiver<BTreeMap<NodeId, Vec<Multiaddr>>>,
     inputs: Arc<Inputs>,
     /// Silence of a job's node after which another is looked for.
@@ -93,8 +98,10 @@ impl Client {
         tokio::spawn(remember(events, sender));
         let inputs = Arc::new(Inputs { store: store.clone(), served: Mutex::default() });
         net.serve_blobs(inputs.clone());
-        let ClientOptions { network, mdns, patience } = options;
-        Ok(Self { net, network, store, key, patience, mdns, found, inputs, away: AWAY })
+        let ClientOptions { network, mdns, patience, mut collectives } = options;
+        collectives.truncate(MAX_COLLECTIVES);
+        let collectives = collectives.into();
+        Ok(Self { net, network, store, key, patience, mdns, collectives, found, inputs, away: AWAY })
     }
 
     /// A custodian: works over a swarm that runs already, with the custodian's key, for jobs that others signed. It gives up
@@ -105,7 +112,8 @@ impl Client {
         let inputs = Arc::new(Inputs { store: store.clone(), served: Mutex::default() });
         let (_, found) = watch::channel(BTreeMap::new());
         let patience = Duration::from_millis(kinoflock_protocol::limits::JOB_LIFE_MS);
-        Self { net, network, store, key, patience, mdns: false, found, inputs, away }
+        let collectives = Arc::new([]);
+        Self { net, network, store, key, patience, mdns: false, collectives, found, inputs, away }
     }
 
     /// The same, that gives up a node which is silent for so long.
@@ -149,6 +157,13 @@ impl Client {
     pub fn events() -> (Events, mpsc::Receiver<Event>) {
         let (sender, receiver) = mpsc::channel(EVENTS);
         (Events::to(sender), receiver)
+    }
+
+    /// Who could take a job, the most promising first, the artist's own collectives' nodes before all others.
+    fn rank(&self, candidates: &[Candidate], needs: &Needs) -> (Vec<Ranked>, Vec<Declined>) {
+        let (mut ranked, declined) = route::rank(candidates, needs, crate::now());
+        route::own_first(&mut ranked, candidates, &self.collectives);
+        (ranked, declined)
     }
 
     fn query(&self, record: &JobRecord, action: QueryAction) -> Result<Envelope, SessionError> {

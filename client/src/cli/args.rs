@@ -150,6 +150,8 @@ pub enum Command {
         /// The ticket (kfnode1...) or address
         ticket: String,
     },
+    /// Print a ticket for nodes that you know, to pass on the way in
+    Ticket,
     /// Your key: who you are to nodes and on your clips
     Key {
         /// What to do with it.

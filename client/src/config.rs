@@ -3,6 +3,7 @@
 //! An unknown key is refused with the nearest known name. Folders follow the XDG rules; `KINOFLOCK_HOME` moves
 //! configuration, keys and store under one folder.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use kinoflock_protocol::id::IdError;
@@ -11,11 +12,15 @@ use kinoflock_protocol::{CollectiveId, NetworkId};
 use serde::{Deserialize, Serialize};
 
 /// Every key of the configuration, with what it means; the source of the help text and of near names.
-pub const KEYS: [(&str, &str); 10] = [
+pub const KEYS: [(&str, &str); 11] = [
     ("network", "Name of the network, or its id (net1...)."),
     ("nodes", "Nodes to begin with: addresses or tickets."),
-    ("collective", "Collective (coll1...) whose nodes are asked first; without it, those of the tickets that you joined by."),
+    (
+        "collective",
+        "Collective (coll1...) whose nodes are asked first; without it, those of the tickets that you joined by.",
+    ),
     ("model", "Model to use when none is named."),
+    ("resolver", "DNS server to ask, as ADDRESS:PORT; without it, the system's."),
     ("mdns", "Whether to look for nodes on the local network."),
     ("local", "Whether to ask the daemon on this machine first."),
     ("store", "Folder of jobs and clips."),
@@ -80,6 +85,7 @@ struct FileConfig {
     nodes: Option<Vec<String>>,
     collective: Option<CollectiveId>,
     model: Option<String>,
+    resolver: Option<SocketAddr>,
     mdns: Option<bool>,
     local: Option<bool>,
     store: Option<PathBuf>,
@@ -99,6 +105,8 @@ pub struct Config {
     pub collective: Option<CollectiveId>,
     /// Model to use when none is named.
     pub model: Option<String>,
+    /// DNS server to ask; the system's if none is named.
+    pub resolver: Option<SocketAddr>,
     /// Whether to look for nodes on the local network.
     pub mdns: bool,
     /// Whether to ask the daemon on this machine first.
@@ -139,6 +147,7 @@ impl Config {
             nodes: values.nodes.unwrap_or_default(),
             collective: values.collective,
             model: values.model,
+            resolver: values.resolver,
             mdns: values.mdns.unwrap_or(true),
             local: values.local.unwrap_or(true),
             store: values.store.unwrap_or_else(|| folders.data.join("client")),
@@ -202,11 +211,12 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
                     Some(value.split([',', ' ']).map(str::to_owned).filter(|n| !n.is_empty()).collect())
             }
             "collective" => {
-                let id = value.parse().map_err(|error: IdError| ConfigError::Value {
-                    origin: name.clone(),
-                    reason: error.to_string(),
-                })?;
-                values.collective = Some(id);
+                values.collective = Some(value.parse().map_err(|error: IdError| wrong(name, &error))?);
+            }
+            "resolver" => {
+                let expected =
+                    |_| wrong(name, &format!("{value:?} is no ADDRESS:PORT, such as 192.0.2.53:53"));
+                values.resolver = Some(value.parse().map_err(expected)?);
             }
             "model" => values.model = text,
             "mdns" => values.mdns = Some(flag(name, value)?),
@@ -224,14 +234,15 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
     Ok(values)
 }
 
+fn wrong(name: &str, reason: &impl std::fmt::Display) -> ConfigError {
+    ConfigError::Value { origin: name.to_owned(), reason: reason.to_string() }
+}
+
 fn flag(name: &str, value: &str) -> Result<bool, ConfigError> {
     match value {
         "1" | "true" | "yes" | "on" => Ok(true),
         "0" | "false" | "no" | "off" => Ok(false),
-        _ => Err(ConfigError::Value {
-            origin: name.to_owned(),
-            reason: format!("{value:?} is neither true nor false"),
-        }),
+        _ => Err(wrong(name, &format!("{value:?} is neither true nor false"))),
     }
 }
 

@@ -5,6 +5,7 @@
 //! must keep reading, for the channel is bounded and the session waits while it is full.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -59,13 +60,21 @@ pub struct ClientOptions {
     pub patience: Duration,
     /// Collectives whose nodes are asked before all others; at most [`MAX_COLLECTIVES`].
     pub collectives: Vec<CollectiveId>,
+    /// The DNS server to ask; the system's if none is named.
+    pub resolver: Option<SocketAddr>,
 }
 
 impl ClientOptions {
     /// No discovery, ten minutes of patience.
     #[must_use]
     pub fn new(network: NetworkId) -> Self {
-        Self { network, mdns: false, patience: Duration::from_secs(600), collectives: Vec::new() }
+        Self {
+            network,
+            mdns: false,
+            patience: Duration::from_secs(600),
+            collectives: Vec::new(),
+            resolver: None,
+        }
     }
 }
 
@@ -93,12 +102,13 @@ impl Client {
     pub async fn start(options: ClientOptions, key: Keypair, store: Store) -> Result<Self, SessionError> {
         let mut config = NetConfig::client(options.network);
         config.mdns = options.mdns;
+        config.resolver = options.resolver;
         let (net, events) = kinoflock_net::start(config).await?;
         let (sender, found) = watch::channel(BTreeMap::new());
         tokio::spawn(remember(events, sender));
         let inputs = Arc::new(Inputs { store: store.clone(), served: Mutex::default() });
         net.serve_blobs(inputs.clone());
-        let ClientOptions { network, mdns, patience, mut collectives } = options;
+        let ClientOptions { network, mdns, patience, mut collectives, .. } = options;
         collectives.truncate(MAX_COLLECTIVES);
         let collectives = collectives.into();
         Ok(Self { net, network, store, key, patience, mdns, collectives, found, inputs, away: AWAY })

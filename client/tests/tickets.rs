@@ -1,5 +1,5 @@
 //! Tickets by the real command: joining by them, passing them on, and the collective that they invite to.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, dead_code)]
 
 #[path = "support/peer.rs"]
 mod peer;
@@ -32,8 +32,8 @@ async fn chosen(home: &Home) -> String {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let records = text(&output.stdout);
     let records = records.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    let accepted = records.into_iter().find(|record| record["event"] == "accepted").unwrap();
-    accepted["node"].as_str().unwrap().to_owned()
+    let chosen = records.into_iter().filter(|record| record["event"] == "chosen").last().unwrap();
+    chosen["node"].as_str().unwrap().to_owned()
 }
 
 #[tokio::test(flavor = "multi_thread")]

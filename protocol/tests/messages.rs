@@ -93,7 +93,9 @@ impl Visit for Golden {
     {
         for seed in GOLDEN_SEEDS {
             let value = make(&mut Draw(seed));
-            self.compare(name, seed, &encode(&value), |golden| decode::<T>(golden, max).as_ref() == Ok(&value));
+            self.compare(name, seed, &encode(&value), |golden| {
+                decode::<T>(golden, max).as_ref() == Ok(&value)
+            });
         }
     }
 }

@@ -55,6 +55,7 @@ impl<'a> Context<'a> {
         let (key, store) = (self.key()?, self.store()?);
         let mut options = ClientOptions::new(self.config.network);
         options.mdns = self.config.mdns;
+        options.resolver = self.config.resolver;
         options.collectives = self.collectives(&store)?;
         Ok(Client::start(options, key, store).await?)
     }

@@ -88,7 +88,7 @@ impl Client {
     /// `NoNode` with what was tried.
     pub async fn find_named(&self, ways: &[Way], events: &Events) -> Result<Vec<Found>, SessionError> {
         let mut reasons = Vec::new();
-        let mut targets = targets(ways);
+        let mut targets = self.targets(ways).await;
         if self.mdns {
             for target in targets.iter_mut().filter(|target| target.addresses.is_empty()) {
                 let Some(node) = target.node else { continue };
@@ -109,7 +109,7 @@ impl Client {
     /// `NoNode` with what was tried.
     pub async fn find(&self, ways: &[Way], events: &Events) -> Result<Vec<Found>, SessionError> {
         let mut reasons = Vec::new();
-        let mut found = self.probe_all(targets(ways), &mut reasons, events).await;
+        let mut found = self.probe_all(self.targets(ways).await, &mut reasons, events).await;
         if self.mdns && (found.is_empty() || !self.found.borrow().is_empty()) {
             let others = self.nearby(found.is_empty(), &found).await;
             found.extend(self.probe_all(others, &mut reasons, events).await);
@@ -124,6 +124,22 @@ impl Client {
         self.ask_for_others(&mut found).await;
         self.remember_met(&found);
         Ok(found)
+    }
+
+    /// Whom these ways lead to. Of a list in DNS each node is one of them; a list that cannot be looked up is told of when it
+    /// is tried.
+    async fn targets(&self, ways: &[Way]) -> Vec<Target> {
+        let looked_up = ways.iter().cloned().map(|way| {
+            let net = self.net.clone();
+            async move {
+                let Way::Address(addr) = &way else { return vec![way] };
+                match net.look_up(addr).await {
+                    Ok(listed) => listed.into_iter().map(Way::Address).collect(),
+                    Err(_) => vec![way],
+                }
+            }
+        });
+        targets(&futures::future::join_all(looked_up).await.concat())
     }
 
     /// Nodes that were met by an earlier process: ways for when no other leads anywhere.

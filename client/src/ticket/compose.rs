@@ -137,7 +137,8 @@ mod tests {
     #[test]
     fn nodes_that_anybody_reaches_come_first_and_their_number_is_bounded() {
         let near = (node(1), vec![addr("/ip4/127.0.0.1/tcp/1")]);
-        let far = |number: u8| (node(number), (1..20).map(|n| addr(&format!("/ip4/198.18.0.1/tcp/{n}"))).collect());
+        let far =
+            |number: u8| (node(number), (1..20).map(|n| addr(&format!("/ip4/198.18.0.1/tcp/{n}"))).collect());
         let told = ticket(vec![near, far(2), far(3), far(2), far(4), far(5)]).unwrap();
         let nodes: Vec<_> = told.nodes.iter().map(|told| told.id).collect();
         assert_eq!(nodes, [node(2), node(3), node(4)]);

@@ -377,7 +377,9 @@ async fn start_net(
         agent: concat!("kinoflockd/", env!("CARGO_PKG_VERSION")).to_owned(),
         listen: parse(&settings.listen)?,
         external: parse(&settings.external)?,
-        bootstrap: parse(&settings.bootstrap)?,
+        // What a ticket holds beyond what this release dials is passed over, as it is for artists.
+        bootstrap: settings.bootstrap.iter().filter_map(|address| address.parse().ok()).collect(),
+        resolver: settings.resolver,
         known: super::peers::addresses(&config.storage.state),
         mdns: settings.mdns,
         kad: KadRole::Server,

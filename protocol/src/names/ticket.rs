@@ -8,8 +8,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::NodeAddress;
-use super::packed::{Reader, Writer};
 use super::PUBLIC_NETWORK;
+use super::packed::{Reader, Writer};
 use crate::codec::List;
 use crate::id::{ClipId, CollectiveId, NetworkId, hash_parts};
 use crate::limits::MAX_NODES;

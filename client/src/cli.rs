@@ -14,6 +14,7 @@ mod forget;
 mod generate;
 mod jobs;
 mod keys;
+mod list;
 mod many;
 mod nodes;
 mod survey;
@@ -78,6 +79,7 @@ async fn with_context(command: Command, context: &Context<'_>) -> Result<(), Fai
         Command::Models { node } => nodes::models(&node, context).await,
         Command::Join { ticket } => nodes::join(&ticket, context).await,
         Command::Ticket => ticket::ticket(context),
+        Command::List { command } => list::run(command, context).await,
         Command::Key { command } => keys::run(command, context),
         Command::Completions { .. } => Ok(()),
     }

@@ -7,18 +7,21 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use kinoflock_protocol::id::IdError;
+use kinoflock_protocol::limits::MAX_LISTS;
+use kinoflock_protocol::list::ListName;
 use kinoflock_protocol::names::PUBLIC_NETWORK;
 use kinoflock_protocol::{CollectiveId, NetworkId};
 use serde::{Deserialize, Serialize};
 
 /// Every key of the configuration, with what it means; the source of the help text and of near names.
-pub const KEYS: [(&str, &str); 11] = [
+pub const KEYS: [(&str, &str); 12] = [
     ("network", "Name of the network, or its id (net1...)."),
     ("nodes", "Nodes to begin with: addresses or tickets."),
     (
         "collective",
         "Collective (coll1...) whose nodes are asked first; without it, those of the tickets that you joined by.",
     ),
+    ("lists", "Signed lists (kflist1...) to go by: their nodes are ways in, their models have names."),
     ("model", "Model to use when none is named."),
     ("resolver", "DNS server to ask, as ADDRESS:PORT; without it, the system's."),
     ("mdns", "Whether to look for nodes on the local network."),
@@ -84,6 +87,7 @@ struct FileConfig {
     network: Option<String>,
     nodes: Option<Vec<String>>,
     collective: Option<CollectiveId>,
+    lists: Option<Vec<String>>,
     model: Option<String>,
     resolver: Option<SocketAddr>,
     mdns: Option<bool>,
@@ -103,6 +107,8 @@ pub struct Config {
     pub nodes: Vec<String>,
     /// Collective whose nodes are asked first.
     pub collective: Option<CollectiveId>,
+    /// Signed lists to go by.
+    pub lists: Vec<ListName>,
     /// Model to use when none is named.
     pub model: Option<String>,
     /// DNS server to ask; the system's if none is named.
@@ -146,6 +152,8 @@ impl Config {
             network: parse_network(network),
             nodes: values.nodes.unwrap_or_default(),
             collective: values.collective,
+            // None by default: the project has published no list of its own yet.
+            lists: parse_lists(&values.lists.unwrap_or_default())?,
             model: values.model,
             resolver: values.resolver,
             mdns: values.mdns.unwrap_or(true),
@@ -206,10 +214,8 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
         let text = Some(value.clone());
         match key.as_str() {
             "network" => values.network = text,
-            "nodes" => {
-                values.nodes =
-                    Some(value.split([',', ' ']).map(str::to_owned).filter(|n| !n.is_empty()).collect())
-            }
+            "nodes" => values.nodes = Some(several(value)),
+            "lists" => values.lists = Some(several(value)),
             "collective" => {
                 values.collective = Some(value.parse().map_err(|error: IdError| wrong(name, &error))?);
             }
@@ -232,6 +238,19 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
         }
     }
     Ok(values)
+}
+
+/// Values that stand in one variable.
+fn several(value: &str) -> Vec<String> {
+    value.split([',', ' ']).map(str::to_owned).filter(|one| !one.is_empty()).collect()
+}
+
+fn parse_lists(given: &[String]) -> Result<Vec<ListName>, ConfigError> {
+    if given.len() > MAX_LISTS {
+        return Err(wrong("lists", &format!("{} lists exceed the limit of {MAX_LISTS}", given.len())));
+    }
+    let parse = |text: &String| text.parse().map_err(|error: IdError| wrong("lists", &error));
+    given.iter().map(parse).collect()
 }
 
 fn wrong(name: &str, reason: &impl std::fmt::Display) -> ConfigError {

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use kinoflock_net::blobs::FileReader;
 use kinoflock_net::{BlobReader, BlobSource, Multiaddr, NetConfig, NetEvent, NetEvents, NetHandle};
-use kinoflock_protocol::limits::MAX_COLLECTIVES;
+use kinoflock_protocol::limits::{MAX_COLLECTIVES, MAX_LISTS};
+use kinoflock_protocol::list::ListName;
 use kinoflock_protocol::query::{JobQuery, QueryAction};
 use kinoflock_protocol::{
     BlobId, CollectiveId, Envelope, JobId, Keypair, NetworkId, NodeId, Nonce, RequesterId, UnixMillis,
@@ -27,6 +28,7 @@ mod error;
 mod event;
 mod find;
 mod follow;
+mod lists;
 mod many;
 mod pace;
 mod place;
@@ -38,6 +40,7 @@ pub use deliver::Delivered;
 pub use error::SessionError;
 pub use event::{Event, Events};
 pub use find::{Found, Model, WrongWay};
+pub use lists::Listing;
 pub use many::Many;
 pub use survey::{Could, SURVEYED, Survey};
 
@@ -60,6 +63,8 @@ pub struct ClientOptions {
     pub patience: Duration,
     /// Collectives whose nodes are asked before all others; at most [`MAX_COLLECTIVES`].
     pub collectives: Vec<CollectiveId>,
+    /// Signed lists to go by; at most [`MAX_LISTS`].
+    pub lists: Vec<ListName>,
     /// The DNS server to ask; the system's if none is named.
     pub resolver: Option<SocketAddr>,
 }
@@ -73,6 +78,7 @@ impl ClientOptions {
             mdns: false,
             patience: Duration::from_secs(600),
             collectives: Vec::new(),
+            lists: Vec::new(),
             resolver: None,
         }
     }
@@ -88,6 +94,7 @@ pub struct Client {
     patience: Duration,
     mdns: bool,
     collectives: Arc<[CollectiveId]>,
+    lists: Arc<[ListName]>,
     found: watch::Receiver<BTreeMap<NodeId, Vec<Multiaddr>>>,
     inputs: Arc<Inputs>,
     /// Silence of a job's node after which another is looked for.
@@ -108,10 +115,11 @@ impl Client {
         tokio::spawn(remember(events, sender));
         let inputs = Arc::new(Inputs { store: store.clone(), served: Mutex::default() });
         net.serve_blobs(inputs.clone());
-        let ClientOptions { network, mdns, patience, mut collectives, .. } = options;
+        let ClientOptions { network, mdns, patience, mut collectives, mut lists, .. } = options;
         collectives.truncate(MAX_COLLECTIVES);
-        let collectives = collectives.into();
-        Ok(Self { net, network, store, key, patience, mdns, collectives, found, inputs, away: AWAY })
+        lists.truncate(MAX_LISTS);
+        let (collectives, lists) = (collectives.into(), lists.into());
+        Ok(Self { net, network, store, key, patience, mdns, collectives, lists, found, inputs, away: AWAY })
     }
 
     /// A custodian: works over a swarm that runs already, with the custodian's key, for jobs that others signed. It gives up
@@ -122,8 +130,8 @@ impl Client {
         let inputs = Arc::new(Inputs { store: store.clone(), served: Mutex::default() });
         let (_, found) = watch::channel(BTreeMap::new());
         let patience = Duration::from_millis(kinoflock_protocol::limits::JOB_LIFE_MS);
-        let collectives = Arc::new([]);
-        Self { net, network, store, key, patience, mdns: false, collectives, found, inputs, away }
+        let (collectives, lists) = (Arc::new([]), Arc::new([]));
+        Self { net, network, store, key, patience, mdns: false, collectives, lists, found, inputs, away }
     }
 
     /// The same, that gives up a node which is silent for so long.

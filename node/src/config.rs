@@ -16,6 +16,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use kinoflock_protocol::id::{CollectiveId, RequesterId};
+use kinoflock_protocol::limits::MAX_LISTS;
+use kinoflock_protocol::list::ListName;
 
 pub use self::address::{AddressError, ListenAddress};
 pub use self::device::{DeviceConfig, DeviceKind, Dtype, Limits};
@@ -170,6 +172,8 @@ pub struct Network {
     pub bootstrap: Vec<String>,
     /// The DNS server to ask; the system's if none is named.
     pub resolver: Option<SocketAddr>,
+    /// Lists that are held, at most [`MAX_LISTS`].
+    pub lists: Vec<ListName>,
     /// Discovery on the local network.
     pub mdns: bool,
     /// Relays: being one, and being reached over one.
@@ -401,12 +405,21 @@ fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError>
         external: addresses("network.external", &section.external)?,
         bootstrap: bootstrap::check(id, &section.bootstrap)?,
         resolver: check_resolver(&section.resolver)?,
+        lists: check_lists(&section.lists)?,
         mdns: section.mdns,
         relay: section.relay.parse()?,
         upnp: section.upnp,
         upload: positive("network.upload", section.upload.0.map(|size| size.0))?,
         download: positive("network.download", section.download.0.map(|size| size.0))?,
     })
+}
+
+fn check_lists(given: &[String]) -> Result<Vec<ListName>, ConfigError> {
+    let lists: BTreeSet<ListName> = ids("network.lists", given)?;
+    if lists.len() > MAX_LISTS {
+        return Err(invalid("network.lists", &format!("{} lists", lists.len()), &format!("at most {MAX_LISTS}")));
+    }
+    Ok(lists.into_iter().collect())
 }
 
 fn check_resolver(given: &str) -> Result<Option<SocketAddr>, ConfigError> {

@@ -5,6 +5,7 @@
 mod samples;
 
 use kinoflock_protocol::frame::{FrameError, FrameReader, frame};
+use kinoflock_protocol::list::{ListKind, ListName};
 use kinoflock_protocol::names::{ClipTicket, NodeAddress, NodeTicket, PUBLIC_NETWORK, Protocols};
 use kinoflock_protocol::rpc::*;
 use kinoflock_protocol::*;
@@ -104,6 +105,12 @@ proptest! {
         let key = RequesterId::from_bytes(bytes);
         prop_assert_eq!(key.to_string().parse::<RequesterId>().unwrap(), key);
         prop_assert!(key.to_string().starts_with("kf1"));
+        let publisher = PublicKey::from_bytes(bytes);
+        for kind in [ListKind::Nodes, ListKind::Models] {
+            let list = ListName { publisher, kind };
+            prop_assert_eq!(list.to_string().parse::<ListName>().unwrap(), list);
+            prop_assert!(list.to_string().starts_with("kflist1"));
+        }
         let nonce = Nonce::from_bytes(bytes[..16].try_into().unwrap());
         prop_assert_eq!(nonce.to_string().parse::<Nonce>().unwrap(), nonce);
         let lease = LeaseId::from_bytes(bytes[..16].try_into().unwrap());

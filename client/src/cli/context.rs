@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use kinoflock_net::Multiaddr;
+use kinoflock_protocol::list::ListName;
 use kinoflock_protocol::{CollectiveId, Keypair, NodeId};
 
 use super::args::{Common, Where};
@@ -57,6 +58,7 @@ impl<'a> Context<'a> {
         options.mdns = self.config.mdns;
         options.resolver = self.config.resolver;
         options.collectives = self.collectives(&store)?;
+        options.lists = self.lists(&store)?;
         Ok(Client::start(options, key, store).await?)
     }
 
@@ -87,6 +89,14 @@ impl<'a> Context<'a> {
         let texts = store.tickets()?;
         let ways = texts.iter().chain(&self.config.nodes).filter_map(|text| text.parse::<Way>().ok());
         Ok(ways.filter(|way| way.check_network(&self.config.network).is_ok()).collect())
+    }
+
+    /// The lists that the configuration names, and those that were added.
+    pub(super) fn lists(&self, store: &Store) -> Result<Vec<ListName>, Failure> {
+        let added = store.lists()?.into_iter().filter(|kept| kept.added);
+        let added = added.filter_map(|kept| kept.name.parse::<ListName>().ok());
+        let all: BTreeSet<ListName> = self.config.lists.iter().copied().chain(added).collect();
+        Ok(all.into_iter().collect())
     }
 
     /// The collectives whose nodes come first: the configured one, else those of the tickets.

@@ -79,6 +79,7 @@ impl Client {
                 Err(error) => wrong.push((text.chars().take(24).collect(), error)),
             }
         }
+        ways.extend(self.listed_ways());
         Ok((ways, wrong))
     }
 
@@ -122,6 +123,13 @@ impl Client {
             return Err(SessionError::NoNode { reasons });
         }
         self.ask_for_others(&mut found).await;
+        if self.refresh_lists(&found).await? {
+            let listed = self.targets(&self.listed_ways()).await;
+            let known = |target: &Target| found.iter().any(|found| Some(found.candidate.node) == target.node);
+            let new = listed.into_iter().filter(|target| !known(target)).collect();
+            // One of a list that does not answer is no loss: somebody else did.
+            found.extend(self.probe_all(new, &mut Vec::new(), &Events::none()).await);
+        }
         self.remember_met(&found);
         Ok(found)
     }

@@ -45,6 +45,10 @@ pub const DOCS: &[KeyDoc] = &[
          multiaddresses ending in /p2p/NODE.",
     ),
     doc("network.resolver", "DNS server to ask, as ADDRESS:PORT; empty for the system's."),
+    doc(
+        "network.lists",
+        "Signed lists (kflist1...) to hold and to hand on to whoever asks; the nodes of a list are ways into the network.",
+    ),
     doc("network.mdns", "Find and be found on the local network."),
     doc(
         "network.relay",

@@ -55,6 +55,7 @@ pub struct NetworkSection {
     pub external: Vec<String>,
     pub bootstrap: Vec<String>,
     pub resolver: String,
+    pub lists: Vec<String>,
     pub mdns: bool,
     pub relay: String,
     pub upnp: bool,
@@ -196,6 +197,8 @@ impl Default for NetworkSection {
             external: Vec::new(),
             bootstrap: Vec::new(),
             resolver: String::new(),
+            // None yet: the project has published no list of its own.
+            lists: Vec::new(),
             mdns: true,
             relay: default_relay(),
             upnp: true,

@@ -98,9 +98,8 @@ impl Daemon {
                 }
                 None => return,
             },
-            Request::List(_) => {
-                Response::Refused(*unsupported(kind, "this release does not know that question"))
-            }
+            Request::List(name) => self.list(&name),
+            Request::Publish(edition) => self.take_published(edition),
         };
         self.respond(kind, responder, response);
     }

@@ -173,6 +173,8 @@ async fn run(config: Config) -> Result<(), RunError> {
         ready,
         draining: false,
         peers_file: super::Turn::default(),
+        lists: super::lists::Lists::open(&config.storage.state, &network, &config.network.lists),
+        lists_turn: super::Turn::default(),
         peers: 0,
         identity,
         config,

@@ -98,6 +98,7 @@ pub(crate) fn every_message(visit: &mut impl Visit) {
     visit.message("audit-grant", AuditGrant::MAX_BODY, audit_grant);
     visit.message("requests-audit", MAX_CONTROL_FRAME, requests_of_audit);
     visit.message("responses-audit", MAX_CONTROL_FRAME, responses_of_audit);
+    visit.message("requests-lists", MAX_CONTROL_FRAME, requests_of_lists);
 }
 
 impl Draw {
@@ -608,6 +609,10 @@ fn opening(d: &mut Draw) -> Opening {
 
 fn requests_of_audit(d: &mut Draw) -> List<Request, 16> {
     List::first_of([Request::Audit { request: envelope(d), grant: d.some(envelope) }])
+}
+
+fn requests_of_lists(d: &mut Draw) -> List<Request, 16> {
+    List::first_of([Request::Publish(envelope(d))])
 }
 
 fn responses_of_audit(d: &mut Draw) -> List<Response, 16> {

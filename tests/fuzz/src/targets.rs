@@ -69,6 +69,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("audit_grant", message::<AuditGrant>),
     ("requests_audit", message::<List<Request, 16>>),
     ("responses_audit", message::<List<Response, 16>>),
+    ("requests_lists", message::<List<Request, 16>>),
     ("sealed", sealed),
 ];
 

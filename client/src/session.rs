@@ -30,6 +30,7 @@ mod find;
 mod follow;
 mod lists;
 mod many;
+mod mirror;
 mod pace;
 mod place;
 mod rescue;

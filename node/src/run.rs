@@ -103,6 +103,8 @@ enum Note {
     Seen { reports: Vec<SeenReport> },
     /// What was seen of another node.
     Looked { seen: Seen, responder: Responder },
+    /// Copies of a clip lie with others, or could not be made.
+    Copied { job: JobId },
     /// A watched job came to its end.
     Watched { job: JobId },
     /// A node told whose adverts it knows.
@@ -161,6 +163,8 @@ struct Daemon {
     queue: Queue,
     clips: Clips,
     holdings: Holdings,
+    /// Clips of which copies are being made.
+    copying: BTreeSet<JobId>,
     /// Blobs that are being fetched for others.
     keeping: BTreeSet<(JobId, Content)>,
     custodian: custody::Custodian,
@@ -246,6 +250,7 @@ impl Daemon {
             Note::Kept { job, content } => self.handle_kept(job, content),
             Note::Seen { reports } => self.handle_seen(reports),
             Note::Looked { seen, responder } => self.handle_looked(seen, responder),
+            Note::Copied { job } => self.handle_copied(job),
             Note::Watched { job } => self.handle_watched(job),
             Note::Told { adverts } => self.handle_told(&adverts),
             Note::Lists { editions } => self.handle_lists(editions),

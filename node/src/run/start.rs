@@ -155,6 +155,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         clips,
         audits,
         holdings,
+        copying: std::collections::BTreeSet::new(),
         keeping: std::collections::BTreeSet::new(),
         custodian,
         prompts: super::prompts::Prompts::of(&models),

@@ -417,7 +417,11 @@ fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError>
 fn check_lists(given: &[String]) -> Result<Vec<ListName>, ConfigError> {
     let lists: BTreeSet<ListName> = ids("network.lists", given)?;
     if lists.len() > MAX_LISTS {
-        return Err(invalid("network.lists", &format!("{} lists", lists.len()), &format!("at most {MAX_LISTS}")));
+        return Err(invalid(
+            "network.lists",
+            &format!("{} lists", lists.len()),
+            &format!("at most {MAX_LISTS}"),
+        ));
     }
     Ok(lists.into_iter().collect())
 }

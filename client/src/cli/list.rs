@@ -107,7 +107,10 @@ async fn publish(kind: Sort, file: &Path, at: &Where, context: &Context<'_>) -> 
         context.out.words(&format!("node {} does not hold it: {why}", node.short()));
     }
     context.out.words(&match taken_by {
-        0 => "signed, but no node holds it yet: nodes hold what their network.lists names; publish again then".to_owned(),
+        0 => {
+            "signed, but no node holds it yet: nodes hold what their network.lists names; publish again then"
+                .to_owned()
+        }
         1 => "1 node holds it and hands it on".to_owned(),
         count => format!("{count} nodes hold it and hand it on"),
     });
@@ -125,7 +128,9 @@ fn read(file: &Path) -> Result<ListFile, Failure> {
         return Err(Failure::usage(format!("{} has {len} bytes, the limit is {MAX_FILE}", file.display())));
     }
     let text = std::fs::read_to_string(file).map_err(|error| failed(&error))?;
-    let wrong = |error: toml::de::Error| Failure::usage(format!("in {}: {}", file.display(), error.to_string().trim()));
+    let wrong = |error: toml::de::Error| {
+        Failure::usage(format!("in {}: {}", file.display(), error.to_string().trim()))
+    };
     toml::from_str(&text).map_err(wrong)
 }
 
@@ -143,14 +148,19 @@ fn sign(file: &ListFile, name: ListName, sequence: u64, context: &Context<'_>) -
         ListKind::Models => {
             let models = file.models.iter().map(listed).collect::<Result<Vec<_>, Failure>>()?;
             let models = List::<_, MAX_LISTED_MODELS>::new(models).map_err(too_long)?;
-            Envelope::seal(&key, &network, &ModelList { name: title, sequence, issued_at, expires_at, models })
+            Envelope::seal(
+                &key,
+                &network,
+                &ModelList { name: title, sequence, issued_at, expires_at, models },
+            )
         }
     };
     sealed.map_err(|error| Failure::usage(error.to_string()))
 }
 
 type Nodes = List<NodeAddress, MAX_LISTED_NODES>;
-type Addresses = List<Text<{ kinoflock_protocol::limits::MAX_ADDRESS }>, { kinoflock_protocol::limits::MAX_ADDRESSES }>;
+type Addresses =
+    List<Text<{ kinoflock_protocol::limits::MAX_ADDRESS }>, { kinoflock_protocol::limits::MAX_ADDRESSES }>;
 
 /// Tickets and addresses with a node become nodes, the others stay addresses.
 fn nodes(texts: &[String], context: &Context<'_>) -> Result<(Nodes, Addresses), Failure> {
@@ -199,7 +209,9 @@ async fn add(text: &str, context: &Context<'_>) -> Result<(), Failure> {
     let (name, store) = (name(text)?, context.store()?);
     let lists = context.lists(&store)?;
     if lists.len() >= MAX_LISTS && !lists.contains(&name) {
-        return Err(Failure::usage(format!("{MAX_LISTS} lists are the limit; remove one: kinoflock list remove NAME")));
+        return Err(Failure::usage(format!(
+            "{MAX_LISTS} lists are the limit; remove one: kinoflock list remove NAME"
+        )));
     }
     store.update_list(&name, |kept| kept.added = true)?;
     // One look at the network fetches it, if somebody who is there holds it.
@@ -213,7 +225,9 @@ async fn add(text: &str, context: &Context<'_>) -> Result<(), Failure> {
     client.stop().await;
     match (edition, found) {
         (Some(edition), _) => context.out.words(&format!("added: {}", describe(&edition))),
-        (None, Ok(_)) => context.out.words("added, but no node that was found holds it; it is looked for again later"),
+        (None, Ok(_)) => {
+            context.out.words("added, but no node that was found holds it; it is looked for again later")
+        }
         (None, Err(_)) => context.out.words("added; it is fetched as soon as a node is found"),
     }
     show(Some(text), context)

@@ -258,7 +258,10 @@ impl fmt::Display for Event {
             Self::Made { clip, len } => write!(f, "made: {} ({len} bytes)", clip.short()),
             Self::Mirrored { node } => {
                 let node = node.short();
-                write!(f, "no direct way to the maker: the clip comes sealed over node ...{node}, which cannot see it")
+                write!(
+                    f,
+                    "no direct way to the maker: the clip comes sealed over node ...{node}, which cannot see it"
+                )
             }
             Self::Transfer { done, len } => write!(f, "fetched {done} of {len} bytes"),
             Self::Verified { frames, width, height, .. } => {

@@ -69,9 +69,8 @@ impl Client {
         let met = self.store.met(&self.network).into_iter().find(|met| met.node == *holder);
         let mut addresses = met.map(|met| parse_addresses(&met.addresses)).unwrap_or_default();
         let relayed = parse_addresses(&record.addresses).into_iter().filter(is_relayed);
-        let relays = relayed.map(|addr| {
-            addr.iter().take_while(|part| *part != Protocol::P2pCircuit).collect::<Multiaddr>()
-        });
+        let relays = relayed
+            .map(|addr| addr.iter().take_while(|part| *part != Protocol::P2pCircuit).collect::<Multiaddr>());
         addresses.extend(relays.filter(|addr| node_of(addr) == Some(*holder)));
         addresses
     }

@@ -50,7 +50,8 @@ impl Store {
         change: impl FnOnce(&mut ListRecord),
     ) -> Result<ListRecord, StoreError> {
         let _lock = self.lock()?;
-        let new = || ListRecord { name: name.to_string(), added: false, edition: None, asked_at: UnixMillis(0) };
+        let new =
+            || ListRecord { name: name.to_string(), added: false, edition: None, asked_at: UnixMillis(0) };
         let mut record = self.list(name).unwrap_or_else(new);
         change(&mut record);
         self.write_json(&self.list_path(name), &record)?;

@@ -228,7 +228,8 @@ impl Copying {
                 break;
             }
         }
-        let others = self.volunteers.iter().filter(|node| !chosen.contains(node)).copied().collect::<Vec<_>>();
+        let others =
+            self.volunteers.iter().filter(|node| !chosen.contains(node)).copied().collect::<Vec<_>>();
         chosen.extend(others);
         (chosen, wanted.max(1))
     }

@@ -14,9 +14,11 @@ mod forget;
 mod generate;
 mod jobs;
 mod keys;
+mod list;
 mod many;
 mod nodes;
 mod survey;
+mod ticket;
 
 pub use args::Cli;
 use args::Command;
@@ -76,6 +78,8 @@ async fn with_context(command: Command, context: &Context<'_>) -> Result<(), Fai
         Command::Nodes { node } => nodes::nodes(&node, context).await,
         Command::Models { node } => nodes::models(&node, context).await,
         Command::Join { ticket } => nodes::join(&ticket, context).await,
+        Command::Ticket => ticket::ticket(context),
+        Command::List { command } => list::run(command, context).await,
         Command::Key { command } => keys::run(command, context),
         Command::Completions { .. } => Ok(()),
     }

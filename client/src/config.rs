@@ -3,17 +3,27 @@
 //! An unknown key is refused with the nearest known name. Folders follow the XDG rules; `KINOFLOCK_HOME` moves
 //! configuration, keys and store under one folder.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use kinoflock_protocol::NetworkId;
+use kinoflock_protocol::id::IdError;
+use kinoflock_protocol::limits::MAX_LISTS;
+use kinoflock_protocol::list::ListName;
 use kinoflock_protocol::names::PUBLIC_NETWORK;
+use kinoflock_protocol::{CollectiveId, NetworkId};
 use serde::{Deserialize, Serialize};
 
 /// Every key of the configuration, with what it means; the source of the help text and of near names.
-pub const KEYS: [(&str, &str); 9] = [
+pub const KEYS: [(&str, &str); 12] = [
     ("network", "Name of the network, or its id (net1...)."),
     ("nodes", "Nodes to begin with: addresses or tickets."),
+    (
+        "collective",
+        "Collective (coll1...) whose nodes are asked first; without it, those of the tickets that you joined by.",
+    ),
+    ("lists", "Signed lists (kflist1...) to go by: their nodes are ways in, their models have names."),
     ("model", "Model to use when none is named."),
+    ("resolver", "DNS server to ask, as ADDRESS:PORT; without it, the system's."),
     ("mdns", "Whether to look for nodes on the local network."),
     ("local", "Whether to ask the daemon on this machine first."),
     ("store", "Folder of jobs and clips."),
@@ -76,7 +86,10 @@ impl ConfigError {
 struct FileConfig {
     network: Option<String>,
     nodes: Option<Vec<String>>,
+    collective: Option<CollectiveId>,
+    lists: Option<Vec<String>>,
     model: Option<String>,
+    resolver: Option<SocketAddr>,
     mdns: Option<bool>,
     local: Option<bool>,
     store: Option<PathBuf>,
@@ -92,8 +105,14 @@ pub struct Config {
     pub network: NetworkId,
     /// Nodes to begin with: addresses or tickets.
     pub nodes: Vec<String>,
+    /// Collective whose nodes are asked first.
+    pub collective: Option<CollectiveId>,
+    /// Signed lists to go by.
+    pub lists: Vec<ListName>,
     /// Model to use when none is named.
     pub model: Option<String>,
+    /// DNS server to ask; the system's if none is named.
+    pub resolver: Option<SocketAddr>,
     /// Whether to look for nodes on the local network.
     pub mdns: bool,
     /// Whether to ask the daemon on this machine first.
@@ -132,7 +151,11 @@ impl Config {
         Ok(Self {
             network: parse_network(network),
             nodes: values.nodes.unwrap_or_default(),
+            collective: values.collective,
+            // None by default: the project has published no list of its own yet.
+            lists: parse_lists(&values.lists.unwrap_or_default())?,
             model: values.model,
+            resolver: values.resolver,
             mdns: values.mdns.unwrap_or(true),
             local: values.local.unwrap_or(true),
             store: values.store.unwrap_or_else(|| folders.data.join("client")),
@@ -191,9 +214,15 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
         let text = Some(value.clone());
         match key.as_str() {
             "network" => values.network = text,
-            "nodes" => {
-                values.nodes =
-                    Some(value.split([',', ' ']).map(str::to_owned).filter(|n| !n.is_empty()).collect())
+            "nodes" => values.nodes = Some(several(value)),
+            "lists" => values.lists = Some(several(value)),
+            "collective" => {
+                values.collective = Some(value.parse().map_err(|error: IdError| wrong(name, &error))?);
+            }
+            "resolver" => {
+                let expected =
+                    |_| wrong(name, &format!("{value:?} is no ADDRESS:PORT, such as 192.0.2.53:53"));
+                values.resolver = Some(value.parse().map_err(expected)?);
             }
             "model" => values.model = text,
             "mdns" => values.mdns = Some(flag(name, value)?),
@@ -211,14 +240,28 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
     Ok(values)
 }
 
+/// Values that stand in one variable.
+fn several(value: &str) -> Vec<String> {
+    value.split([',', ' ']).map(str::to_owned).filter(|one| !one.is_empty()).collect()
+}
+
+fn parse_lists(given: &[String]) -> Result<Vec<ListName>, ConfigError> {
+    if given.len() > MAX_LISTS {
+        return Err(wrong("lists", &format!("{} lists exceed the limit of {MAX_LISTS}", given.len())));
+    }
+    let parse = |text: &String| text.parse().map_err(|error: IdError| wrong("lists", &error));
+    given.iter().map(parse).collect()
+}
+
+fn wrong(name: &str, reason: &impl std::fmt::Display) -> ConfigError {
+    ConfigError::Value { origin: name.to_owned(), reason: reason.to_string() }
+}
+
 fn flag(name: &str, value: &str) -> Result<bool, ConfigError> {
     match value {
         "1" | "true" | "yes" | "on" => Ok(true),
         "0" | "false" | "no" | "off" => Ok(false),
-        _ => Err(ConfigError::Value {
-            origin: name.to_owned(),
-            reason: format!("{value:?} is neither true nor false"),
-        }),
+        _ => Err(wrong(name, &format!("{value:?} is neither true nor false"))),
     }
 }
 

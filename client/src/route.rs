@@ -187,10 +187,11 @@ pub fn rank(candidates: &[Candidate], needs: &Needs, now: UnixMillis) -> (Vec<Ra
     (fit, unfit)
 }
 
-/// Puts the nodes that serve a collective before all others that did no wrong; for artists who want that.
-pub fn own_first(ranked: &mut [Ranked], candidates: &[Candidate], collective: &CollectiveId) {
+/// Puts the nodes that serve one of these collectives before all others that did no wrong. Without any, nothing changes.
+pub fn own_first(ranked: &mut [Ranked], candidates: &[Candidate], own: &[CollectiveId]) {
     for node in ranked.iter_mut() {
-        let serves = |candidate: &Candidate| candidate.capacity.serves.collectives.contains(collective);
+        let serves =
+            |candidate: &Candidate| own.iter().any(|id| candidate.capacity.serves.collectives.contains(id));
         node.is_own = candidates.get(node.index).is_some_and(serves);
     }
     ranked.sort_by_key(|node| (node.is_avoided, !node.is_own, node.cost, node.node));

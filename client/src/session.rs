@@ -5,17 +5,21 @@
 //! must keep reading, for the channel is bounded and the session waits while it is full.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kinoflock_net::blobs::FileReader;
 use kinoflock_net::{BlobReader, BlobSource, Multiaddr, NetConfig, NetEvent, NetEvents, NetHandle};
+use kinoflock_protocol::limits::{MAX_COLLECTIVES, MAX_LISTS};
+use kinoflock_protocol::list::ListName;
 use kinoflock_protocol::query::{JobQuery, QueryAction};
 use kinoflock_protocol::{
-    BlobId, Envelope, JobId, Keypair, NetworkId, NodeId, Nonce, RequesterId, UnixMillis,
+    BlobId, CollectiveId, Envelope, JobId, Keypair, NetworkId, NodeId, Nonce, RequesterId, UnixMillis,
 };
 use tokio::sync::{mpsc, watch};
 
+use crate::route::{self, Candidate, Declined, Needs, Ranked};
 use crate::store::{JobRecord, Store};
 
 mod custody;
@@ -25,7 +29,9 @@ mod event;
 mod faults;
 mod find;
 mod follow;
+mod lists;
 mod many;
+mod mirror;
 mod pace;
 mod place;
 mod rescue;
@@ -36,6 +42,7 @@ pub use deliver::Delivered;
 pub use error::SessionError;
 pub use event::{Event, Events};
 pub use find::{Found, Model, WrongWay};
+pub use lists::Listing;
 pub use many::Many;
 pub use survey::{Could, SURVEYED, Survey};
 
@@ -56,13 +63,26 @@ pub struct ClientOptions {
     pub mdns: bool,
     /// How long a node may be out of reach before following a job is given up.
     pub patience: Duration,
+    /// Collectives whose nodes are asked before all others; at most [`MAX_COLLECTIVES`].
+    pub collectives: Vec<CollectiveId>,
+    /// Signed lists to go by; at most [`MAX_LISTS`].
+    pub lists: Vec<ListName>,
+    /// The DNS server to ask; the system's if none is named.
+    pub resolver: Option<SocketAddr>,
 }
 
 impl ClientOptions {
     /// No discovery, ten minutes of patience.
     #[must_use]
     pub fn new(network: NetworkId) -> Self {
-        Self { network, mdns: false, patience: Duration::from_secs(600) }
+        Self {
+            network,
+            mdns: false,
+            patience: Duration::from_secs(600),
+            collectives: Vec::new(),
+            lists: Vec::new(),
+            resolver: None,
+        }
     }
 }
 
@@ -75,6 +95,8 @@ pub struct Client {
     key: Keypair,
     patience: Duration,
     mdns: bool,
+    collectives: Arc<[CollectiveId]>,
+    lists: Arc<[ListName]>,
     found: watch::Receiver<BTreeMap<NodeId, Vec<Multiaddr>>>,
     inputs: Arc<Inputs>,
     /// Silence of a job's node after which another is looked for.
@@ -89,13 +111,17 @@ impl Client {
     pub async fn start(options: ClientOptions, key: Keypair, store: Store) -> Result<Self, SessionError> {
         let mut config = NetConfig::client(options.network);
         config.mdns = options.mdns;
+        config.resolver = options.resolver;
         let (net, events) = kinoflock_net::start(config).await?;
         let (sender, found) = watch::channel(BTreeMap::new());
         tokio::spawn(remember(events, sender));
         let inputs = Arc::new(Inputs { store: store.clone(), served: Mutex::default() });
         net.serve_blobs(inputs.clone());
-        let ClientOptions { network, mdns, patience } = options;
-        Ok(Self { net, network, store, key, patience, mdns, found, inputs, away: AWAY })
+        let ClientOptions { network, mdns, patience, mut collectives, mut lists, .. } = options;
+        collectives.truncate(MAX_COLLECTIVES);
+        lists.truncate(MAX_LISTS);
+        let (collectives, lists) = (collectives.into(), lists.into());
+        Ok(Self { net, network, store, key, patience, mdns, collectives, lists, found, inputs, away: AWAY })
     }
 
     /// A custodian: works over a swarm that runs already, with the custodian's key, for jobs that others signed. It gives up
@@ -106,7 +132,8 @@ impl Client {
         let inputs = Arc::new(Inputs { store: store.clone(), served: Mutex::default() });
         let (_, found) = watch::channel(BTreeMap::new());
         let patience = Duration::from_millis(kinoflock_protocol::limits::JOB_LIFE_MS);
-        Self { net, network, store, key, patience, mdns: false, found, inputs, away }
+        let (collectives, lists) = (Arc::new([]), Arc::new([]));
+        Self { net, network, store, key, patience, mdns: false, collectives, lists, found, inputs, away }
     }
 
     /// The same, that gives up a node which is silent for so long.
@@ -150,6 +177,13 @@ impl Client {
     pub fn events() -> (Events, mpsc::Receiver<Event>) {
         let (sender, receiver) = mpsc::channel(EVENTS);
         (Events::to(sender), receiver)
+    }
+
+    /// Who could take a job, the most promising first, the artist's own collectives' nodes before all others.
+    fn rank(&self, candidates: &[Candidate], needs: &Needs) -> (Vec<Ranked>, Vec<Declined>) {
+        let (mut ranked, declined) = route::rank(candidates, needs, crate::now());
+        route::own_first(&mut ranked, candidates, &self.collectives);
+        (ranked, declined)
     }
 
     fn query(&self, record: &JobRecord, action: QueryAction) -> Result<Envelope, SessionError> {

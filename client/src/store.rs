@@ -6,6 +6,7 @@
 //! clips/ID.json     one record for each clip that came by a ticket
 //! blobs/ab/HEX      content by its blake3
 //! tickets/HEX.json  networks that were joined
+//! lists/NAME.json   signed lists that are subscribed to
 //! nodes/ID.json     what was seen of a node; may be removed at any time
 //! met.json          nodes that were met, for when every other way is gone; may be removed at any time
 //! index.json        what a listing shows; may be deleted at any time, it is made again from the records
@@ -28,10 +29,12 @@ use serde::de::DeserializeOwned;
 use crate::route::experience::Experience;
 
 mod index;
+mod lists;
 mod met;
 mod record;
 
 pub use index::{ClipEntry, JobEntry};
+pub use lists::ListRecord;
 pub use met::{MAX_MET, MetNode};
 pub use record::{BatchKey, ClipRecord, Custodian, Former, Holder, JobRecord, RecordError, RecordState};
 
@@ -167,7 +170,7 @@ impl Store {
         make_private_dir(&root)?;
         let store = Self { root };
         store.check_version()?;
-        for folder in ["jobs", "clips", "blobs", "tickets", "nodes", "tmp"] {
+        for folder in ["jobs", "clips", "blobs", "tickets", "nodes", lists::FOLDER, "tmp"] {
             make_private_dir(&store.root.join(folder))?;
         }
         store.sweep();

@@ -9,10 +9,14 @@ use kinoflock_net::multiaddr::Protocol;
 use kinoflock_net::peer::node_of;
 use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::names::{CLIP_TICKET, ClipTicket, NODE_TICKET, NodeAddress, NodeTicket, TicketError};
-use kinoflock_protocol::{ClipId, NetworkId, NodeId};
+use kinoflock_protocol::{ClipId, CollectiveId, NetworkId, NodeId};
 
 use crate::local::LocalNode;
 use crate::store::JobRecord;
+
+pub use compose::{TICKET_ADDRESSES, TICKET_NODES, node_ticket};
+
+mod compose;
 
 /// A way to one or several nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,6 +126,15 @@ impl Way {
                 Err(WayError::OtherNetwork { given: ticket.network, here: *here })
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The collective that it invites to.
+    #[must_use]
+    pub fn collective(&self) -> Option<CollectiveId> {
+        match self {
+            Self::Ticket(ticket) => ticket.collective,
+            _ => None,
         }
     }
 

@@ -16,6 +16,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use kinoflock_protocol::id::{CollectiveId, RequesterId};
+use kinoflock_protocol::limits::MAX_LISTS;
+use kinoflock_protocol::list::ListName;
 
 pub use self::address::{AddressError, ListenAddress};
 pub use self::device::{DeviceConfig, DeviceKind, Dtype, Limits};
@@ -26,6 +28,7 @@ pub use self::template::{render, template};
 pub use self::units::{ByteSize, Ceiling, Span, UnitError};
 
 mod address;
+mod bootstrap;
 mod device;
 pub mod docs;
 pub mod file;
@@ -165,8 +168,12 @@ pub struct Network {
     pub listen: Vec<ListenAddress>,
     /// Announced beside the listen addresses.
     pub external: Vec<ListenAddress>,
-    /// Each with the node's `/p2p/` part.
-    pub bootstrap: Vec<ListenAddress>,
+    /// Each with the node's `/p2p/` part, or a `/dnsaddr/`.
+    pub bootstrap: Vec<String>,
+    /// The DNS server to ask; the system's if none is named.
+    pub resolver: Option<SocketAddr>,
+    /// Lists that are held, at most [`MAX_LISTS`].
+    pub lists: Vec<ListName>,
     /// Discovery on the local network.
     pub mdns: bool,
     /// Relays: being one, and being reached over one.
@@ -394,15 +401,13 @@ fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError>
             "at least one address is needed, for example \"/ip4/0.0.0.0/tcp/4820\"",
         ));
     }
-    let bootstrap = addresses("network.bootstrap", &section.bootstrap)?;
-    if let Some(bare) = bootstrap.iter().find(|address| address.peer().is_none()) {
-        return Err(invalid("network.bootstrap", &bare.to_string(), "it must end in /p2p/NODE"));
-    }
     Ok(Network {
         id: id.to_owned(),
         listen,
         external: addresses("network.external", &section.external)?,
-        bootstrap,
+        bootstrap: bootstrap::check(id, &section.bootstrap)?,
+        resolver: check_resolver(&section.resolver)?,
+        lists: check_lists(&section.lists)?,
         mdns: section.mdns,
         relay: section.relay.parse()?,
         upnp: section.upnp,
@@ -413,6 +418,24 @@ fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError>
         upload: positive("network.upload", section.upload.0.map(|size| size.0))?,
         download: positive("network.download", section.download.0.map(|size| size.0))?,
     })
+}
+
+fn check_lists(given: &[String]) -> Result<Vec<ListName>, ConfigError> {
+    let lists: BTreeSet<ListName> = ids("network.lists", given)?;
+    if lists.len() > MAX_LISTS {
+        return Err(invalid(
+            "network.lists",
+            &format!("{} lists", lists.len()),
+            &format!("at most {MAX_LISTS}"),
+        ));
+    }
+    Ok(lists.into_iter().collect())
+}
+
+fn check_resolver(given: &str) -> Result<Option<SocketAddr>, ConfigError> {
+    let expected = "it must be an address with a port, for example 192.0.2.53:53";
+    let parsed = given.parse().map(Some).map_err(|_| invalid("network.resolver", given, expected));
+    if given.is_empty() { Ok(None) } else { parsed }
 }
 
 fn check_serve(section: &file::ServeSection) -> Result<Serve, ConfigError> {

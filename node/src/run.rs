@@ -10,6 +10,7 @@
 //!   run, here or elsewhere, goes on; `audits`: what is kept and shown of each step;
 //! - `boards`: what followers of a job are told; `selftest`: which models may be offered; `advert`: what is offered;
 //! - `held`, `replicate`: sealed clips for others, and ours with others; `custody`: jobs watched for others;
+//! - `lists`: signed lists, held and handed on;
 //! - `interest`, `look`: why this node is idle; `operator`: what the admin interface asks.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,6 +52,7 @@ mod held;
 mod inputs;
 mod interest;
 mod jobs;
+mod lists;
 mod look;
 mod operator;
 mod peers;
@@ -102,6 +104,8 @@ enum Note {
     Seen { reports: Vec<SeenReport> },
     /// What was seen of another node.
     Looked { seen: Seen, responder: Responder },
+    /// Copies of a clip lie with others, or could not be made.
+    Copied { job: JobId },
     /// A watched job came to its end.
     Watched { job: JobId },
     /// A node told whose adverts it knows.
@@ -110,6 +114,8 @@ enum Note {
     Depths { neighbours: Vec<u8> },
     /// A question that was passed on is answered.
     Sought(Box<slices::Sought>),
+    /// Editions of lists that another node had.
+    Lists { editions: Vec<kinoflock_protocol::Envelope> },
     /// Something of an engine.
     Engine { device: DeviceId, event: EngineEvent },
 }
@@ -162,6 +168,8 @@ struct Daemon {
     queue: Queue,
     clips: Clips,
     holdings: Holdings,
+    /// Clips of which copies are being made.
+    copying: BTreeSet<JobId>,
     /// Blobs that are being fetched for others.
     keeping: BTreeSet<(JobId, Content)>,
     custodian: custody::Custodian,
@@ -184,6 +192,8 @@ struct Daemon {
     ready: tokio::sync::watch::Sender<bool>,
     draining: bool,
     peers_file: Turn,
+    lists: lists::Lists,
+    lists_turn: Turn,
     peers: usize,
 }
 
@@ -198,6 +208,7 @@ impl Daemon {
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
         let mut advert = tokio::time::interval(ADVERT_EVERY);
         let mut drain_until: Option<Instant> = None;
+        self.learn_all_listed();
         self.settle();
         while !self.over(drain_until) {
             let wake = [self.scheduler.poll_timeout(), drain_until].into_iter().flatten().min();
@@ -247,10 +258,12 @@ impl Daemon {
             Note::Kept { job, content } => self.handle_kept(job, content),
             Note::Seen { reports } => self.handle_seen(reports),
             Note::Looked { seen, responder } => self.handle_looked(seen, responder),
+            Note::Copied { job } => self.handle_copied(job),
             Note::Watched { job } => self.handle_watched(job),
             Note::Told { adverts } => self.handle_told(&adverts),
             Note::Depths { neighbours } => self.handle_depths(&neighbours),
             Note::Sought(sought) => self.handle_sought(*sought),
+            Note::Lists { editions } => self.handle_lists(editions),
             Note::Engine { device, event } => self.handle_engine(device, event),
         }
     }
@@ -358,6 +371,7 @@ impl Daemon {
 
     fn sweep(&mut self) {
         self.sweep_held();
+        self.ask_around_for_lists();
         let now = unix_now();
         let ago = |span: Duration| now.minus(kinoflock_protocol::units::Millis(span.as_millis() as u64));
         let acknowledged = ago(self.config.terms.keep_acknowledged);

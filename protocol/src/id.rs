@@ -386,7 +386,7 @@ pub(crate) fn hash_parts(domain: &str, parts: &[&[u8]]) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-fn to_text<const CHECK: usize>(prefix: &str, bytes: &[u8]) -> String {
+pub(crate) fn to_text<const CHECK: usize>(prefix: &str, bytes: &[u8]) -> String {
     let mut all = bytes.to_vec();
     all.extend_from_slice(&hash_parts(prefix, &[bytes])[..CHECK]);
     let mut text = prefix.to_owned();
@@ -395,7 +395,7 @@ fn to_text<const CHECK: usize>(prefix: &str, bytes: &[u8]) -> String {
     text
 }
 
-fn from_text<const LEN: usize, const CHECK: usize>(
+pub(crate) fn from_text<const LEN: usize, const CHECK: usize>(
     what: &'static str,
     prefix: &'static str,
     text: &str,

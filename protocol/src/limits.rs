@@ -60,6 +60,8 @@ pub const MAX_CUSTODIANS: usize = 8;
 pub const MAX_STATEMENT: usize = 20 * 1024;
 /// Most sealed blobs that one node holds for one job.
 pub const MAX_HELD: usize = 8;
+/// Most lists that one node or client subscribes to.
+pub const MAX_LISTS: usize = 16;
 /// Most nodes on a published list.
 pub const MAX_LISTED_NODES: usize = 64;
 /// Most models on a published list.

@@ -3,11 +3,14 @@
 //! A list is named by its publisher's key and its kind. Nodes that subscribe to one hand the newest on to whoever asks, so
 //! that no server has to be asked. The project's own lists are only the first of them.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{List, Text, text_u64};
 use crate::envelope::{Envelope, EnvelopeError, Kind, Message};
-use crate::id::{ModelId, NetworkId, PublicKey};
+use crate::id::{IdError, ModelId, NetworkId, PublicKey, from_text, to_text};
 use crate::job::check_issued;
 use crate::limits::*;
 use crate::names::NodeAddress;
@@ -90,6 +93,97 @@ pub enum ListKind {
     Nodes,
     /// A [`ModelList`].
     Models,
+}
+
+impl ListName {
+    /// How the text form begins.
+    pub const PREFIX: &'static str = "kflist1";
+    /// Bytes of the text form's checksum.
+    const CHECK: usize = 7;
+
+    /// The list that a signed edition claims to be of; `None` if it is none.
+    #[must_use]
+    pub fn of(envelope: &Envelope) -> Option<Self> {
+        let kinds = [(Kind::NodeList, ListKind::Nodes), (Kind::ModelList, ListKind::Models)];
+        let (_, kind) = kinds.into_iter().find(|(kind, _)| *kind as u16 == envelope.kind)?;
+        Some(Self { publisher: envelope.signer, kind })
+    }
+}
+
+impl fmt::Display for ListName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut bytes = [0; 33];
+        bytes[0] = self.kind as u8;
+        bytes[1..].copy_from_slice(self.publisher.as_bytes());
+        f.write_str(&to_text::<{ Self::CHECK }>(Self::PREFIX, &bytes))
+    }
+}
+
+impl FromStr for ListName {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        const WHAT: &str = "list's name";
+        let [kind, key @ ..] = from_text::<33, { Self::CHECK }>(WHAT, Self::PREFIX, text.trim())?;
+        let kinds = [ListKind::Nodes, ListKind::Models];
+        let kind = kinds.into_iter().find(|known| *known as u8 == kind);
+        let kind = kind.ok_or(IdError::Alphabet { what: WHAT })?;
+        Ok(Self { publisher: PublicKey::from_bytes(key), kind })
+    }
+}
+
+/// A list of either sort, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Edition {
+    /// Nodes to begin with.
+    Nodes(NodeList),
+    /// Known models.
+    Models(ModelList),
+}
+
+impl Edition {
+    /// Reads an edition of this list: signed by its publisher, in time.
+    ///
+    /// # Errors
+    /// See [`ListError`].
+    pub fn read(
+        envelope: &Envelope,
+        network: &NetworkId,
+        name: &ListName,
+        now: UnixMillis,
+    ) -> Result<Self, ListError> {
+        match name.kind {
+            ListKind::Nodes => read_nodes(envelope, network, &name.publisher, now).map(Self::Nodes),
+            ListKind::Models => read_models(envelope, network, &name.publisher, now).map(Self::Models),
+        }
+    }
+
+    /// Rises with every edition.
+    #[must_use]
+    pub fn sequence(&self) -> u64 {
+        match self {
+            Self::Nodes(list) => list.sequence,
+            Self::Models(list) => list.sequence,
+        }
+    }
+
+    /// When it is no longer to be believed.
+    #[must_use]
+    pub fn expires_at(&self) -> UnixMillis {
+        match self {
+            Self::Nodes(list) => list.expires_at,
+            Self::Models(list) => list.expires_at,
+        }
+    }
+
+    /// Name that the publisher gives it.
+    #[must_use]
+    pub fn title(&self) -> &str {
+        match self {
+            Self::Nodes(list) => list.name.as_str(),
+            Self::Models(list) => list.name.as_str(),
+        }
+    }
 }
 
 /// Why a list is refused.

@@ -78,6 +78,8 @@ pub enum Request {
         /// The requester's signed [`crate::audit::AuditGrant`], where another asks.
         grant: Option<Envelope>,
     },
+    /// Here is an edition of a list that you may hold. A signed [`crate::list::NodeList`] or [`crate::list::ModelList`].
+    Publish(Envelope),
 }
 
 impl Request {
@@ -101,6 +103,7 @@ impl Request {
             Self::Look(_) => "look",
             Self::List(_) => "list",
             Self::Audit { .. } => "audit",
+            Self::Publish(_) => "publish",
         }
     }
 }

@@ -5,7 +5,8 @@
 mod samples;
 
 use kinoflock_protocol::frame::{FrameError, FrameReader, frame};
-use kinoflock_protocol::names::{ClipTicket, NodeTicket, PUBLIC_NETWORK, Protocols};
+use kinoflock_protocol::list::{ListKind, ListName};
+use kinoflock_protocol::names::{ClipTicket, NodeAddress, NodeTicket, PUBLIC_NETWORK, Protocols};
 use kinoflock_protocol::rpc::*;
 use kinoflock_protocol::*;
 use proptest::prelude::*;
@@ -75,6 +76,22 @@ proptest! {
     }
 
     #[test]
+    fn a_ticket_has_one_form_and_whatever_is_no_ticket_is_refused(
+        seed in any::<u64>(), at in any::<prop::sample::Index>(), byte in any::<u8>()
+    ) {
+        let mut bytes = samples::node_ticket(&mut Draw(seed)).encode();
+        prop_assert!(NodeTicket::decode(&bytes[..at.index(bytes.len())]).is_err());
+        bytes.push(0);
+        prop_assert!(NodeTicket::decode(&bytes).is_err());
+        bytes.pop();
+        let at = at.index(bytes.len());
+        bytes[at] = byte;
+        if let Ok(ticket) = NodeTicket::decode(&bytes) {
+            prop_assert_eq!(ticket.encode(), bytes);
+        }
+    }
+
+    #[test]
     fn ids_survive_their_text_and_a_mistyped_one_is_refused(bytes in any::<[u8; 32]>(), at in 4..60usize) {
         let clip = ClipId::from_bytes(bytes);
         let text = clip.to_string();
@@ -88,6 +105,12 @@ proptest! {
         let key = RequesterId::from_bytes(bytes);
         prop_assert_eq!(key.to_string().parse::<RequesterId>().unwrap(), key);
         prop_assert!(key.to_string().starts_with("kf1"));
+        let publisher = PublicKey::from_bytes(bytes);
+        for kind in [ListKind::Nodes, ListKind::Models] {
+            let list = ListName { publisher, kind };
+            prop_assert_eq!(list.to_string().parse::<ListName>().unwrap(), list);
+            prop_assert!(list.to_string().starts_with("kflist1"));
+        }
         let nonce = Nonce::from_bytes(bytes[..16].try_into().unwrap());
         prop_assert_eq!(nonce.to_string().parse::<Nonce>().unwrap(), nonce);
         let lease = LeaseId::from_bytes(bytes[..16].try_into().unwrap());
@@ -102,6 +125,18 @@ proptest! {
         let text = String::from_utf8_lossy(&bytes);
         let _ = (text.parse::<NodeId>(), text.parse::<ClipId>(), text.parse::<NodeTicket>(), text.parse::<Micro>());
     }
+}
+
+#[test]
+fn a_ticket_for_one_public_node_is_a_line_that_can_be_pasted() {
+    let addresses = ["/ip4/198.18.0.1/udp/4820/quic-v1", "/ip4/198.18.0.1/tcp/4820"];
+    let addresses = List::first_of(addresses.map(|addr| Text::new(addr).unwrap()));
+    let node = NodeAddress { id: Keypair::from_seed(&[0; 32]).node_id(), addresses };
+    let network = NetworkId::named(PUBLIC_NETWORK);
+    let ticket = NodeTicket { network, nodes: List::first_of([node]), collective: None };
+    let text = ticket.to_string();
+    assert_eq!(text.len(), 99, "{text}");
+    assert!(text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()), "{text}");
 }
 
 #[test]

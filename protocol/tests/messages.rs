@@ -12,6 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use kinoflock_protocol::codec::{CodecError, decode, decode_canonical, encode};
+use kinoflock_protocol::names::{ClipTicket, NodeTicket};
 use proptest::prelude::*;
 use samples::{Draw, Visit, every_message};
 use serde::Serialize;
@@ -92,22 +93,41 @@ impl Visit for Golden {
     {
         for seed in GOLDEN_SEEDS {
             let value = make(&mut Draw(seed));
-            let file = format!("{name}-{seed}.bin");
-            let path = golden_folder().join(&file);
-            let bytes = encode(&value);
-            if self.write {
-                fs::create_dir_all(golden_folder()).unwrap();
-                fs::write(&path, &bytes).unwrap();
-                let corpus = corpus_folder().join(name.replace('-', "_"));
-                fs::create_dir_all(&corpus).unwrap();
-                fs::write(corpus.join(format!("golden-{seed}")), &bytes).unwrap();
-            }
-            match fs::read(&path) {
-                Ok(golden) if golden == bytes && decode::<T>(&golden, max).as_ref() == Ok(&value) => {}
-                Ok(_) => self.wrong.push(format!("{file} differs")),
-                Err(error) => self.wrong.push(format!("{file}: {error}")),
-            }
-            self.names.push(file);
+            self.compare(name, seed, &encode(&value), |golden| {
+                decode::<T>(golden, max).as_ref() == Ok(&value)
+            });
+        }
+    }
+}
+
+impl Golden {
+    fn compare(&mut self, name: &str, seed: u64, bytes: &[u8], reads: impl FnOnce(&[u8]) -> bool) {
+        let file = format!("{name}-{seed}.bin");
+        let path = golden_folder().join(&file);
+        if self.write {
+            fs::create_dir_all(golden_folder()).unwrap();
+            fs::write(&path, bytes).unwrap();
+            let corpus = corpus_folder().join(name.replace('-', "_"));
+            fs::create_dir_all(&corpus).unwrap();
+            fs::write(corpus.join(format!("golden-{seed}")), bytes).unwrap();
+        }
+        match fs::read(&path) {
+            Ok(golden) if golden == bytes && reads(&golden) => {}
+            Ok(_) => self.wrong.push(format!("{file} differs")),
+            Err(error) => self.wrong.push(format!("{file}: {error}")),
+        }
+        self.names.push(file);
+    }
+
+    /// Tickets are packed in a form of their own.
+    fn tickets(&mut self) {
+        for seed in GOLDEN_SEEDS {
+            let ticket = samples::node_ticket(&mut Draw(seed));
+            let reads = |golden: &[u8]| NodeTicket::decode(golden).as_ref() == Ok(&ticket);
+            self.compare("node-ticket", seed, &ticket.encode(), reads);
+            let ticket = samples::clip_ticket(&mut Draw(seed));
+            let reads = |golden: &[u8]| ClipTicket::decode(golden).as_ref() == Ok(&ticket);
+            self.compare("clip-ticket", seed, &ticket.encode(), reads);
         }
     }
 }
@@ -117,6 +137,7 @@ fn golden_bytes_of_every_message_are_unchanged() {
     let write = std::env::var_os("KINOFLOCK_WRITE_GOLDEN").is_some();
     let mut golden = Golden { write, wrong: Vec::new(), names: Vec::new() };
     every_message(&mut golden);
+    golden.tickets();
     assert!(golden.wrong.is_empty(), "{:?}", golden.wrong);
     for entry in fs::read_dir(golden_folder()).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();

@@ -2,12 +2,14 @@
 //!
 //! - [`sandbox`]: N daemons on free loopback ports, clients beside them, logs shown where a test fails;
 //! - [`clock`]: wrong clocks for real processes;
+//! - [`dns`]: a name server that answers with the texts it is given;
 //! - [`invariants`]: what must hold of every clip and every node, whatever a test is about;
 //! - [`raw`]: a peer without manners, that writes whatever a test wants onto any stream;
 //! - [`requester`]: somebody who signs by hand, so that a test may bend each message;
 //! - [`test_engine`]: the worker that fails on demand.
 
 pub mod clock;
+pub mod dns;
 pub mod invariants;
 pub mod raw;
 pub mod requester;

@@ -535,6 +535,16 @@ impl Client {
         command
     }
 
+    /// Writes its configuration.
+    ///
+    /// # Panics
+    /// When the disk refuses.
+    pub fn configure(&self, lines: &str) {
+        let folder = self.folder.join(".config").join("kinoflock");
+        fs::create_dir_all(&folder).expect("a folder for the configuration");
+        fs::write(folder.join("config.toml"), lines).expect("a configuration");
+    }
+
     /// Runs a command to its end.
     ///
     /// # Panics

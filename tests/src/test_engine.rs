@@ -20,6 +20,7 @@
 //! | `--babble 1` | is no worker at all |
 //! | `--refuse-device 1` | does not get its device |
 //! | `--constant 1` | draws frames of one colour |
+//! | `--noise 1` | draws noise, which makes large clips |
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -147,8 +148,11 @@ impl Engine for TestEngine {
         }
         context.phase(Phase::Decode);
         let constant = self.orders.number("constant").is_some();
-        let frames =
+        let mut frames =
             draw(&key, request.width as usize, request.height as usize, request.frames as usize, constant);
+        if self.orders.number("noise").is_some() {
+            blake3::Hasher::new_keyed(&key).finalize_xof().fill(&mut frames.data);
+        }
         let latents = latents(&key, request.frames as usize);
         let latents_shape = vec![1, 4, request.frames as usize, 2, 2];
         let start = latents_bytes(&step_latents(&key, 0).map_err(|error| fault(&error))?);

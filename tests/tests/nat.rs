@@ -227,17 +227,42 @@ fn a_job_of_five_minutes_goes_between_two_homes() {
 }
 
 #[test]
+fn where_no_hole_can_be_punched_a_clip_comes_sealed_over_the_public_node() {
+    let Some(homes) = homes(Ports::Random) else { return };
+    let mut sandbox = Sandbox::new();
+    let client = sandbox.client("artist");
+    // Noise is more than a relay carries of a blob.
+    let [public, maker] = nodes(&mut sandbox, &homes, &["--noise", "1"]);
+    let ticket = eventually("the ticket leads over the relay", || relayed(maker));
+    eventually("the maker knows the public node's advert", || (maker.known() == 1).then_some(()));
+    let told = generated(&homes, &client, &["--node", &ticket, "--steps", "2", "--size", "256x256"]);
+    assert!(told.contains("comes sealed over node"), "{told}");
+    let len = std::fs::metadata(client.path("clip.mp4")).unwrap().len();
+    assert!(len > kinoflock_net::limits::RELAYED_BLOB_BYTES, "{len} bytes go over a relay");
+    assert!(!maker.log().contains("hole_punched"), "this router should not let that happen");
+    invariants::delivered(&client.path("clip.mp4"), maker);
+    eventually("nobody holds a copy once the artist has the clip", || {
+        (public.status().held_bytes == 0).then_some(())
+    });
+    invariants::discreet(maker, PROMPT);
+    invariants::discreet(public, PROMPT);
+}
+
+/// The maker's ticket, once it leads over the relay.
+fn relayed(maker: &Node) -> Option<String> {
+    let ticket = maker.ticket();
+    let way: kinoflock_client::ticket::Way = ticket.parse().unwrap();
+    let relayed = way.nodes()?.iter().flat_map(|(_, addrs)| addrs).any(kinoflock_net::peer::is_relayed);
+    relayed.then_some(ticket)
+}
+
+#[test]
 fn where_no_hole_can_be_punched_a_small_clip_comes_over_the_relay_and_a_large_input_is_refused_in_words() {
     let Some(homes) = homes(Ports::Random) else { return };
     let mut sandbox = Sandbox::new();
     let client = sandbox.client("artist");
     let [_, maker] = nodes(&mut sandbox, &homes, &["--step-ms", "100"]);
-    let ticket = eventually("the ticket leads over the relay", || {
-        let ticket = maker.ticket();
-        let way: kinoflock_client::ticket::Way = ticket.parse().unwrap();
-        let relayed = way.nodes()?.iter().flat_map(|(_, addrs)| addrs).any(kinoflock_net::peer::is_relayed);
-        relayed.then_some(ticket)
-    });
+    let ticket = eventually("the ticket leads over the relay", || relayed(maker));
     generated(&homes, &client, &["--node", &ticket, "--steps", "10"]);
     invariants::delivered(&client.path("clip.mp4"), maker);
     assert!(!maker.log().contains("hole_punched"), "this router should not let that happen");

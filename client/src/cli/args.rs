@@ -150,6 +150,14 @@ pub enum Command {
         /// The ticket (kfnode1...) or address
         ticket: String,
     },
+    /// Print a ticket for nodes that you know, to pass on the way in
+    Ticket,
+    /// Signed lists of nodes and models: those of others that you go by, and your own
+    List {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: ListCommand,
+    },
     /// Your key: who you are to nodes and on your clips
     Key {
         /// What to do with it.
@@ -162,6 +170,62 @@ pub enum Command {
         shell: clap_complete::Shell,
     },
 }
+
+/// What to do with lists.
+#[derive(Debug, Subcommand)]
+pub enum ListCommand {
+    /// Sign a list with your key and hand it to nodes that hold it; prints the list's name
+    #[command(after_help = LIST_FILES)]
+    Publish {
+        /// What it lists
+        #[arg(long, value_enum)]
+        kind: Sort,
+        /// The list, as TOML
+        file: PathBuf,
+        /// Which nodes to hand it to.
+        #[command(flatten)]
+        node: Where,
+    },
+    /// Go by a list from now on
+    Add {
+        /// Its name (kflist1...)
+        name: String,
+    },
+    /// Go by a list no longer
+    Remove {
+        /// Its name (kflist1...)
+        name: String,
+    },
+    /// Lists that you go by, or what one of them says
+    Show {
+        /// Its name (kflist1...)
+        name: Option<String>,
+    },
+}
+
+/// What a list holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sort {
+    /// Ways into the network.
+    Nodes,
+    /// Models under the names that people know.
+    Models,
+}
+
+const LIST_FILES: &str = "\
+A list of nodes:
+  name = \"friends of the reef\"
+  nodes = [\"kfnode1...\", \"/dnsaddr/reef.example\"]
+
+A list of models:
+  name = \"models that we looked into\"
+  days = 30                              how long it is good for [default: 90]
+  [[models]]
+  model = \"model1...\"
+  name = \"motif\"
+  architecture = \"ltx-video\"
+  licence = \"Apache-2.0\"
+  source = \"https://reef.example/motif\"";
 
 /// Which nodes to ask.
 #[derive(Debug, Clone, Default, Args)]

@@ -12,17 +12,13 @@ use super::args::Save;
 use super::context::Context;
 use super::failure::{Exit, Failure};
 use super::jobs::short_time;
+use super::ticket::Told;
 use super::{follow, generate};
 use crate::provenance::{self, ProvenanceError, Verified, network_name};
 use crate::session::Client;
 use crate::store::{JobRecord, Store, StoreError};
 use crate::ticket::{Way, clip_ticket};
 use crate::verify::MAX_CLIP_BYTES;
-
-#[derive(Serialize)]
-struct Ticket {
-    ticket: String,
-}
 
 #[derive(Serialize)]
 struct Saved<'a> {
@@ -155,7 +151,7 @@ pub(super) fn share(text: &str, context: &Context<'_>) -> Result<(), Failure> {
         "whoever has this ticket can fetch the clip, for as long as the node that made it keeps it; later, send the file",
     );
     context.out.line(&ticket);
-    context.out.record(&Ticket { ticket });
+    context.out.record(&Told { ticket });
     Ok(())
 }
 

@@ -1,9 +1,11 @@
 //! What every command needs: configuration, store, key, network, output.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use kinoflock_net::Multiaddr;
-use kinoflock_protocol::{Keypair, NodeId};
+use kinoflock_protocol::list::ListName;
+use kinoflock_protocol::{CollectiveId, Keypair, NodeId};
 
 use super::args::{Common, Where};
 use super::failure::Failure;
@@ -54,6 +56,9 @@ impl<'a> Context<'a> {
         let (key, store) = (self.key()?, self.store()?);
         let mut options = ClientOptions::new(self.config.network);
         options.mdns = self.config.mdns;
+        options.resolver = self.config.resolver;
+        options.collectives = self.collectives(&store)?;
+        options.lists = self.lists(&store)?;
         Ok(Client::start(options, key, store).await?)
     }
 
@@ -77,6 +82,31 @@ impl<'a> Context<'a> {
             self.out.words(&format!("{way}...: {error}"));
         }
         Ok((ways, false))
+    }
+
+    /// What was joined and what is configured for this network, as far as it can be read.
+    pub(super) fn told_ways(&self, store: &Store) -> Result<Vec<Way>, Failure> {
+        let texts = store.tickets()?;
+        let ways = texts.iter().chain(&self.config.nodes).filter_map(|text| text.parse::<Way>().ok());
+        Ok(ways.filter(|way| way.check_network(&self.config.network).is_ok()).collect())
+    }
+
+    /// The lists that the configuration names, and those that were added.
+    pub(super) fn lists(&self, store: &Store) -> Result<Vec<ListName>, Failure> {
+        let added = store.lists()?.into_iter().filter(|kept| kept.added);
+        let added = added.filter_map(|kept| kept.name.parse::<ListName>().ok());
+        let all: BTreeSet<ListName> = self.config.lists.iter().copied().chain(added).collect();
+        Ok(all.into_iter().collect())
+    }
+
+    /// The collectives whose nodes come first: the configured one, else those of the tickets.
+    pub(super) fn collectives(&self, store: &Store) -> Result<Vec<CollectiveId>, Failure> {
+        if let Some(collective) = self.config.collective {
+            return Ok(vec![collective]);
+        }
+        let ways = self.told_ways(store)?;
+        let told: BTreeSet<_> = ways.iter().filter_map(Way::collective).collect();
+        Ok(told.into_iter().collect())
     }
 
     pub(super) fn way(&self, text: &str) -> Result<Way, Failure> {

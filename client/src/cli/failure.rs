@@ -176,6 +176,7 @@ fn net_exit(error: &NetError) -> Exit {
         NetError::TimedOut { .. } => Exit::Timeout,
         NetError::Refused { .. } => Exit::Refused,
         NetError::Dial { .. }
+        | NetError::Names { .. }
         | NetError::NoAddress { .. }
         | NetError::ConnectionLost { .. }
         | NetError::PeerSpeaks { .. }

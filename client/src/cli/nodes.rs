@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use kinoflock_protocol::capacity::{NodeState, SelfTest};
+use kinoflock_protocol::list::ListedModel;
 use kinoflock_protocol::{ModelId, NodeId};
 use serde::Serialize;
 
@@ -11,7 +12,7 @@ use super::context::Context;
 use super::failure::{Exit, Failure};
 use super::follow;
 use crate::route::terms_sentence;
-use crate::session::{Client, Found};
+use crate::session::{Client, Found, Listing};
 use crate::ticket::Way;
 
 #[derive(Serialize)]
@@ -37,6 +38,17 @@ struct ModelRow {
     nodes: usize,
     speed: u64,
     referenced: bool,
+    lists: Vec<ListingRow>,
+}
+
+/// What a list says of a model.
+#[derive(Serialize)]
+struct ListingRow {
+    list: String,
+    name: String,
+    architecture: String,
+    licence: String,
+    source: String,
 }
 
 #[derive(Serialize)]
@@ -46,7 +58,7 @@ struct Joined {
 }
 
 pub(super) async fn nodes(at: &Where, context: &Context<'_>) -> Result<(), Failure> {
-    for found in &find(at, context).await? {
+    for found in &find(at, context).await?.1 {
         let capacity = &found.candidate.capacity;
         let state = match capacity.state {
             NodeState::Open => "open",
@@ -85,7 +97,7 @@ pub(super) async fn nodes(at: &Where, context: &Context<'_>) -> Result<(), Failu
 }
 
 pub(super) async fn models(at: &Where, context: &Context<'_>) -> Result<(), Failure> {
-    let found = find(at, context).await?;
+    let (client, found) = find(at, context).await?;
     let mut rows: BTreeMap<ModelId, ModelRow> = BTreeMap::new();
     for offer in found.iter().flat_map(|found| found.candidate.capacity.models.iter()) {
         let row = rows.entry(offer.model).or_insert_with(|| ModelRow {
@@ -95,6 +107,7 @@ pub(super) async fn models(at: &Where, context: &Context<'_>) -> Result<(), Fail
             nodes: 0,
             speed: 0,
             referenced: false,
+            lists: client.listings(&offer.model).into_iter().map(ListingRow::from).collect(),
         });
         row.nodes += 1;
         row.speed = row.speed.max(offer.speed);
@@ -107,6 +120,10 @@ pub(super) async fn models(at: &Where, context: &Context<'_>) -> Result<(), Fail
         let tested = if row.referenced { "matches its card's fingerprint" } else { "unreferenced" };
         let (name, kind, nodes) = (&row.name, &row.architecture, counted(row.nodes, "node"));
         context.out.line(&format!("{name:<20} {kind:<14} {nodes:<9}  {tested}  {}", row.model));
+        for ListingRow { list, name, licence, source, .. } in &row.lists {
+            let licence = if licence.is_empty() { "licence not told" } else { licence };
+            context.out.line(format!("  on the list {list:?} as {name}, {licence}  {source}").trim_end());
+        }
         context.out.record(row);
     }
     Ok(())
@@ -149,7 +166,16 @@ fn counted(count: usize, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
-async fn find(at: &Where, context: &Context<'_>) -> Result<Vec<Found>, Failure> {
+impl From<Listing> for ListingRow {
+    fn from(listing: Listing) -> Self {
+        let ListedModel { name, architecture, licence, source, .. } = listing.model;
+        let [name, architecture, licence] = [name, architecture, licence].map(|text| text.to_string());
+        Self { list: listing.list, name, architecture, licence, source: source.to_string() }
+    }
+}
+
+/// The nodes, and the client that found them, which has ended its connections.
+async fn find(at: &Where, context: &Context<'_>) -> Result<(Client, Vec<Found>), Failure> {
     let client = context.client().await?;
     let (events, told) = Client::events();
     let mut progress = context.out.progress();
@@ -159,5 +185,5 @@ async fn find(at: &Where, context: &Context<'_>) -> Result<Vec<Found>, Failure> 
     };
     let found = follow::show_while(finding, told, &mut progress).await?;
     client.stop().await;
-    Ok(found)
+    Ok((client, found))
 }

@@ -266,6 +266,37 @@ impl Client {
         Ok(())
     }
 
+    /// Asks a node whether it holds the sealed clip, by a receipt that its maker signed; if so, that is kept.
+    pub(super) async fn ask_mirror(
+        &self,
+        record: &JobRecord,
+        holder: NodeId,
+        addresses: Vec<Multiaddr>,
+    ) -> Result<bool, SessionError> {
+        let answers = [(holder, self.ask_held(record, holder, addresses).await?)];
+        let job = ValidJob::parse_stored(&record.envelope, &record.network).map_err(|error| {
+            let path = self.store.job_path(&record.job);
+            StoreError::Record { path, reason: error.to_string() }
+        })?;
+        let key = SealKey::of_job(&record.envelope);
+        for (_, item) in of_content(&answers, Content::Clip) {
+            let made = self.opened_receipt(item, &key, &job);
+            if made.is_some_and(|(_, node)| node == record.node) {
+                self.update(&record.job, |record| {
+                    record.holders.retain(|known| known.node != holder);
+                    record.holders.push(Holder { node: holder, sealed: Some(item.sealed) });
+                })?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Forgets that a node would hold the clip.
+    pub(super) fn drop_holder(&self, record: &JobRecord, holder: &NodeId) -> Result<(), SessionError> {
+        self.update(&record.job, |record| record.holders.retain(|known| known.node != *holder)).map(drop)
+    }
+
     /// Fetches a clip from those who hold it sealed, and opens it. False if nobody is known to.
     pub(super) async fn fetch_sealed(
         &self,

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use kinoflock_net::limits::RELAYED_BLOB_BYTES;
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::receipt::{ReceiptAnswer, ValidReceipt, Verdict};
 use kinoflock_protocol::rpc::{Request, Response};
@@ -83,6 +84,9 @@ impl Client {
             return Ok(self.store.read_blob(&blob.id)?);
         }
         self.reach(record).await?;
+        if blob.len > RELAYED_BLOB_BYTES && self.fetch_mirrored(record, blob, events).await? {
+            return Ok(self.store.read_blob(&blob.id)?);
+        }
         self.fetch_to_store(blob, &[record.node], events).await?;
         Ok(self.store.read_blob(&blob.id)?)
     }

@@ -1,6 +1,7 @@
 //! What can go wrong between a prompt and a clip.
 
 use kinoflock_net::{FetchError, NetError};
+use kinoflock_protocol::list::ListError;
 use kinoflock_protocol::{ClipId, EnvelopeError, JobId, Millis, NodeId, Refusal};
 
 use crate::ask::AskError;
@@ -25,6 +26,9 @@ pub enum SessionError {
     /// A statement could not be signed or was refused.
     #[error(transparent)]
     Envelope(#[from] EnvelopeError),
+    /// An edition of a list was refused.
+    #[error(transparent)]
+    List(#[from] ListError),
     /// The system gave no random bytes.
     #[error("no random bytes from the system: {0}")]
     Random(getrandom::Error),
@@ -168,6 +172,7 @@ impl SessionError {
             Self::Store(error) => error.code(),
             Self::Ask(error) => error.code(),
             Self::Envelope(error) => error.code(),
+            Self::List(error) => error.code(),
             Self::Random(_) => "random",
             Self::NoNode { .. } => "no_node",
             Self::NoModel { .. } => "no_model",

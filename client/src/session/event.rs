@@ -153,6 +153,11 @@ pub enum Event {
         /// Its length in bytes.
         len: u64,
     },
+    /// The maker is reached over a relay only, which carries no clip: it comes sealed over this node.
+    Mirrored {
+        /// Which node.
+        node: NodeId,
+    },
     /// Bytes of the clip that came and were checked.
     Transfer {
         /// So many.
@@ -251,6 +256,13 @@ impl fmt::Display for Event {
                 )
             }
             Self::Made { clip, len } => write!(f, "made: {} ({len} bytes)", clip.short()),
+            Self::Mirrored { node } => {
+                let node = node.short();
+                write!(
+                    f,
+                    "no direct way to the maker: the clip comes sealed over node ...{node}, which cannot see it"
+                )
+            }
             Self::Transfer { done, len } => write!(f, "fetched {done} of {len} bytes"),
             Self::Verified { frames, width, height, .. } => {
                 write!(f, "verified: {frames} frames, {width}x{height}, the bytes that the node signed")

@@ -83,6 +83,7 @@ impl Client {
                 Err(error) => wrong.push((text.chars().take(24).collect(), error)),
             }
         }
+        ways.extend(self.listed_ways());
         Ok((ways, wrong))
     }
 
@@ -92,7 +93,7 @@ impl Client {
     /// `NoNode` with what was tried.
     pub async fn find_named(&self, ways: &[Way], events: &Events) -> Result<Vec<Found>, SessionError> {
         let mut reasons = Vec::new();
-        let mut targets = targets(ways);
+        let mut targets = self.targets(ways).await;
         if self.mdns {
             for target in targets.iter_mut().filter(|target| target.addresses.is_empty()) {
                 let Some(node) = target.node else { continue };
@@ -113,7 +114,7 @@ impl Client {
     /// `NoNode` with what was tried.
     pub async fn find(&self, ways: &[Way], events: &Events) -> Result<Vec<Found>, SessionError> {
         let mut reasons = Vec::new();
-        let mut found = self.probe_all(targets(ways), &mut reasons, events).await;
+        let mut found = self.probe_all(self.targets(ways).await, &mut reasons, events).await;
         if self.mdns && (found.is_empty() || !self.found.borrow().is_empty()) {
             let others = self.nearby(found.is_empty(), &found).await;
             found.extend(self.probe_all(others, &mut reasons, events).await);
@@ -126,8 +127,31 @@ impl Client {
             return Err(SessionError::NoNode { reasons });
         }
         self.ask_for_others(&mut found).await;
+        if self.refresh_lists(&found).await? {
+            let listed = self.targets(&self.listed_ways()).await;
+            let known = |target: &Target| found.iter().any(|found| Some(found.candidate.node) == target.node);
+            let new = listed.into_iter().filter(|target| !known(target)).collect();
+            // One of a list that does not answer is no loss: somebody else did.
+            found.extend(self.probe_all(new, &mut Vec::new(), &Events::none()).await);
+        }
         self.remember_met(&found);
         Ok(found)
+    }
+
+    /// Whom these ways lead to. Of a list in DNS each node is one of them; a list that cannot be looked up is told of when it
+    /// is tried.
+    async fn targets(&self, ways: &[Way]) -> Vec<Target> {
+        let looked_up = ways.iter().cloned().map(|way| {
+            let net = self.net.clone();
+            async move {
+                let Way::Address(addr) = &way else { return vec![way] };
+                match net.look_up(addr).await {
+                    Ok(listed) => listed.into_iter().map(Way::Address).collect(),
+                    Err(_) => vec![way],
+                }
+            }
+        });
+        targets(&futures::future::join_all(looked_up).await.concat())
     }
 
     /// Nodes that were met by an earlier process: ways for when no other leads anywhere.

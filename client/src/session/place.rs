@@ -118,7 +118,7 @@ impl Client {
         events: &Events,
     ) -> Result<JobRecord, SessionError> {
         let candidates: Vec<Candidate> = found.iter().map(|found| found.candidate.clone()).collect();
-        let (ranked, unfit) = route::rank(&candidates, &placing.needs(), crate::now());
+        let (ranked, unfit) = self.rank(&candidates, &placing.needs());
         let mut routing = Routing::new(ranked, super::random()?, Instant::now());
         let tells_all = placing.before.is_none();
         let mut search = Search { found, events, tells_all, offers: BTreeMap::new(), declined: Vec::new() };

@@ -70,7 +70,7 @@ impl Client {
         let found = self.find_for(ask, ways, events).await?;
         let placing = self.prepare(ask, &found).await?;
         let candidates: Vec<Candidate> = found.iter().map(|found| found.candidate.clone()).collect();
-        let (ranked, mut declined) = route::rank(&candidates, &placing.needs(), crate::now());
+        let (ranked, mut declined) = self.rank(&candidates, &placing.needs());
         let asked: Vec<&Found> = ranked.iter().take(SURVEYED).map(|ranked| &found[ranked.index]).collect();
         let (mut offers, refused) = self.quotes(&asked, &placing).await;
         declined.extend(refused);

@@ -43,6 +43,8 @@ pub(crate) struct Script {
     pub(crate) holds: bool,
     /// Time that its quotes tell, in milliseconds; 1000 if zero.
     pub(crate) eta_ms: u64,
+    /// The collective that it serves.
+    pub(crate) collective: Option<CollectiveId>,
 }
 
 /// A peer and what it heard.
@@ -268,7 +270,11 @@ impl State {
             limits: OfferLimits::default(),
             queue: QueueState::default(),
             state: Default::default(),
-            serves: Serves { public_bps: 2500, ..Serves::default() },
+            serves: Serves {
+                public_bps: 2500,
+                collectives: List::first_of(self.script.collective),
+                ..Serves::default()
+            },
             terms: Terms::default(),
             content_rules: false,
             protocol_versions: List::empty(),

@@ -39,7 +39,16 @@ pub const DOCS: &[KeyDoc] = &[
         "network.external",
         "Addresses others reach this node by, when they differ (a forwarded port, a DNS name).",
     ),
-    doc("network.bootstrap", "Nodes to ask for others, as multiaddresses ending in /p2p/NODE."),
+    doc(
+        "network.bootstrap",
+        "Nodes to ask for others: tickets (kfnode1...), lists in DNS (/dnsaddr/HOST, the TXT records of _dnsaddr.HOST), or\n\
+         multiaddresses ending in /p2p/NODE.",
+    ),
+    doc("network.resolver", "DNS server to ask, as ADDRESS:PORT; empty for the system's."),
+    doc(
+        "network.lists",
+        "Signed lists (kflist1...) to hold and to hand on to whoever asks; the nodes of a list are ways into the network.",
+    ),
     doc("network.mdns", "Find and be found on the local network."),
     doc(
         "network.relay",

@@ -54,6 +54,8 @@ pub struct NetworkSection {
     pub listen: Vec<String>,
     pub external: Vec<String>,
     pub bootstrap: Vec<String>,
+    pub resolver: String,
+    pub lists: Vec<String>,
     pub mdns: bool,
     pub relay: String,
     pub upnp: bool,
@@ -195,6 +197,9 @@ impl Default for NetworkSection {
             listen: default_listen(),
             external: Vec::new(),
             bootstrap: Vec::new(),
+            resolver: String::new(),
+            // None yet: the project has published no list of its own.
+            lists: Vec::new(),
             mdns: true,
             relay: default_relay(),
             upnp: true,

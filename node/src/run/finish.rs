@@ -170,7 +170,8 @@ impl Daemon {
                 let compute = took.compute() + self.saved_seconds(&job, &finished.report);
                 let measured = Measured { load: seconds(took.load), compute: seconds(compute) };
                 if let Some((live, record)) = self.live.get(&job).zip(self.queue.find(&job).ok().flatten()) {
-                    self.replicate(&live.job, &record.job, &finished.receipt);
+                    let (valid, submitter) = (live.job.clone(), live.submitter);
+                    self.replicate(&valid, &record.job, &finished.receipt, submitter);
                 }
                 self.boards.tell(&job, JobEvent::Done { receipt: finished.receipt });
                 self.scheduler.handle_done(device, &job, measured, Instant::now());

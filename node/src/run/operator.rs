@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kinoflock_protocol::codec::{List, Text};
-use kinoflock_protocol::names::{NodeAddress, NodeTicket};
+use kinoflock_client::ticket::{node_ticket, parse_addresses};
 
 use super::Daemon;
 use crate::admin::report::{DeviceReport, JobReport, ModelReport, StatusReport};
@@ -66,13 +65,12 @@ impl Daemon {
     }
 
     fn ticket(&self) -> Result<String, String> {
-        let addresses: Vec<_> = self.addresses().iter().map(|addr| Text::truncated(addr)).collect();
-        if addresses.is_empty() {
-            return Err("this node listens nowhere yet".to_owned());
-        }
-        let node = NodeAddress { id: self.identity.node_id(), addresses: List::first_of(addresses) };
-        let ticket = NodeTicket { network: self.network, nodes: List::first_of([node]), collective: None };
-        Ok(ticket.to_string())
+        let own = (self.identity.node_id(), parse_addresses(&self.addresses()));
+        let mut collectives = self.config.serve.collectives.iter();
+        // A node of several invites to none of them: the artist would be asked to choose.
+        let collective = collectives.next().copied().filter(|_| collectives.next().is_none());
+        let ticket = node_ticket(self.network, [own], collective);
+        ticket.map(|ticket| ticket.to_string()).ok_or_else(|| "this node listens nowhere yet".to_owned())
     }
 
     fn report(&self) -> StatusReport {

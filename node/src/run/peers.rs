@@ -69,6 +69,7 @@ fn keep(path: &Path, met: Vec<Met>) -> std::io::Result<()> {
 impl Daemon {
     /// A node has come: it is remembered, and tells of the nodes that it knows.
     pub(super) fn handle_met(&mut self, node: NodeId) {
+        self.ask_for_lists(node);
         let net = self.net.clone();
         self.spawn(async move { Note::Told { adverts: whom_it_knows(&net, node).await } });
         self.adverts.outdate();

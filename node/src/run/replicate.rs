@@ -2,10 +2,16 @@
 //!
 //! Who may hold one says the job's `share`: nobody, nodes of this node's collectives, or everybody. Custodians that the job
 //! names fetch a copy by themselves.
+//!
+//! One copy is made whatever the job's `share`: where the requester is reached over a relay only, which carries no clip, a
+//! public node mirrors it. A holder verifies the bytes and sees nothing of them.
 
 use std::time::Duration;
 
-use kinoflock_net::NetHandle;
+use kinoflock_net::discovery::is_global;
+use kinoflock_net::limits::RELAYED_BLOB_BYTES;
+use kinoflock_net::peer::is_relayed;
+use kinoflock_net::{Multiaddr, NetHandle};
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::Bytes;
 use kinoflock_protocol::custody::{Content, Keep};
@@ -18,7 +24,7 @@ use kinoflock_protocol::rpc::{Request, Response};
 use kinoflock_protocol::seal::{SealKey, seal_bytes};
 use kinoflock_protocol::units::{Millis, UnixMillis};
 
-use super::{Daemon, unix_now};
+use super::{Daemon, Note, unix_now};
 use crate::clips::Clips;
 use crate::holdings::{HeldRow, Holdings};
 use crate::queue::Queue;
@@ -27,6 +33,10 @@ use crate::queue::Queue;
 const COPIES: usize = 2;
 /// Volunteers that are asked until enough hold one.
 const MAX_ASKED: usize = 12;
+/// Clips that are copied at once; others are copied when their requesters ask again.
+const MAX_COPYING: usize = 64;
+/// Time to see whether there is, or comes, a direct connection.
+const DIRECT_LOOK: Duration = Duration::from_secs(1);
 /// How often one is asked whether it has fetched its copy.
 const TRIES: u32 = 240;
 /// Pause between two such questions.
@@ -48,17 +58,36 @@ struct Copying {
     holdings: Holdings,
     queue: Queue,
     caller: Caller,
+    /// Who may hold a copy by the job's share.
+    volunteers: Vec<NodeId>,
+    /// Who would mirror it, where the requester is reached over a relay only.
+    mirrors: Vec<NodeId>,
+    /// Who waits for the clip.
+    waiting: Option<NodeId>,
 }
 
 impl Daemon {
-    /// Puts copies of a clip that was just made with volunteers, in the background.
-    pub(super) fn replicate(&self, job: &ValidJob, job_envelope: &Envelope, receipt: &Envelope) {
-        let volunteers = self.volunteers(job);
+    /// Puts copies of a clip with volunteers, in the background; `waiting` is who waits for it, if that is known.
+    pub(super) fn replicate(
+        &mut self,
+        job: &ValidJob,
+        job_envelope: &Envelope,
+        receipt: &Envelope,
+        waiting: Option<NodeId>,
+    ) {
         let Ok(opened) = receipt.open::<Receipt>(&self.network) else { return };
-        if volunteers.is_empty() {
+        let (volunteers, mut mirrors) = (self.volunteers(job), Vec::new());
+        if waiting.is_some() && opened.value.clip_len > RELAYED_BLOB_BYTES {
+            mirrors = self.mirrors(job);
+        }
+        let is_idle = volunteers.is_empty() && mirrors.is_empty();
+        if is_idle || self.copying.len() >= MAX_COPYING || !self.copying.insert(job.id()) {
             return;
         }
         let copying = Copying {
+            volunteers,
+            mirrors,
+            waiting,
             job: job.id(),
             key: SealKey::of_job(job_envelope),
             requester: job.requester(),
@@ -74,13 +103,43 @@ impl Daemon {
             queue: self.queue.clone(),
             caller: self.caller(),
         };
-        tokio::spawn(async move {
+        self.spawn(async move {
             let job = copying.job;
-            match copying.spread(volunteers).await {
+            match copying.spread().await {
+                Ok(0) => {}
                 Ok(copies) => tracing::info!(job = %job.short(), copies, "sealed copies lie with volunteers"),
                 Err(error) => tracing::warn!(job = %job.short(), error, "no sealed copies could be made"),
             }
+            Note::Copied { job }
         });
+    }
+
+    pub(super) fn handle_copied(&mut self, job: JobId) {
+        self.copying.remove(&job);
+    }
+
+    /// The requester asks how a finished job stands: if it is reached over a relay only and nobody holds a copy yet, the clip
+    /// is mirrored now.
+    pub(super) fn mirror(&mut self, record: &crate::queue::JobRecord, receipt: &Envelope, waiting: NodeId) {
+        let is_held = self.holdings.replicas(&record.id).is_ok_and(|replicas| !replicas.is_empty());
+        if is_held || record.answer.is_some() {
+            return;
+        }
+        if let Ok(job) = ValidJob::parse_stored(&record.job, &self.network) {
+            self.replicate(&job, &record.job, receipt, Some(waiting));
+        }
+    }
+
+    /// Nodes that both sides may reach: those that say that anybody does.
+    fn mirrors(&self, job: &ValidJob) -> Vec<NodeId> {
+        let is_open = |addr: &Multiaddr| is_global(addr) && !is_relayed(addr);
+        let known = self.adverts.live().filter(|(_, capacity)| {
+            capacity.addresses.iter().filter_map(|addr| addr.parse().ok()).any(|addr| is_open(&addr))
+        });
+        let mut nodes: Vec<NodeId> = known.map(|(node, _)| node).collect();
+        nodes.retain(|node| *node != self.identity.node_id());
+        in_turn(job, &mut nodes);
+        nodes
     }
 
     /// Nodes that may hold a copy of this job's clip, in an order of their own for each job.
@@ -94,11 +153,7 @@ impl Daemon {
         let known = self.adverts.live().filter(|(_, capacity)| fits(&capacity.serves.collectives));
         let mut nodes: Vec<NodeId> = known.map(|(node, _)| node).collect();
         nodes.retain(|node| !job.spec().custodians.contains(node) && *node != self.identity.node_id());
-        let turn = |node: &NodeId| {
-            *blake3::hash(&[job.id().as_bytes(), node.as_bytes().as_slice()].concat()).as_bytes()
-        };
-        nodes.sort_by_key(turn);
-        nodes.truncate(MAX_ASKED);
+        in_turn(job, &mut nodes);
         nodes
     }
 
@@ -155,31 +210,53 @@ impl Caller {
 }
 
 impl Copying {
-    async fn spread(self, volunteers: Vec<NodeId>) -> Result<usize, String> {
+    /// Whom to ask, in this order, and how many are to hold a copy.
+    async fn chosen(&self) -> (Vec<NodeId>, usize) {
+        let wanted = if self.volunteers.is_empty() { 0 } else { COPIES };
+        let Some(waiting) = self.waiting.filter(|_| !self.mirrors.is_empty()) else {
+            return (self.volunteers.clone(), wanted);
+        };
+        if matches!(self.net.direct(waiting, DIRECT_LOOK).await, Ok(true)) {
+            return (self.volunteers.clone(), wanted);
+        }
+        let mut chosen = Vec::new();
+        for node in &self.mirrors {
+            if matches!(self.net.direct(*node, DIRECT_LOOK).await, Ok(true)) {
+                chosen.push(*node);
+            }
+            if chosen.len() == COPIES {
+                break;
+            }
+        }
+        let others =
+            self.volunteers.iter().filter(|node| !chosen.contains(node)).copied().collect::<Vec<_>>();
+        chosen.extend(others);
+        (chosen, wanted.max(1))
+    }
+
+    async fn spread(self) -> Result<usize, String> {
+        let (chosen, wanted) = self.chosen().await;
+        if chosen.is_empty() {
+            return Ok(0);
+        }
         let sealed = self.seal().await?;
         let statement =
             Bytes::new(seal_bytes(&self.key, &self.receipt.encode())).map_err(|e| e.to_string())?;
         let mut copies = Vec::new();
-        for volunteer in volunteers {
+        for volunteer in chosen {
             match self.hand(volunteer, sealed, &statement).await {
-                Ok(()) => copies.push(volunteer),
+                Ok(()) => {
+                    copies.push(volunteer);
+                    // Whoever waits need not wait for the others.
+                    self.note(&copies).await?;
+                }
                 Err(error) => {
                     tracing::debug!(job = %self.job.short(), node = %volunteer.short(), error, "a volunteer holds no copy");
                 }
             }
-            if copies.len() == COPIES {
+            if copies.len() == wanted {
                 break;
             }
-        }
-        let is_wanted = match self.queue.find(&self.job).map_err(|error| error.to_string())? {
-            Some(record) => record.answer.is_none(),
-            None => false,
-        };
-        if is_wanted {
-            self.holdings.set_replicas(&self.job, &copies).map_err(|error| error.to_string())?;
-        } else {
-            // The requester was quicker than the volunteers.
-            self.caller.call_in(&self.job, &copies).await;
         }
         // Only the others' copies are wanted.
         let (holdings, job, requester) = (self.holdings.clone(), self.job, self.requester);
@@ -187,6 +264,16 @@ impl Copying {
             tokio::task::spawn_blocking(move || holdings.forget(&job, &requester, unix_now())).await;
         dropped.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
         Ok(copies.len())
+    }
+
+    /// Keeps where copies lie; calls them in if the requester was quicker.
+    async fn note(&self, copies: &[NodeId]) -> Result<(), String> {
+        let record = self.queue.find(&self.job).map_err(|error| error.to_string())?;
+        if record.is_some_and(|record| record.answer.is_none()) {
+            return self.holdings.set_replicas(&self.job, copies).map_err(|error| error.to_string());
+        }
+        self.caller.call_in(&self.job, copies).await;
+        Err("its requester has it already".to_owned())
     }
 
     /// The sealed clip, held here too while others fetch it.
@@ -243,4 +330,12 @@ impl Copying {
         }
         Err(format!("did not fetch it within {} s", (PAUSE * TRIES).as_secs()))
     }
+}
+
+/// An order of their own for each job, so that not all clips lie with the same few.
+fn in_turn(job: &ValidJob, nodes: &mut Vec<NodeId>) {
+    nodes.sort_by_key(|node| {
+        *blake3::hash(&[job.id().as_bytes(), node.as_bytes().as_slice()].concat()).as_bytes()
+    });
+    nodes.truncate(MAX_ASKED);
 }

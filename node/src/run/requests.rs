@@ -67,7 +67,7 @@ impl Daemon {
                 Ok(ordered) => return self.submit(ordered, responder),
                 Err(refusal) => Response::Refused(*refusal),
             },
-            Request::Status(query) => self.status(&query),
+            Request::Status(query) => self.status(&query, node),
             Request::Cancel(query) => self.cancel(&query),
             Request::Audit { request, grant } => self.audit(&request, grant.as_ref()),
             Request::Answer(answer) => self.answer(answer),
@@ -98,9 +98,8 @@ impl Daemon {
                 }
                 None => return,
             },
-            Request::List(_) => {
-                Response::Refused(*unsupported(kind, "this release does not know that question"))
-            }
+            Request::List(name) => self.list(&name),
+            Request::Publish(edition) => self.take_published(edition),
         };
         self.respond(kind, responder, response);
     }
@@ -417,7 +416,7 @@ impl Daemon {
         }
     }
 
-    fn status(&self, envelope: &Envelope) -> Response {
+    fn status(&mut self, envelope: &Envelope, node: NodeId) -> Response {
         let (query, record) = match self.owned(envelope) {
             Ok(owned) => owned,
             Err(refusal) => return Response::Refused(*refusal),
@@ -435,7 +434,12 @@ impl Daemon {
             error: None,
         };
         match record {
-            Some(record) => self.ended_status(&record, &mut status),
+            Some(record) => {
+                self.ended_status(&record, &mut status);
+                if let Some(receipt) = &status.receipt {
+                    self.mirror(&record, receipt, node);
+                }
+            }
             None => {
                 (status.position, status.eta) = self.standing(&job);
                 status.state = match self.scheduler.stage(&job) {

@@ -1,5 +1,6 @@
 //! What a swarm is told at its start. Node and client differ only in these values.
 
+use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
@@ -131,6 +132,8 @@ pub struct NetConfig {
     pub external: Vec<Multiaddr>,
     /// Nodes to connect to at the start, with or without `/p2p/...`; `/dnsaddr/...` works too.
     pub bootstrap: Vec<Multiaddr>,
+    /// The DNS server to ask; the system's if none is named.
+    pub resolver: Option<SocketAddr>,
     /// Nodes that were met earlier, dialed as those of `bootstrap` are while company is missing.
     pub known: Vec<Multiaddr>,
     /// With fewer nodes connected than this, those that are named, met or heard of are dialed again; 0 for never.
@@ -194,6 +197,7 @@ impl NetConfig {
             listen: Vec::new(),
             external: Vec::new(),
             bootstrap: Vec::new(),
+            resolver: None,
             known: Vec::new(),
             company: 0,
             mdns: false,

@@ -48,6 +48,14 @@ pub enum NetError {
         /// The cause, as the transports told it.
         why: String,
     },
+    /// A list of nodes in DNS could not be looked up.
+    #[error("cannot look up {addr}: {why}")]
+    Names {
+        /// The list.
+        addr: Multiaddr,
+        /// The cause.
+        why: String,
+    },
     /// The connection ended before the operation did.
     #[error("the connection to node {node} was lost: {why}")]
     ConnectionLost {
@@ -180,6 +188,7 @@ impl NetError {
             Self::NoAddress { .. } => "net_no_address",
             Self::BadAddress { .. } => "net_bad_address",
             Self::Dial { .. } => "net_dial",
+            Self::Names { .. } => "net_names",
             Self::ConnectionLost { .. } => "net_connection_lost",
             Self::PeerSpeaks { .. } => "net_peer_speaks",
             Self::OtherNetwork { .. } => "net_other_network",
@@ -202,6 +211,7 @@ impl NetError {
         matches!(
             self,
             Self::Dial { .. }
+                | Self::Names { .. }
                 | Self::ConnectionLost { .. }
                 | Self::Busy { .. }
                 | Self::TooMany { .. }

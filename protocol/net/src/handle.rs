@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use kinoflock_protocol::progress::ProgressOpen;
 use kinoflock_protocol::rpc::{Request, Response, RpcError, encode_request};
 use kinoflock_protocol::{BlobId, Envelope, NodeId};
@@ -15,6 +17,7 @@ use tokio::time::timeout;
 use crate::blobs::{self, BlobSink, BlobSource, FetchError, FetchOptions, FetchReport, serve};
 use crate::config::{NetConfig, Rates};
 use crate::discovery::Published;
+use crate::dnsaddr::{self, Lists, is_dnsaddr};
 use crate::driver::{Command, Listening, RequestFailure, Target};
 use crate::error::NetError;
 use crate::event::NetEvent;
@@ -48,6 +51,7 @@ pub(crate) struct Inner {
     pub(crate) streams: PeerSlots<NodeId>,
     pub(crate) server: Arc<serve::Server>,
     pub(crate) download: RateLimit,
+    lists: Lists,
 }
 
 impl NetHandle {
@@ -68,6 +72,7 @@ impl NetHandle {
             streams: PeerSlots::new(limits::OUTBOUND_STREAMS_PER_PEER),
             server: Arc::new(serve::Server::new(config.rates.upload)),
             download: RateLimit::new(config.rates.download),
+            lists: Lists::new(dnsaddr::settings(config.resolver)),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -127,11 +132,41 @@ impl NetHandle {
         Ok(())
     }
 
-    /// Connects to whoever answers at an address, with or without `/p2p/...`.
+    /// The addresses of a `/dnsaddr/...` list; an address that is no list is its own only one.
     ///
     /// # Errors
-    /// `Dial`, `TooMany`, `Closed`.
+    /// `Names`.
+    pub async fn look_up(&self, addr: &Multiaddr) -> Result<Vec<Multiaddr>, NetError> {
+        self.inner.lists.look_up(addr).await
+    }
+
+    /// Connects to whoever answers at an address, with or without `/p2p/...`. Of a `/dnsaddr/...` list all are dialed at
+    /// once, the first to answer is given, and the others are remembered.
+    ///
+    /// # Errors
+    /// `Dial`, `Names`, `TooMany`, `Closed`.
     pub async fn dial(&self, addr: Multiaddr) -> Result<NodeId, NetError> {
+        if !is_dnsaddr(&addr) {
+            return self.dial_one(addr).await;
+        }
+        let listed = self.look_up(&addr).await?;
+        for addr in &listed {
+            if let Some(node) = peer::node_of(addr) {
+                self.add_addresses(node, vec![addr.clone()]).await?;
+            }
+        }
+        let mut dials: FuturesUnordered<_> = listed.into_iter().map(|addr| self.dial_one(addr)).collect();
+        let mut why = Vec::new();
+        while let Some(dialed) = dials.next().await {
+            match dialed {
+                Ok(node) => return Ok(node),
+                Err(error) => why.push(error.to_string()),
+            }
+        }
+        Err(NetError::Dial { target: addr.to_string(), why: why.join("; ") })
+    }
+
+    async fn dial_one(&self, addr: Multiaddr) -> Result<NodeId, NetError> {
         match peer::node_of(&addr) {
             Some(node) => self.connect(node, vec![addr]).await,
             None => self.reach(addr.to_string(), Target::Address(addr)).await,

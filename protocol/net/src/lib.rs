@@ -14,12 +14,14 @@
 //! - [`blobs`]: content by its hash, verified MiB by MiB;
 //! - [`reach`]: how others get in past routers: addresses that were tested, places at relays;
 //! - [`rejoin`]: staying connected with nodes that were named, met or heard of;
+//! - [`dnsaddr`]: lists of nodes that are kept in DNS;
 //! - [`discovery`]: mDNS, Kademlia's bootstrap, signed adverts over gossip;
 //! - [`slices`]: the parts of a large network in which adverts stay.
 
 pub mod blobs;
 pub mod config;
 pub mod discovery;
+pub mod dnsaddr;
 pub mod error;
 pub mod event;
 pub mod handle;

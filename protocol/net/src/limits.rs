@@ -109,6 +109,13 @@ pub const IDENTIFY_WAIT: Duration = Duration::from_secs(5);
 /// Time for a dial.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Names that are asked for at most to look up one list of nodes in DNS, lists within it included.
+pub const DNSADDR_LOOKUPS: usize = 8;
+/// Addresses that are taken from one list; further ones are passed over.
+pub const DNSADDR_ADDRESSES: usize = 32;
+/// Time to look up one list.
+pub const DNSADDR_WAIT: Duration = Duration::from_secs(5);
+
 /// Bytes that our relays carry each way over one circuit: hours of control and progress, no clip.
 pub const CIRCUIT_BYTES: u64 = 4 * 1024 * 1024;
 /// Life of a circuit over our relays.

@@ -29,7 +29,7 @@ use crate::rejoin::Ways;
 use crate::rpc::ControlCodec;
 use crate::slices::Slice;
 use crate::streams::Incoming;
-use crate::{arrivals, discovery, inbound, limits, rejoin, streams};
+use crate::{arrivals, discovery, dnsaddr, inbound, limits, rejoin, streams};
 
 /// Starts a swarm and its driver task on the current tokio runtime. Returns once every configured address is
 /// listened on. The swarm ends with [`NetHandle::shutdown`] or when the last handle is dropped.
@@ -94,7 +94,7 @@ fn build(
 ) -> Result<Built, NetError> {
     let relayed = config.reach.dial_relays.then(|| relay::client::new(keypair.public().to_peer_id()));
     let (relays, relayed) = relayed.unzip();
-    let transport = transport(keypair, relays, registry)?;
+    let transport = transport(keypair, dnsaddr::settings(config.resolver), relays, registry)?;
     let (behaviour, incoming) = behaviour(config, keypair, names, relayed)?;
     let buffer = const { NonZeroUsize::new(32).expect("invariant: not zero") };
     let swarm_config = libp2p::swarm::Config::with_tokio_executor()
@@ -109,21 +109,15 @@ fn build(
 
 type Boxed = core::transport::Boxed<(PeerId, StreamMuxerBox)>;
 
-/// QUIC and TCP with names resolved as the system says. Without `/etc/resolv.conf` (bare containers) names
-/// cannot be resolved, but addresses by IP work.
+/// QUIC and TCP, names resolved by these settings.
 fn transport(
     keypair: &identity::Keypair,
+    names: dnsaddr::Settings,
     relays: Option<relay::client::Transport>,
     registry: Option<&mut Registry>,
 ) -> Result<Boxed, NetError> {
-    let named = match dns::tokio::Transport::system(unnamed(keypair)?) {
-        Ok(named) => named.boxed(),
-        Err(error) => {
-            tracing::warn!(%error, "no_resolver: only addresses by IP can be reached");
-            let (config, options) = (dns::ResolverConfig::default(), dns::ResolverOpts::default());
-            dns::tokio::Transport::custom(unnamed(keypair)?, config, options).boxed()
-        }
-    };
+    let (config, options) = names;
+    let named = dns::tokio::Transport::custom(unnamed(keypair)?, config, options).boxed();
     let all = match relays {
         None => named,
         Some(relays) => {

@@ -75,8 +75,6 @@ pub(crate) fn every_message(visit: &mut impl Visit) {
     visit.message("envelope", MAX_ENVELOPE, envelope);
     visit.message("quote-request", MAX_CONTROL_FRAME, quote_request);
     visit.message("model-manifest", MAX_MANIFEST, manifest);
-    visit.message("node-ticket", MAX_CONTROL_FRAME, node_ticket);
-    visit.message("clip-ticket", MAX_CONTROL_FRAME, clip_ticket);
     visit.message("outline", MAX_OUTLINE_FRAME, outline);
     visit.message("refusal", MAX_CONTROL_FRAME, refusal);
     visit.message("blob-request", MAX_OPEN_FRAME, blob_request);
@@ -100,6 +98,7 @@ pub(crate) fn every_message(visit: &mut impl Visit) {
     visit.message("audit-grant", AuditGrant::MAX_BODY, audit_grant);
     visit.message("requests-audit", MAX_CONTROL_FRAME, requests_of_audit);
     visit.message("responses-audit", MAX_CONTROL_FRAME, responses_of_audit);
+    visit.message("requests-lists", MAX_CONTROL_FRAME, requests_of_lists);
 }
 
 impl Draw {
@@ -612,6 +611,10 @@ fn requests_of_audit(d: &mut Draw) -> List<Request, 16> {
     List::first_of([Request::Audit { request: envelope(d), grant: d.some(envelope) }])
 }
 
+fn requests_of_lists(d: &mut Draw) -> List<Request, 16> {
+    List::first_of([Request::Publish(envelope(d))])
+}
+
 fn responses_of_audit(d: &mut Draw) -> List<Response, 16> {
     List::first_of([Response::Audit(AuditReply { leaves: d.u64(), openings: d.list(opening) })])
 }
@@ -620,12 +623,38 @@ fn node_address(d: &mut Draw) -> NodeAddress {
     NodeAddress { id: node(d), addresses: d.list(Draw::text) }
 }
 
+/// An address of every sort: those that tickets pack, and texts that they keep as they are.
+fn address(d: &mut Draw) -> Text<MAX_ADDRESS> {
+    let (ip, six) = (std::net::Ipv4Addr::from(d.u32()), std::net::Ipv6Addr::from(d.bytes::<16>()));
+    let (port, relay) = (d.u64() as u16, node(d));
+    let text = match d.below(9) {
+        0 => format!("/ip4/{ip}/udp/{port}/quic-v1"),
+        1 => format!("/ip4/{ip}/tcp/{port}"),
+        2 => format!("/ip6/{six}/tcp/{port}"),
+        3 => format!("/dns/node{port}.example.org/udp/{port}/quic-v1"),
+        4 => format!("/dnsaddr/node{port}.example.org"),
+        5 => format!("/ip4/{ip}/tcp/{port}/p2p/{relay}/p2p-circuit"),
+        6 => format!("/ip4/0{ip}/tcp/0{port}"),
+        7 => format!("/dns6/a/udp/{port}"),
+        _ => return d.text(),
+    };
+    Text::new(text).unwrap()
+}
+
+fn ticket_address(d: &mut Draw) -> NodeAddress {
+    NodeAddress { id: node(d), addresses: d.list(address) }
+}
+
+fn ticket_network(d: &mut Draw) -> NetworkId {
+    if d.flag() { NetworkId::named(PUBLIC_NETWORK) } else { network(d) }
+}
+
 pub(crate) fn node_ticket(d: &mut Draw) -> NodeTicket {
-    NodeTicket { network: network(d), nodes: d.list(node_address), collective: d.some(collective) }
+    NodeTicket { network: ticket_network(d), nodes: d.list(ticket_address), collective: d.some(collective) }
 }
 
 pub(crate) fn clip_ticket(d: &mut Draw) -> ClipTicket {
-    ClipTicket { network: network(d), clip: clip_id(d), len: d.u64(), holders: d.list(node_address) }
+    ClipTicket { network: ticket_network(d), clip: clip_id(d), len: d.u64(), holders: d.list(ticket_address) }
 }
 
 fn outline(d: &mut Draw) -> Outline {

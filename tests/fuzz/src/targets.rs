@@ -69,6 +69,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("audit_grant", message::<AuditGrant>),
     ("requests_audit", message::<List<Request, 16>>),
     ("responses_audit", message::<List<Response, 16>>),
+    ("requests_lists", message::<List<Request, 16>>),
     ("sealed", sealed),
 ];
 
@@ -204,14 +205,18 @@ fn outline(data: &[u8]) {
 }
 
 fn node_ticket(data: &[u8]) {
-    message::<NodeTicket>(data);
+    if let Ok(ticket) = NodeTicket::decode(data) {
+        assert_eq!(ticket.encode(), data, "a second form of one ticket");
+    }
     if let Ok(ticket) = String::from_utf8_lossy(data).parse::<NodeTicket>() {
         assert_eq!(ticket.to_string().parse(), Ok(ticket));
     }
 }
 
 fn clip_ticket(data: &[u8]) {
-    message::<ClipTicket>(data);
+    if let Ok(ticket) = ClipTicket::decode(data) {
+        assert_eq!(ticket.encode(), data, "a second form of one ticket");
+    }
     if let Ok(ticket) = String::from_utf8_lossy(data).parse::<ClipTicket>() {
         assert_eq!(ticket.to_string().parse(), Ok(ticket));
     }

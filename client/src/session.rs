@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::store::{JobRecord, Store};
 
+mod audit;
 mod custody;
 mod deliver;
 mod error;
@@ -31,6 +32,7 @@ mod rescue;
 mod submit;
 mod survey;
 
+pub use audit::Audited;
 pub use deliver::Delivered;
 pub use error::SessionError;
 pub use event::{Event, Events};

@@ -7,7 +7,7 @@
 //! - `start`: from the configuration to a running daemon;
 //! - `requests`: what peers ask; `prompts`, `refuse`: why some are told no;
 //! - `jobs`: what scheduler and workers say; `finish`: from a worker's files to a receipt; `checkpoints`: where another
-//!   run, here or elsewhere, goes on; `audits`: what is kept and shown of each step;
+//!   run, here or elsewhere, goes on; `audits`: what is kept and shown of each step; `auditor`: jobs of others looked at;
 //! - `boards`: what followers of a job are told; `selftest`: which models may be offered; `advert`: what is offered;
 //! - `held`, `replicate`: sealed clips for others, and ours with others; `custody`: jobs watched for others;
 //! - `interest`, `look`: why this node is idle; `operator`: what the admin interface asks.
@@ -42,6 +42,7 @@ use crate::telemetry::Metrics;
 use self::boards::Boards;
 
 mod advert;
+mod auditor;
 mod audits;
 mod boards;
 mod checkpoints;
@@ -105,6 +106,11 @@ enum Note {
     Watched { job: JobId },
     /// A node told whose adverts it knows.
     Told { adverts: Vec<kinoflock_protocol::Envelope> },
+    /// What an audit needs is here, or not.
+    Gathered {
+        id: kinoflock_protocol::audit::AuditId,
+        result: Result<Box<auditor::AuditGathered>, auditor::AuditMissed>,
+    },
     /// Something of an engine.
     Engine { device: DeviceId, event: EngineEvent },
 }
@@ -133,6 +139,8 @@ struct Device {
     name: String,
     engine: EngineHandle,
     worker: Option<WorkerInfo>,
+    /// In which numbers it computed last; empty before anything was loaded.
+    dtype: String,
     tests: selftest::Tests,
 }
 
@@ -161,6 +169,7 @@ struct Daemon {
     keeping: BTreeSet<(JobId, Content)>,
     custodian: custody::Custodian,
     audits: audits::Audits,
+    auditor: auditor::Auditor,
     models: BTreeMap<ModelId, Arc<Model>>,
     prompts: prompts::Prompts,
     self_tests: crate::models::selftest::Results,
@@ -222,6 +231,7 @@ impl Daemon {
         while let Some(event) = self.scheduler.poll_event() {
             self.handle_event(event);
         }
+        self.audit_next();
         self.ask_to_be_seen();
         self.show();
     }
@@ -241,6 +251,7 @@ impl Daemon {
             Note::Looked { seen, responder } => self.handle_looked(seen, responder),
             Note::Watched { job } => self.handle_watched(job),
             Note::Told { adverts } => self.handle_told(&adverts),
+            Note::Gathered { id, result } => self.handle_gathered(id, result),
             Note::Engine { device, event } => self.handle_engine(device, event),
         }
     }

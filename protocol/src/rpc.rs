@@ -7,7 +7,7 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::audit::AuditReply;
+use crate::audit::{AuditOrder, AuditReply, AuditState};
 use crate::clip::{BlobRef, Outline};
 use crate::codec::{self, Bytes, CodecError, List, Text, text_u64};
 use crate::custody::{Held, Look, Seen};
@@ -78,6 +78,8 @@ pub enum Request {
         /// The requester's signed [`crate::audit::AuditGrant`], where another asks.
         grant: Option<Envelope>,
     },
+    /// Audit this finished job of another node; and, asked again, how does that stand?
+    OrderAudit(Box<AuditOrder>),
 }
 
 impl Request {
@@ -101,6 +103,7 @@ impl Request {
             Self::Look(_) => "look",
             Self::List(_) => "list",
             Self::Audit { .. } => "audit",
+            Self::OrderAudit(_) => "order_audit",
         }
     }
 }
@@ -214,6 +217,8 @@ pub enum Response {
     List(Envelope),
     /// Some states of a finished job.
     Audit(AuditReply),
+    /// How an ordered audit stands.
+    AuditState(AuditState),
 }
 
 impl Response {
@@ -239,6 +244,7 @@ impl Response {
             Self::Seen(_) => "seen",
             Self::List(_) => "list",
             Self::Audit(_) => "audit",
+            Self::AuditState(_) => "audit_state",
         }
     }
 

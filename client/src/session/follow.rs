@@ -224,13 +224,13 @@ impl Client {
         self.keep_experience(&record.node, &seen);
     }
 
-    fn remember_fault(&self, record: &JobRecord, fault: Fault) {
+    pub(super) fn remember_fault(&self, record: &JobRecord, fault: Fault) {
         let mut seen = self.store.experience(&record.node);
         seen.fault(fault, crate::now());
         self.keep_experience(&record.node, &seen);
     }
 
-    fn keep_experience(&self, node: &NodeId, seen: &Experience) {
+    pub(super) fn keep_experience(&self, node: &NodeId, seen: &Experience) {
         if let Err(error) = self.store.keep_experience(node, seen) {
             tracing::warn!(node = %node.short(), %error, "what was seen of a node could not be kept");
         }

@@ -55,6 +55,8 @@ pub struct Ask {
     pub share: Share,
     /// After how many steps each a checkpoint is wanted; as the client chooses if nothing is said.
     pub checkpoint_every: Option<u32>,
+    /// Percent of such jobs that are audited by another node when their clips are here. Above 0 each commits to its steps.
+    pub audit_share: u8,
     /// After how long the result is of no more use.
     pub deadline: Option<Millis>,
 }
@@ -189,6 +191,7 @@ impl Ask {
         spec.returns = Returns {
             latents: self.latents,
             previews: self.previews,
+            step_root: self.audit_share > 0,
             checkpoint_every: self.checkpoint_every.unwrap_or_else(|| checkpoint_every(steps)),
             ..Returns::default()
         };

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod args;
+mod audit;
 mod batch;
 mod clips;
 mod context;
@@ -73,6 +74,7 @@ async fn with_context(command: Command, context: &Context<'_>) -> Result<(), Fai
         Command::Share { clip } => clips::share(&clip, context),
         Command::Rm { ids } => clips::rm(&ids, context),
         Command::Forget { clip } => forget::forget(&clip, context).await,
+        Command::Audit { clip, by } => audit::run(&clip, by, context).await,
         Command::Show { what } => clips::show(&what, context),
         Command::Verify { file } => clips::verify(&file, context),
         Command::Nodes { node } => nodes::nodes(&node, context).await,

@@ -13,8 +13,13 @@ use kinoflock_protocol::names::PUBLIC_NETWORK;
 use kinoflock_protocol::{CollectiveId, NetworkId};
 use serde::{Deserialize, Serialize};
 
+/// Percent of finished jobs that are audited where nothing else is said.
+const AUDIT_SHARE: u8 = 5;
+/// Percent of a whole.
+const WHOLE: u8 = 100;
+
 /// Every key of the configuration, with what it means; the source of the help text and of near names.
-pub const KEYS: [(&str, &str); 12] = [
+pub const KEYS: [(&str, &str); 13] = [
     ("network", "Name of the network, or its id (net1...)."),
     ("nodes", "Nodes to begin with: addresses or tickets."),
     (
@@ -30,6 +35,7 @@ pub const KEYS: [(&str, &str); 12] = [
     ("key", "File of the artist's key."),
     ("artist", "Name that clips are to carry."),
     ("licence", "Licence that clips are to carry."),
+    ("audit_share", "Percent of finished jobs that another node audits, 0 to 100."),
 ];
 
 /// Why the configuration is refused.
@@ -96,6 +102,7 @@ struct FileConfig {
     key: Option<PathBuf>,
     artist: Option<String>,
     licence: Option<String>,
+    audit_share: Option<u8>,
 }
 
 /// What the client goes by.
@@ -125,6 +132,8 @@ pub struct Config {
     pub artist: Option<String>,
     /// Licence that clips are to carry.
     pub licence: Option<String>,
+    /// Percent of finished jobs that another node audits.
+    pub audit_share: u8,
 }
 
 /// Environment variables by name.
@@ -162,6 +171,10 @@ impl Config {
             key: values.key.unwrap_or_else(|| folders.data.join("keys").join("artist.key")),
             artist: values.artist,
             licence: values.licence,
+            audit_share: checked_share(
+                values.audit_share.unwrap_or(AUDIT_SHARE),
+                &path.display().to_string(),
+            )?,
         })
     }
 }
@@ -231,6 +244,7 @@ fn overlay(mut values: FileConfig, env: &Environment) -> Result<FileConfig, Conf
             "key" => values.key = Some(value.into()),
             "artist" => values.artist = text,
             "licence" => values.licence = text,
+            "audit_share" => values.audit_share = Some(percent(name, value)?),
             "home" | "config" | "log" | "node" => {}
             // Other programs may have names of their own; only what looks mistyped is refused.
             other if nearest(other).is_some() => return Err(unknown("the environment", name, other)),
@@ -255,6 +269,20 @@ fn parse_lists(given: &[String]) -> Result<Vec<ListName>, ConfigError> {
 
 fn wrong(name: &str, reason: &impl std::fmt::Display) -> ConfigError {
     ConfigError::Value { origin: name.to_owned(), reason: reason.to_string() }
+}
+
+fn percent(name: &str, value: &str) -> Result<u8, ConfigError> {
+    let reason = || format!("{value:?} is no whole number of percent, 0 to {WHOLE}");
+    let given = value.trim().parse().ok().filter(|percent| *percent <= WHOLE);
+    given.ok_or_else(|| ConfigError::Value { origin: name.to_owned(), reason: reason() })
+}
+
+fn checked_share(percent: u8, origin: &str) -> Result<u8, ConfigError> {
+    if percent <= WHOLE {
+        return Ok(percent);
+    }
+    let reason = format!("audit_share = {percent} is more than the limit of {WHOLE} percent");
+    Err(ConfigError::Value { origin: origin.to_owned(), reason })
 }
 
 fn flag(name: &str, value: &str) -> Result<bool, ConfigError> {

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use crate::route::{self, Candidate, Declined, Needs, Ranked};
 use crate::store::{JobRecord, Store};
 
+mod audit;
 mod custody;
 mod deliver;
 mod error;
@@ -38,6 +39,7 @@ mod rescue;
 mod submit;
 mod survey;
 
+pub use audit::Audited;
 pub use deliver::Delivered;
 pub use error::SessionError;
 pub use event::{Event, Events};

@@ -36,7 +36,10 @@ mod record;
 pub use index::{ClipEntry, JobEntry};
 pub use lists::ListRecord;
 pub use met::{MAX_MET, MetNode};
-pub use record::{BatchKey, ClipRecord, Custodian, Former, Holder, JobRecord, RecordError, RecordState};
+pub use record::{
+    Auditor, Audits, BatchKey, ClipRecord, Custodian, Former, Holder, JobRecord, MAX_VERDICTS, RecordError,
+    RecordState,
+};
 
 /// The version of the layout that this release reads and writes.
 pub const STORE_VERSION: u32 = 1;

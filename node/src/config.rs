@@ -147,6 +147,8 @@ pub struct Config {
     pub queue: QueueConfig,
     /// Jobs watched for artists who are away.
     pub custody: Custody,
+    /// Audits for others.
+    pub audits: AuditsConfig,
     /// Folders and disk limits.
     pub storage: Storage,
     /// Deadlines of the worker's phases.
@@ -280,6 +282,15 @@ pub struct Custody {
     pub after: Duration,
 }
 
+/// `[audits]`, checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AuditsConfig {
+    /// Whether jobs of other nodes are audited.
+    pub for_others: bool,
+    /// Most audits that wait.
+    pub queue: usize,
+}
+
 /// `[queue]`, checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueConfig {
@@ -378,6 +389,7 @@ fn check(
         policy: check_policy(&merged.policy)?,
         terms: check_terms(&merged.terms)?,
         queue: check_queue(&merged.queue)?,
+        audits: AuditsConfig { for_others: merged.audits.for_others, queue: merged.audits.queue as usize },
         custody: Custody { jobs: merged.custody.jobs as usize, after: merged.custody.after.duration() },
         storage: check_storage(&merged.storage, folders)?,
         engine: check_engine(&merged.engine)?,

@@ -7,7 +7,7 @@
 //! - `start`: from the configuration to a running daemon;
 //! - `requests`: what peers ask; `prompts`, `refuse`: why some are told no;
 //! - `jobs`: what scheduler and workers say; `finish`: from a worker's files to a receipt; `checkpoints`: where another
-//!   run, here or elsewhere, goes on; `audits`: what is kept and shown of each step;
+//!   run, here or elsewhere, goes on; `audits`: what is kept and shown of each step; `auditor`: jobs of others looked at;
 //! - `boards`: what followers of a job are told; `selftest`: which models may be offered; `advert`: what is offered;
 //! - `held`, `replicate`: sealed clips for others, and ours with others; `custody`: jobs watched for others;
 //! - `lists`: signed lists, held and handed on;
@@ -43,6 +43,7 @@ use crate::telemetry::Metrics;
 use self::boards::Boards;
 
 mod advert;
+mod auditor;
 mod audits;
 mod boards;
 mod checkpoints;
@@ -116,6 +117,11 @@ enum Note {
     Sought(Box<slices::Sought>),
     /// Editions of lists that another node had.
     Lists { editions: Vec<kinoflock_protocol::Envelope> },
+    /// What an audit needs is here, or not.
+    Gathered {
+        id: kinoflock_protocol::audit::AuditId,
+        result: Result<Box<auditor::AuditGathered>, auditor::AuditMissed>,
+    },
     /// Something of an engine.
     Engine { device: DeviceId, event: EngineEvent },
 }
@@ -144,6 +150,8 @@ struct Device {
     name: String,
     engine: EngineHandle,
     worker: Option<WorkerInfo>,
+    /// In which numbers it computed last; empty before anything was loaded.
+    dtype: String,
     tests: selftest::Tests,
 }
 
@@ -174,6 +182,7 @@ struct Daemon {
     keeping: BTreeSet<(JobId, Content)>,
     custodian: custody::Custodian,
     audits: audits::Audits,
+    auditor: auditor::Auditor,
     models: BTreeMap<ModelId, Arc<Model>>,
     prompts: prompts::Prompts,
     self_tests: crate::models::selftest::Results,
@@ -241,6 +250,7 @@ impl Daemon {
         while let Some(event) = self.scheduler.poll_event() {
             self.handle_event(event);
         }
+        self.audit_next();
         self.ask_to_be_seen();
         self.show();
     }
@@ -264,6 +274,7 @@ impl Daemon {
             Note::Depths { neighbours } => self.handle_depths(&neighbours),
             Note::Sought(sought) => self.handle_sought(*sought),
             Note::Lists { editions } => self.handle_lists(editions),
+            Note::Gathered { id, result } => self.handle_gathered(id, result),
             Note::Engine { device, event } => self.handle_engine(device, event),
         }
     }

@@ -33,6 +33,7 @@ pub use self::origin::{NetPrefix, Origin};
 use crate::config::QueueConfig;
 use crate::policy::{Ask, Class, Policy, Rule, Usage, Wanted};
 
+mod aside;
 mod control;
 mod device;
 mod dispatch;

@@ -8,6 +8,8 @@
 //! job recomputes that one step; a node that did not compute it as it says is caught once in as many audits as the
 //! job has steps for each step that is wrong.
 //!
+//! How another node is asked to do that, and what it answers, is told in [`verdict`].
+//!
 //! The leaf binds the latents, the sampler's state (its schedule and place in it) and the hash of everything that the
 //! steps depend on beside the model.
 
@@ -20,6 +22,13 @@ use crate::id::{BlobId, JobId, NetworkId, NodeId, Nonce, PublicKey, ReceiptId, R
 use crate::limits::{MAX_CLOCK_SKEW_MS, QUERY_LIFE_MS};
 use crate::order::{OrderError, check_times};
 use crate::units::{Millis, UnixMillis};
+
+pub mod verdict;
+
+pub use verdict::{
+    AuditDifference, AuditError, AuditId, AuditObstacle, AuditOrder, AuditOutcome, AuditPrecision,
+    AuditState, AuditVerdict, ValidAuditOrder, own_steps,
+};
 
 /// Most siblings in a proof: trees of up to 2^32 leaves.
 pub const MAX_PROOF: usize = 32;

@@ -50,11 +50,13 @@ pub enum Kind {
     AuditRequest = 14,
     /// A [`crate::audit::AuditGrant`].
     AuditGrant = 15,
+    /// A [`crate::audit::AuditVerdict`].
+    AuditVerdict = 16,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Job,
         Self::Order,
         Self::Capacity,
@@ -70,6 +72,7 @@ impl Kind {
         Self::ModelList,
         Self::AuditRequest,
         Self::AuditGrant,
+        Self::AuditVerdict,
     ];
 
     /// The kind of this number.
@@ -95,6 +98,7 @@ impl Kind {
             Self::ModelList => "model-list",
             Self::AuditRequest => "audit-request",
             Self::AuditGrant => "audit-grant",
+            Self::AuditVerdict => "audit-verdict",
         }
     }
 }

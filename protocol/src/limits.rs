@@ -122,5 +122,11 @@ pub const QUERY_LIFE_MS: u64 = 5 * 60 * 1000;
 /// How old a job without a deadline may become, in milliseconds (7 days).
 pub const JOB_LIFE_MS: u64 = 7 * 24 * 60 * 60 * 1000;
 
+/// How long a node that commits to its steps shows them at least, in milliseconds (1 hour): one that cannot within this time
+/// did not keep its word.
+pub const AUDIT_SHOWN_MS: u64 = 60 * 60 * 1000;
+/// How long a grant for an audit may hold at most, in milliseconds (1 day).
+pub const AUDIT_GRANT_LIFE_MS: u64 = 24 * 60 * 60 * 1000;
+
 /// A whole in basis points.
 pub const WHOLE_BPS: u16 = 10_000;

@@ -7,7 +7,7 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::audit::AuditReply;
+use crate::audit::{AuditOrder, AuditReply, AuditState};
 use crate::clip::{BlobRef, Outline};
 use crate::codec::{self, Bytes, CodecError, List, Text, text_u64};
 use crate::custody::{Held, Look, Seen};
@@ -80,6 +80,8 @@ pub enum Request {
     },
     /// Here is an edition of a list that you may hold. A signed [`crate::list::NodeList`] or [`crate::list::ModelList`].
     Publish(Envelope),
+    /// Audit this finished job of another node; and, asked again, how does that stand?
+    OrderAudit(Box<AuditOrder>),
 }
 
 impl Request {
@@ -104,6 +106,7 @@ impl Request {
             Self::List(_) => "list",
             Self::Audit { .. } => "audit",
             Self::Publish(_) => "publish",
+            Self::OrderAudit(_) => "order_audit",
         }
     }
 }
@@ -219,6 +222,8 @@ pub enum Response {
     List(Envelope),
     /// Some states of a finished job.
     Audit(AuditReply),
+    /// How an ordered audit stands.
+    AuditState(AuditState),
 }
 
 impl Response {
@@ -244,6 +249,7 @@ impl Response {
             Self::Seen(_) => "seen",
             Self::List(_) => "list",
             Self::Audit(_) => "audit",
+            Self::AuditState(_) => "audit_state",
         }
     }
 

@@ -21,6 +21,7 @@
 //! | `--refuse-device 1` | does not get its device |
 //! | `--constant 1` | draws frames of one colour |
 //! | `--noise 1` | draws noise, which makes large clips |
+//! | `--cheat-at K` | commits, from step K (counted from 1) on, to states of another seed |
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -28,11 +29,17 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use kinoflock_inference::audit::frames_deviation;
 use kinoflock_inference::sampler::checkpoint::latents_bytes;
 use kinoflock_inference::{Checkpoint, Commitment, Device, Tensor};
 use kinoflock_node::engine::frames::RgbFrames;
-use kinoflock_node::engine::wire::{Failure, LoadRequest, Name, OpenRequest, Phase, RunRequest, WorkerInfo};
+use kinoflock_node::engine::mp4::decode_mp4_bytes;
+use kinoflock_node::engine::wire::{
+    AuditReport, AuditRun, Failure, Hash, LoadRequest, Name, OpenRequest, Phase, RunRequest, WirePath,
+    WorkerInfo,
+};
 use kinoflock_node::engine::worker::{self, Context, Engine, LoadedModel, Made, Stop};
+use kinoflock_protocol::BlobId;
 
 /// How often a held step looks for its file.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -120,9 +127,7 @@ impl Engine for TestEngine {
     }
 
     fn run(&mut self, request: &RunRequest, context: &mut Context<'_>) -> Result<Made, Stop> {
-        let mut key = blake3::Hasher::new();
-        key.update(&request.seed.to_le_bytes()).update(request.prompt.as_bytes());
-        let key = *key.finalize().as_bytes();
+        let key = key_of(request);
         context.phase(Phase::Text);
         if self.orders.number("stray").is_some() {
             stray(request);
@@ -130,13 +135,17 @@ impl Engine for TestEngine {
         context.phase(Phase::Step);
         let mut state = self.begin(request, key)?;
         let first = state.steps_done as u32;
+        let cheats_at = self.orders.number("cheat-at").unwrap_or(u64::MAX);
+        keep_state(context, 0, &step_latents(&key, 0).map_err(|error| fault(&error))?);
+        keep_state(context, first, &state.latents);
         for step in first + 1..=request.steps {
             if context.cancelled() {
                 return Err(Stop::Cancelled);
             }
             self.misbehave(request, context, step)?;
             pause(self.orders.number("step-ms"));
-            let hash = advance(&mut state, step)?;
+            let hash = advance(&mut state, step, u64::from(step) >= cheats_at)?;
+            keep_state(context, step, &state.latents);
             context.step(step, request.steps);
             if request.preview_every > 0 && step % request.preview_every == 0 {
                 context.preview(&draw(&key, 8, 8, 2, false));
@@ -158,10 +167,40 @@ impl Engine for TestEngine {
         let start = latents_bytes(&step_latents(&key, 0).map_err(|error| fault(&error))?);
         let start = *blake3::hash(&start.map_err(|error| fault(&error))?).as_bytes();
         let state_hashes = [&[start], state.step_hashes.as_slice()].concat();
-        let samplers = (0..=request.steps).map(|step| *blake3::hash(&step.to_le_bytes()).as_bytes());
+        let samplers = (0..=request.steps).map(sampler);
         let commitment = Commitment { conditioning: key, samplers: samplers.collect() };
         let steps_done = request.steps - first;
         Ok(Made { frames, latents, latents_shape, state_hashes, commitment, steps_done })
+    }
+
+    fn audit(&mut self, audit: &AuditRun, context: &mut Context<'_>) -> Result<AuditReport, Failure> {
+        context.phase(Phase::Step);
+        pause(self.orders.number("step-ms"));
+        let (run, states, step) = (&audit.run, &audit.states, audit.step);
+        let key = key_of(run);
+        let hash_of = |latents: Tensor| latents_bytes(&latents).map(|bytes| BlobId::of(&bytes));
+        let hash = |path: &WirePath| {
+            let file = std::fs::read(path.as_str()).map_err(|error| fault(&error))?;
+            let file = safetensors::SafeTensors::deserialize(&file).map_err(|error| fault(&error))?;
+            let latents = file.tensor("latents").map_err(|error| fault(&error))?;
+            Ok::<_, Failure>(BlobId::of(latents.data()))
+        };
+        let expected = |step: u32| step_latents(&key, step).and_then(hash_of).map_err(|error| fault(&error));
+        let latents = [hash(&states.start)?, hash(&states.before)?, hash(&states.after)?, hash(&states.end)?];
+        let off = |right: bool| if right { 0.0 } else { f64::INFINITY };
+        let (width, height, frames) = (run.width as usize, run.height as usize, run.frames as usize);
+        let clip = std::fs::read(audit.clip.as_str()).map_err(|error| fault(&error))?;
+        let clip = decode_mp4_bytes(&clip).map_err(|error| fault(&error))?;
+        Ok(AuditReport {
+            job: run.job,
+            starts_well: latents[0] == expected(0)?,
+            deviation: off(latents[2] == expected(step + 1)?),
+            latents,
+            samplers: [0, step, step + 1, run.steps].map(|step| Hash(sampler(step))),
+            conditioning: Hash(key),
+            frames: frames_deviation(&draw(&key, width, height, frames, false), &clip),
+            dtype: Name::truncated("f32"),
+        })
     }
 
     fn reset(&mut self) {
@@ -229,9 +268,29 @@ impl TestEngine {
     }
 }
 
-/// One step further; gives the hash of its latents.
-fn advance(state: &mut Checkpoint, step: u32) -> Result<[u8; 32], Failure> {
-    state.latents = step_latents(&state.request_digest, step).map_err(|error| fault(&error))?;
+fn key_of(request: &RunRequest) -> [u8; 32] {
+    let mut key = blake3::Hasher::new();
+    key.update(&request.seed.to_le_bytes()).update(request.prompt.as_bytes());
+    *key.finalize().as_bytes()
+}
+
+fn sampler(step: u32) -> [u8; 32] {
+    *blake3::hash(&step.to_le_bytes()).as_bytes()
+}
+
+fn keep_state(context: &mut Context<'_>, step: u32, latents: &Tensor) {
+    if context.wants_states()
+        && let Ok(values) = latents.flatten_all().and_then(|flat| flat.to_vec1::<f32>())
+    {
+        context.state(step as usize, latents.dims(), &values);
+    }
+}
+
+/// One step further, or one of another seed; gives the hash of its latents.
+fn advance(state: &mut Checkpoint, step: u32, cheats: bool) -> Result<[u8; 32], Failure> {
+    let mut key = state.request_digest;
+    key[0] ^= u8::from(cheats);
+    state.latents = step_latents(&key, step).map_err(|error| fault(&error))?;
     let hash = *blake3::hash(&latents_bytes(&state.latents).map_err(|error| fault(&error))?).as_bytes();
     state.step_hashes.push(hash);
     state.steps_done = step as usize;

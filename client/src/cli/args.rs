@@ -123,6 +123,15 @@ pub enum Command {
         /// Its id or that of its job, or the beginning of it
         clip: String,
     },
+    /// Have another node look at one step of a finished job: did its node compute what it signed? The auditor sees the
+    /// prompt, the clip and four states of the latents
+    Audit {
+        /// A clip's or job's id, or the beginning of it
+        clip: String,
+        /// Only this node: a ticket, an address, or a node id
+        #[arg(long, value_name = "ADDR|TICKET")]
+        by: Option<String>,
+    },
     /// What is known of a clip: how it was made and with what
     Show {
         /// A file, or a clip's or job's id

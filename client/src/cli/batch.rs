@@ -15,8 +15,8 @@ use serde_json::{Map, Value};
 use super::args::{Cli, Command, Generate};
 use super::context::Context;
 use super::failure::Failure;
-use super::generate;
 use super::many::{self, Manner, Outcome, Task};
+use super::{audit, generate};
 use crate::ask::Ask;
 use crate::output::many::Label;
 use crate::output::table::{self, Column};
@@ -103,6 +103,7 @@ pub(super) async fn run(file: &Path, args: &Generate, context: &Context<'_>) -> 
     };
     let started = Instant::now();
     let outcomes = many::run(&tasks, &manner, context, &client).await?;
+    audit::after_many(&client, many::jobs_of(&outcomes), context).await;
     client.stop().await;
     report(&tasks, &outcomes, context);
     many::summary(&tasks, &outcomes, started, context)

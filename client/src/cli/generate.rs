@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::args::{Generate, Save};
 use super::context::Context;
 use super::failure::Failure;
-use super::{batch, follow, many, survey};
+use super::{audit, batch, follow, many, survey};
 use crate::ask::{Ask, Length};
 use crate::provenance::{self, Statement};
 use crate::session::{Client, Delivered};
@@ -64,8 +64,10 @@ pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Fai
         return Ok(());
     }
     let delivered = follow::job(context, &client, record.job, &ways, args.timeout).await?;
+    let saved = save(&delivered, &client, &args.save, context).map(drop);
+    audit::after(&client, &delivered.record.job, context).await;
     client.stop().await;
-    save(&delivered, &client, &args.save, context).map(drop)
+    saved
 }
 
 /// Saves a delivered clip, and its latents if they came, and says where.
@@ -219,6 +221,7 @@ pub(super) fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure
         require_terms: args.require_terms,
         custodians: args.custodians.map(usize::from),
         share: args.share,
+        audit_share: context.config.audit_share,
         ..Ask::default()
     })
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::args::{Save, Where};
 use super::context::Context;
 use super::failure::{Exit, Failure};
-use super::{follow, generate};
+use super::{audit, follow, generate};
 use crate::session::SessionError;
 use crate::store::{JobEntry, JobRecord, RecordState};
 
@@ -92,8 +92,10 @@ pub(super) async fn wait(
     let client = context.client().await?;
     let (ways, _) = context.ways(&client, &Where::default())?;
     let delivered = follow::job(context, &client, job, &ways, timeout).await?;
+    let saved = generate::save(&delivered, &client, save, context).map(drop);
+    audit::after(&client, &job, context).await;
     client.stop().await;
-    generate::save(&delivered, &client, save, context).map(drop)
+    saved
 }
 
 pub(super) async fn cancel(job: &str, context: &Context<'_>) -> Result<(), Failure> {

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::args::{Generate, Save};
 use super::context::Context;
 use super::failure::{Exit, Failure};
-use super::{follow, generate};
+use super::{audit, follow, generate};
 use crate::ask::Ask;
 use crate::output::many::{Label, Many as Progress};
 use crate::route::called;
@@ -41,6 +41,7 @@ pub(super) struct Outcome {
 
 /// A clip that is here.
 pub(super) struct Made {
+    pub(super) job: JobId,
     pub(super) node: NodeId,
     pub(super) node_name: String,
     pub(super) seed: u64,
@@ -87,8 +88,14 @@ pub(super) async fn variations(
     };
     let started = Instant::now();
     let outcomes = run(&tasks, &manner, context, &client).await?;
+    audit::after_many(&client, jobs_of(&outcomes), context).await;
     client.stop().await;
     summary(&tasks, &outcomes, started, context)
+}
+
+/// The jobs whose clips came.
+pub(super) fn jobs_of(outcomes: &[Outcome]) -> Vec<JobId> {
+    outcomes.iter().filter_map(|outcome| Some(outcome.made.as_ref().ok()?.job)).collect()
 }
 
 /// One line that says what came; what did not is told one by one.
@@ -289,6 +296,7 @@ impl Made {
     fn of(delivered: &Delivered, file: Option<PathBuf>) -> Self {
         let (record, receipt) = (&delivered.record, delivered.receipt.receipt());
         Self {
+            job: record.job,
             node: record.node,
             node_name: record.node_name.clone(),
             seed: receipt.seed,

@@ -120,7 +120,7 @@ impl Many<'_> {
     /// What a node promises is told in full once, and who has which job every time.
     fn text(&mut self, index: usize, event: &Event) -> String {
         match event {
-            Event::Chosen { node, name, position, eta, sees, seed, custodians, .. }
+            Event::Chosen { node, name, position, eta, sees, seed, custodians, auditors, .. }
                 if !self.known.insert(*node) =>
             {
                 let seed = match &self.labels[index] {
@@ -132,8 +132,12 @@ impl Many<'_> {
                     nobody if nobody.is_empty() => nobody,
                     names => format!("; watched over by {names}, who could read the prompt too"),
                 };
+                let audited = match auditors.join(" or ") {
+                    nobody if nobody.is_empty() => nobody,
+                    names => format!("; if it is audited, {names} will see the prompt and some latents"),
+                };
                 format!(
-                    "node {} will make it too and see {sees}{seed}: {position} ahead, about {eta}{watched}",
+                    "node {} will make it too and see {sees}{seed}: {position} ahead, about {eta}{watched}{audited}",
                     called(name, node)
                 )
             }

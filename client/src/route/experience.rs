@@ -23,6 +23,8 @@ const AVOID_MS: f64 = 5_000.0;
 const SET_ASIDE_MS: u64 = 60_000;
 /// Longest time for which a node is passed over.
 const AVOID_AT_MOST_MS: f64 = 3_600_000.0;
+/// Time for which a node is passed over that was caught cheating: a day.
+const AVOID_CHEAT_MS: f64 = 24.0 * 3_600_000.0;
 /// A time that was told is compared with at least this one: below it both are noise.
 const SHORTEST_MS: f64 = 500.0;
 
@@ -40,14 +42,19 @@ pub enum Fault {
     Forgot,
     /// It delivered something else than was asked for, or signed something else than it delivered.
     WrongClip,
+    /// It did not show the steps that it had committed to, or did not commit to them.
+    Withheld,
+    /// An auditor found that it did not compute what it signed.
+    Cheated,
 }
 
 impl Fault {
     fn weight(self) -> f64 {
         match self {
             Self::Failed | Self::OutOfReach | Self::Stalled => 1.0,
-            Self::Forgot => 2.0,
+            Self::Forgot | Self::Withheld => 2.0,
             Self::WrongClip => 8.0,
+            Self::Cheated => 16.0,
         }
     }
 }
@@ -85,12 +92,20 @@ impl Experience {
         self.told += 1.0;
     }
 
+    /// An auditor found its work as it should be.
+    pub fn vouched(&mut self, now: UnixMillis) {
+        self.fade(now);
+        self.done += 1.0;
+    }
+
     /// It did something wrong.
     pub fn fault(&mut self, fault: Fault, now: UnixMillis) {
         self.fade(now);
         self.faults += fault.weight();
         let avoid = (AVOID_MS * self.faults.exp2()).min(AVOID_AT_MOST_MS);
-        self.avoid_until = now.plus(Millis(avoid as u64));
+        // An audit that catches somebody is rare luck: it is not forgotten within the hour.
+        let avoid = if fault == Fault::Cheated { AVOID_CHEAT_MS } else { avoid };
+        self.avoid_until = self.avoid_until.max(now.plus(Millis(avoid as u64)));
     }
 
     /// Something befell it: it is passed over for a moment, and nothing is held against it.
@@ -195,6 +210,18 @@ mod tests {
         seen.set_aside(START);
         assert!(seen.is_avoided(later(1_000.0)) && !seen.is_avoided(START.plus(Millis(SET_ASIDE_MS))));
         assert_eq!(seen.reliability(START), Experience::default().reliability(START));
+    }
+
+    #[test]
+    fn who_was_caught_cheating_is_passed_over_for_a_day_and_less_is_not_taken_for_pardon() {
+        let mut seen = Experience::default();
+        seen.fault(Fault::Cheated, START);
+        seen.fault(Fault::Failed, later(1000.0));
+        assert!(seen.is_avoided(later(AVOID_CHEAT_MS - 1.0)) && !seen.is_avoided(later(AVOID_CHEAT_MS)));
+        let mut vouched = Experience::default();
+        vouched.vouched(START);
+        assert!(vouched.reliability(START) > Experience::default().reliability(START));
+        assert!((vouched.time_factor(START) - 1.0).abs() < 1e-9);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What can go wrong between a prompt and a clip.
 
 use kinoflock_net::{FetchError, NetError};
+use kinoflock_protocol::audit::AuditError;
 use kinoflock_protocol::list::ListError;
 use kinoflock_protocol::{ClipId, EnvelopeError, JobId, Millis, NodeId, Refusal};
 
@@ -153,6 +154,25 @@ pub enum SessionError {
         /// What is wrong.
         error: VerifyError,
     },
+    /// There is nothing to audit.
+    #[error("job {} cannot be audited: {}", job.short(), not_committed(*asked))]
+    NotCommitted {
+        /// Which job.
+        job: JobId,
+        /// Whether its node was asked to commit to its steps, and did not.
+        asked: bool,
+    },
+    /// Nobody audited the job.
+    #[error("no node audited job {}{}", job.short(), unaudited(reasons))]
+    NotAudited {
+        /// Which job.
+        job: JobId,
+        /// Each node that was asked, and why it did not.
+        reasons: Vec<(String, String)>,
+    },
+    /// A verdict that is none.
+    #[error("the auditor's verdict is refused: {0}")]
+    Verdict(#[from] AuditError),
     /// A clip could not be fetched.
     #[error("clip {} could not be fetched: {error}", clip.short())]
     Fetch {
@@ -188,6 +208,9 @@ impl SessionError {
             Self::Stalled { .. } => "job_stalled",
             Self::OutOfReach { .. } => "out_of_reach",
             Self::Disputed { error } => error.code(),
+            Self::NotCommitted { .. } => "not_committed",
+            Self::NotAudited { .. } => "not_audited",
+            Self::Verdict(error) => error.code(),
             Self::Fetch { .. } => "fetch",
         }
     }
@@ -234,6 +257,22 @@ fn possible(reasons: &[Declined]) -> String {
     }
     let untold = |change: &&Change| matches!(change, Change::Listed { .. } | Change::WithoutTerms { .. });
     changes.iter().filter(untold).map(|change| format!("; {change}")).collect()
+}
+
+fn not_committed(asked: bool) -> &'static str {
+    if asked {
+        "its node was asked to commit to its steps and did not"
+    } else {
+        "its node was not asked to commit to its steps; set audit_share above 0 before a job is made"
+    }
+}
+
+fn unaudited(reasons: &[(String, String)]) -> String {
+    if reasons.is_empty() {
+        return "; no other node was found that serves its model".to_owned();
+    }
+    let reasons: Vec<_> = reasons.iter().map(|(node, why)| format!("{node}: {why}")).collect();
+    format!(": {}", reasons.join("; "))
 }
 
 fn offered(known: &[String]) -> String {

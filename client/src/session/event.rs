@@ -59,6 +59,10 @@ pub enum Event {
         content_rules: bool,
         /// Nodes that will hold the signed job too, and watch it while this machine is away.
         custodians: Vec<String>,
+        /// Percent of such jobs that are audited afterwards.
+        audit_share: u8,
+        /// Nodes one of which then sees the prompt and some latents.
+        auditors: Vec<String>,
     },
     /// A node does not watch the job.
     NoCustodian {
@@ -202,6 +206,8 @@ impl fmt::Display for Event {
                 terms,
                 content_rules,
                 custodians,
+                audit_share,
+                auditors,
             } => {
                 let name = if name.is_empty() { node.to_string() } else { format!("{name} ({node})") };
                 write!(f, "node {name} will make it with {model}, seed {seed}: ")?;
@@ -216,6 +222,14 @@ impl fmt::Display for Event {
                     write!(
                         f,
                         "\n{who} {verb} the job while this machine is away, and could read the prompt too"
+                    )?;
+                }
+                if !auditors.is_empty() {
+                    write!(
+                        f,
+                        "\n{audit_share} of 100 such jobs are audited when the clip is here: {} would then see the prompt, the clip \
+                         and four states of its latents",
+                        auditors.join(" or ")
                     )?;
                 }
                 Ok(())

@@ -225,7 +225,7 @@ impl Client {
         self.keep_experience(&record.node, &seen);
     }
 
-    fn remember_fault(&self, record: &JobRecord, fault: Fault) {
+    pub(super) fn remember_fault(&self, record: &JobRecord, fault: Fault) {
         let mut seen = self.store.experience(&record.node);
         seen.fault(fault, crate::now());
         self.keep_experience(&record.node, &seen);

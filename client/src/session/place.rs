@@ -18,7 +18,7 @@ use super::{Client, Event, Events, SessionError, corrected, nonce};
 use crate::route::choice::Quoted;
 use crate::route::routing::{Routing, Step};
 use crate::route::{self, Candidate, Declined, Needs, Ranked, Why};
-use crate::store::{BatchKey, Custodian, Former, JobRecord, RecordState};
+use crate::store::{Audits, BatchKey, Custodian, Former, JobRecord, RecordState};
 
 /// Tries to hand over an order; the same order again gives the same job.
 const SUBMIT_TRIES: u32 = 4;
@@ -58,6 +58,8 @@ pub(super) struct Placing {
     pub(super) custodians: Vec<Custodian>,
     /// By what a batch finds it again.
     pub(super) batch: Option<BatchKey>,
+    /// Who may audit it.
+    pub(super) audits: Audits,
 }
 
 impl Placing {
@@ -184,6 +186,9 @@ impl Client {
                 placing.signed.insert(job).clone()
             }
         };
+        if placing.audits.share > 0 && placing.before.is_none() {
+            placing.audits.auditors = self.choose_auditors(search.found, &placing.needs(), &chosen.node);
+        }
         self.announce(&offer, placing, search.events).await;
         match self.hand_over(&offer, placing, job, search.events).await? {
             Ok(record) => {
@@ -292,6 +297,8 @@ impl Client {
             terms: capacity.terms.clone(),
             content_rules: capacity.content_rules,
             custodians: placing.custodians.iter().map(|it| route::called(&it.name, &it.node)).collect(),
+            audit_share: placing.audits.share,
+            auditors: placing.audits.auditors.iter().map(|it| route::called(&it.name, &it.node)).collect(),
         };
         events.tell(chosen).await;
     }
@@ -403,6 +410,7 @@ impl Client {
             custodians: placing.custodians.clone(),
             holders: Vec::new(),
             batch: placing.batch.clone(),
+            audits: placing.audits.clone(),
         }
     }
 

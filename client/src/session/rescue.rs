@@ -73,6 +73,7 @@ impl Client {
             wanted_custodians: 0,
             custodians: record.custodians.clone(),
             batch: record.batch.clone(),
+            audits: record.audits.clone(),
         };
         match self.place(placing, &found, events).await {
             Ok(_) => {

@@ -7,7 +7,7 @@ use super::find::Found;
 use super::place::Placing;
 use super::{Client, Events, SessionError, nonce, random};
 use crate::ask::Ask;
-use crate::store::JobRecord;
+use crate::store::{Audits, JobRecord};
 use crate::ticket::Way;
 
 /// Nodes that watch a job while its client is away, unless the artist says otherwise.
@@ -81,6 +81,7 @@ impl Client {
             wanted_custodians: if ask.pinned { 0 } else { ask.custodians.unwrap_or(CUSTODIANS) },
             custodians: Vec::new(),
             batch: None,
+            audits: Audits { share: if ask.pinned { 0 } else { ask.audit_share }, ..Audits::default() },
         })
     }
 }

@@ -71,6 +71,36 @@ pub struct JobRecord {
     /// By what a batch finds it again, if it came from one.
     #[serde(default)]
     pub batch: Option<BatchKey>,
+    /// Who may audit it, and what came of that.
+    #[serde(default)]
+    pub audits: Audits,
+}
+
+/// Most verdicts that are kept of one job; the oldest make room.
+pub const MAX_VERDICTS: usize = 8;
+
+/// Audits of a job.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Audits {
+    /// Percent of such jobs that are audited.
+    pub share: u8,
+    /// Nodes of which the artist was told that they may.
+    pub auditors: Vec<Auditor>,
+    /// Whether this one was drawn; not known before its clip is here.
+    pub drawn: Option<bool>,
+    /// The signed verdicts, the newest last.
+    pub verdicts: Vec<Envelope>,
+}
+
+/// A node that may audit a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Auditor {
+    /// Which node.
+    pub node: NodeId,
+    /// The name that it gave itself.
+    pub name: String,
+    /// Where it was reached.
+    pub addresses: Vec<String>,
 }
 
 /// What names one line of a batch file whatever process reads it: the file, what the line says, and which of several

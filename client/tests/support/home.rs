@@ -47,7 +47,7 @@ impl Home {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kinoflock"));
         command.args(arguments).current_dir(self.path()).env_clear();
         command.env("KINOFLOCK_HOME", self.path()).env("KINOFLOCK_NETWORK", "test");
-        command.env("KINOFLOCK_MDNS", "off").env("KINOFLOCK_LOCAL", "off");
+        command.env("KINOFLOCK_MDNS", "off").env("KINOFLOCK_LOCAL", "off").env("KINOFLOCK_AUDIT_SHARE", "0");
         command
     }
 }
@@ -152,6 +152,7 @@ pub fn job_record(number: u64) -> JobRecord {
         custodians: Vec::new(),
         holders: Vec::new(),
         batch: None,
+        audits: Default::default(),
     }
 }
 

@@ -48,10 +48,28 @@ pub struct StatusReport {
     /// Seconds since other nodes were last asked whether they see this one, and what they said.
     #[serde(default)]
     pub seen: Option<(u64, Vec<SeenReport>)>,
+    /// Audits since the start.
+    #[serde(default)]
+    pub audits: AuditsReport,
     /// Jobs failed since the start.
     pub jobs_failed: u64,
     /// Jobs cancelled since the start.
     pub jobs_cancelled: u64,
+}
+
+/// Audits since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditsReport {
+    /// Jobs of others that were audited here and are as they should be.
+    pub honest: u64,
+    /// Jobs of others whose maker did not compute what it signed.
+    pub caught: u64,
+    /// Audits for others of which nothing can be said.
+    pub could_not_look: u64,
+    /// Audits for others that wait or run.
+    pub waiting: usize,
+    /// Times that steps of own jobs were shown.
+    pub shown: u64,
 }
 
 /// Quotes of the last hours.
@@ -190,6 +208,7 @@ impl fmt::Display for StatusReport {
                 self.watched_jobs
             )?;
         }
+        self.audits.fmt(f)?;
         let own = format!("/p2p/{}", self.node);
         for address in &self.addresses {
             write!(f, "\nlistens on {}", address.strip_suffix(&own).unwrap_or(address))?;
@@ -221,6 +240,20 @@ impl StatusReport {
             Some(seen) => writeln!(f, ": {}", seen.text),
             None => writeln!(f),
         }
+    }
+}
+
+impl AuditsReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if *self == Self::default() {
+            return Ok(());
+        }
+        let looked = self.honest + self.caught + self.could_not_look;
+        write!(f, "\naudits of others' jobs: {looked}")?;
+        if looked > 0 {
+            write!(f, " ({} honest, {} not, {} unclear)", self.honest, self.caught, self.could_not_look)?;
+        }
+        write!(f, ", {} wait; own jobs looked at by others: {} times", self.waiting, self.shown)
     }
 }
 

@@ -23,6 +23,10 @@ pub const SECTIONS: &[KeyDoc] = &[
         "custody",
         "Jobs of other nodes that this one watches while their artists are away: it holds the signed jobs, and could read them.",
     ),
+    doc(
+        "audits",
+        "Jobs of other nodes of which this one computes a step anew, when their artists ask it to. It reads their prompts.",
+    ),
     doc("storage", "Folders and disk limits. An empty folder means the default that is shown beside it."),
     doc("engine", "The worker process that owns a device, and how long it may take."),
     doc("admin", "The operator's HTTP port: /healthz, /readyz, /metrics, /status."),
@@ -111,6 +115,12 @@ pub const DOCS: &[KeyDoc] = &[
     doc("queue.input_wait", "How long a job keeps its place while its inputs are fetched."),
     doc("custody.jobs", "Most jobs watched at once; 0 for none."),
     doc("custody.after", "A watched job whose node has been silent for so long is handed on."),
+    doc(
+        "audits.for_others",
+        "Audit for requesters whom [policy] serves, with models served here, while no job waits. An audit costs one step and\n\
+         one decode; a job that comes meanwhile waits for its end.",
+    ),
+    doc("audits.queue", "Most audits that wait."),
     doc("storage.state", "Key, queue, clips and receipts."),
     doc("storage.models", "Model folders."),
     doc("storage.runtime", "The file that tells clients on this machine where the daemon listens."),
@@ -128,7 +138,10 @@ pub const DOCS: &[KeyDoc] = &[
         "Most disk for the sealed latents of each step, kept where a job asks for a commitment to its steps; the\n\
          oldest make room. A job whose latents are gone can be audited no more.",
     ),
-    doc("storage.audit_keep", "How long they are kept."),
+    doc(
+        "storage.audit_keep",
+        "How long they are kept. Artists expect to be shown them for an hour at least.",
+    ),
     doc("engine.worker", "The program started as worker; empty for this one."),
     doc("engine.worker_args", "Its arguments; empty for the default [\"worker\"]."),
     doc("engine.phase_deadline", "Shortest deadline of a phase (load, text, step, decode, encode)."),

@@ -25,6 +25,8 @@ pub struct FileConfig {
     pub queue: QueueSection,
     /// Jobs watched for artists who are away.
     pub custody: CustodySection,
+    /// Jobs of other nodes that this one audits.
+    pub audits: AuditsSection,
     /// Folders and disk limits.
     pub storage: StorageSection,
     /// The worker process and its deadlines.
@@ -103,6 +105,15 @@ pub struct PolicySection {
 pub struct CustodySection {
     pub jobs: u32,
     pub after: Span,
+}
+
+/// `[audits]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[expect(missing_docs, reason = "each key is explained in docs.rs, which the template prints")]
+pub struct AuditsSection {
+    pub for_others: bool,
+    pub queue: u32,
 }
 
 /// `[terms]`
@@ -268,6 +279,12 @@ impl Default for CustodySection {
     }
 }
 
+impl Default for AuditsSection {
+    fn default() -> Self {
+        Self { for_others: true, queue: default_audits_queue() }
+    }
+}
+
 impl Default for StorageSection {
     fn default() -> Self {
         Self {
@@ -400,6 +417,10 @@ const fn default_custody_jobs() -> u32 {
 
 const fn default_custody_after() -> Span {
     Span::seconds(60)
+}
+
+const fn default_audits_queue() -> u32 {
+    16
 }
 
 const fn default_clips_limit() -> ByteSize {

@@ -20,8 +20,8 @@ use tokio_util::sync::CancellationToken;
 use self::process::Worker;
 use super::deadline::{Deadlines, Size, Watch};
 use super::wire::{
-    DoneReport, Failure, FileReport, FromWorker, LoadRequest, LoadedReport, OpenRequest, Phase, RunRequest,
-    StepReport, ToWorker, WorkerInfo,
+    AuditReport, AuditRun, DoneReport, Failure, FileReport, FromWorker, LoadRequest, LoadedReport,
+    OpenRequest, Phase, RunRequest, StepReport, ToWorker, WorkerInfo,
 };
 
 mod process;
@@ -143,6 +143,8 @@ pub enum EngineEvent {
     },
     /// The clip is on disk. Ends the job.
     Done(Box<DoneReport>),
+    /// A step of another node's clip was looked at. Ends the audit.
+    Audited(Box<AuditReport>),
     /// The job failed, or a load without a job. Ends the job.
     Failed {
         /// Which job; `None` for a load.
@@ -195,6 +197,7 @@ pub struct EngineHandle {
 enum Command {
     Load(LoadRequest),
     Run(Box<RunRequest>),
+    Audit(Box<AuditRun>),
     Cancel(JobId),
     Kill,
 }
@@ -214,6 +217,14 @@ impl EngineHandle {
     /// When the engine is stopped or its queue is full.
     pub fn run(&self, run: RunRequest) -> Result<(), EngineError> {
         self.send(Command::Run(Box::new(run)))
+    }
+
+    /// Starts an audit. One of [`EngineEvent::Audited`] and [`EngineEvent::Failed`] ends it.
+    ///
+    /// # Errors
+    /// When the engine is stopped or its queue is full.
+    pub fn audit(&self, audit: AuditRun) -> Result<(), EngineError> {
+        self.send(Command::Audit(Box::new(audit)))
     }
 
     /// Stops a job within a step; a worker that does not confirm it in time is killed. Another job is left alone.
@@ -279,7 +290,8 @@ struct Supervisor {
 #[derive(Debug, Clone, Copy)]
 struct Busy {
     job: Option<JobId>,
-    model: ModelId,
+    /// Under which its phases are measured: those of an audit are no measure of a job's.
+    measured_as: ModelId,
     size: Size,
     steps_done: u32,
     /// When a cancelled job's worker is killed.
@@ -324,6 +336,11 @@ impl Supervisor {
                 let size = Size::of(run.frames, run.width, run.height);
                 self.begin(Some(run.job), run.model.model, Some(size), ToWorker::Run(run)).await
             }
+            Command::Audit(audit) => {
+                let run = &audit.run;
+                let size = Size::of(run.frames, run.width, run.height);
+                self.begin(Some(run.job), run.model.model, Some(size), ToWorker::Audit(audit)).await
+            }
             Command::Cancel(job) => self.cancel(job).await,
             Command::Kill => self.lose(process::killed("the daemon was told to stop it")).await,
         }
@@ -345,13 +362,16 @@ impl Supervisor {
         {
             return self.send(EngineEvent::Failed { job, failure }).await;
         }
-        if let (Some(worker), ToWorker::Run(run)) = (&self.worker, &message) {
-            worker.hide(run);
+        match (&self.worker, &message) {
+            (Some(worker), ToWorker::Run(run)) => worker.hide(run),
+            (Some(worker), ToWorker::Audit(audit)) => worker.hide(&audit.run),
+            _ => {}
         }
         let size = size.unwrap_or(Size { pixels: 0.0 });
         let phase = if self.loaded == Some(model) && job.is_some() { Phase::Text } else { Phase::Load };
-        self.watch.begin(model, phase, size, Instant::now());
-        self.busy = Some(Busy { job, model, size, steps_done: 0, kill_at: None });
+        let measured_as = if matches!(message, ToWorker::Audit(_)) { audits_of(model) } else { model };
+        self.watch.begin(measured_as, phase, size, Instant::now());
+        self.busy = Some(Busy { job, measured_as, size, steps_done: 0, kill_at: None });
         self.tell(&message).await
     }
 
@@ -392,7 +412,7 @@ impl Supervisor {
                     self.loaded = None;
                 }
                 if let Some(busy) = busy {
-                    self.watch.begin(busy.model, phase, busy.size, now);
+                    self.watch.begin(busy.measured_as, phase, busy.size, now);
                 }
                 self.send(EngineEvent::Phase { job, phase }).await
             }
@@ -415,6 +435,10 @@ impl Supervisor {
             FromWorker::Done(report) => {
                 self.finish(true, now);
                 self.send(EngineEvent::Done(report)).await
+            }
+            FromWorker::Audited(report) => {
+                self.finish(true, now);
+                self.send(EngineEvent::Audited(report)).await
             }
             FromWorker::Failed { job, failure } => {
                 self.finish(false, now);
@@ -507,6 +531,11 @@ impl Supervisor {
         self.watch.pause(waits.elapsed());
         Ok(())
     }
+}
+
+/// Stands for the audits of a model where times are measured.
+fn audits_of(model: ModelId) -> ModelId {
+    ModelId::from_bytes(model.as_bytes().map(|byte| !byte))
 }
 
 async fn next(worker: &mut Option<Worker>) -> Option<FromWorker> {

@@ -5,8 +5,9 @@
 //!    version says so and ends; nothing else is decoded.
 //! 2. The node sends [`ToWorker::Open`] with device, threads and memory; the worker answers [`FromWorker::Ready`], or
 //!    [`FromWorker::Failed`] without a job when it cannot have the device.
-//! 3. [`ToWorker::Load`] and [`ToWorker::Run`], one at a time. A run that needs another model loads it first. It ends
-//!    with exactly one of [`FromWorker::Done`], [`FromWorker::Failed`] and [`FromWorker::Cancelled`].
+//! 3. [`ToWorker::Load`], [`ToWorker::Run`] and [`ToWorker::Audit`], one at a time. A run that needs another model loads it
+//!    first. It ends with exactly one of [`FromWorker::Done`], [`FromWorker::Failed`] and [`FromWorker::Cancelled`]; an
+//!    audit with [`FromWorker::Audited`] or [`FromWorker::Failed`].
 //! 4. At the end of its stdin the worker exits at once, whatever it is doing.
 //!
 //! A frame is a 32-bit little-endian length and so many bytes ([`kinoflock_protocol::frame`]), a message one value of
@@ -22,8 +23,12 @@ use kinoflock_protocol::id::{BlobId, JobId, ModelId};
 use kinoflock_protocol::limits::{MAX_LINE, MAX_NAME, MAX_PREVIEW, MAX_PROMPT};
 use serde::{Deserialize, Serialize};
 
+pub use self::audit::{AuditReport, AuditRun, Hash, StatePaths};
+
+mod audit;
+
 /// The version of these messages. Both sides are of one release, or the daemon says that they are not.
-pub const WIRE_VERSION: u32 = 2;
+pub const WIRE_VERSION: u32 = 3;
 /// Greatest message, bytes: a prompt twice, or a preview, with room.
 pub const MAX_FRAME: usize = 128 * 1024;
 /// Greatest path, bytes of UTF-8.
@@ -137,6 +142,8 @@ pub enum ToWorker {
     Load(LoadRequest),
     /// Make a clip.
     Run(Box<RunRequest>),
+    /// Look at one step of a clip that another node made.
+    Audit(Box<AuditRun>),
     /// Stop this job within a step.
     Cancel(JobId),
     /// End when idle.
@@ -326,6 +333,8 @@ pub enum FromWorker {
     },
     /// The clip is written.
     Done(Box<DoneReport>),
+    /// The step was looked at.
+    Audited(Box<AuditReport>),
     /// The job failed, or a load, or the opening of the device.
     Failed {
         /// Which job; `None` for a load or the device.

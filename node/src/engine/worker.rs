@@ -27,8 +27,8 @@ use kinoflock_protocol::limits::MAX_PREVIEW;
 
 use super::frames;
 use super::wire::{
-    self, Failure, FromWorker, Greeting, LoadRequest, LoadedReport, OpenRequest, Phase, RunRequest,
-    StepReport, Timings, ToWorker, WireError, WorkerInfo,
+    self, AuditReport, AuditRun, Failure, FromWorker, Greeting, LoadRequest, LoadedReport, OpenRequest,
+    Phase, RunRequest, StepReport, Timings, ToWorker, WireError, WorkerInfo,
 };
 
 pub mod local;
@@ -63,6 +63,12 @@ pub trait Engine {
     /// # Errors
     /// [`Stop::Cancelled`] when [`Context::cancelled`] said so, or what went wrong.
     fn run(&mut self, request: &RunRequest, context: &mut Context<'_>) -> Result<Made, Stop>;
+
+    /// Looks at a step that another node computed, with the loaded model.
+    ///
+    /// # Errors
+    /// When what was shown cannot be read, or what the device reports.
+    fn audit(&mut self, audit: &AuditRun, context: &mut Context<'_>) -> Result<AuditReport, Failure>;
 
     /// Forgets everything that a panic may have left half done.
     fn reset(&mut self);
@@ -122,6 +128,21 @@ pub struct Context<'a> {
     steps_done: u32,
     /// Checkpoints of this run that are on disk, oldest first.
     checkpoints: VecDeque<PathBuf>,
+}
+
+impl<'a> Context<'a> {
+    fn new(out: &'a mut File, cancelled: &'a Cancelled, request: &'a RunRequest) -> Self {
+        Self {
+            out,
+            cancelled,
+            request,
+            timings: Timings::default(),
+            phase: None,
+            step_since: Instant::now(),
+            steps_done: 0,
+            checkpoints: VecDeque::new(),
+        }
+    }
 }
 
 impl Context<'_> {
@@ -320,6 +341,10 @@ fn obey(engine: &mut impl Engine, inbox: &Receiver<ToWorker>, out: &mut File, ca
                 let message = run(engine, out, cancelled, &request);
                 tell(out, &message);
             }
+            ToWorker::Audit(audit) => {
+                let message = look(engine, out, cancelled, &audit);
+                tell(out, &message);
+            }
             ToWorker::Shutdown => return,
             // Noted by the watch thread.
             ToWorker::Cancel(_) => {}
@@ -360,23 +385,25 @@ fn run(engine: &mut impl Engine, out: &mut File, cancelled: &Cancelled, request:
     if cancelled.is(job) {
         return FromWorker::Cancelled { job, steps_done: 0 };
     }
-    let now = Instant::now();
-    let timings = Timings { load, ..Timings::default() };
-    let mut context = Context {
-        out,
-        cancelled,
-        request,
-        timings,
-        phase: None,
-        step_since: now,
-        steps_done: 0,
-        checkpoints: VecDeque::new(),
-    };
+    let mut context = Context::new(out, cancelled, request);
+    context.timings.load = load;
     let ended = guarded_run(engine, &mut context).and_then(|made| output::finish(&made, &mut context));
     match ended {
         Ok(report) => FromWorker::Done(Box::new(report)),
         Err(Stop::Cancelled) => FromWorker::Cancelled { job, steps_done: context.steps_done },
         Err(Stop::Failed(failure)) => FromWorker::Failed { job: Some(job), failure },
+    }
+}
+
+fn look(engine: &mut impl Engine, out: &mut File, cancelled: &Cancelled, audit: &AuditRun) -> FromWorker {
+    let job = audit.run.job;
+    let found = load(engine, out, Some(job), &audit.run.model).and_then(|_| {
+        let mut context = Context::new(out, cancelled, &audit.run);
+        guarded(engine, |engine| engine.audit(audit, &mut context))
+    });
+    match found {
+        Ok(report) => FromWorker::Audited(Box::new(report)),
+        Err(failure) => FromWorker::Failed { job: Some(job), failure },
     }
 }
 

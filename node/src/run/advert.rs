@@ -278,6 +278,17 @@ impl Daemon {
     }
 
     /// The id of the card that this node signs about a model.
+    pub(super) fn card_of(&self, model: &Model) -> Option<Envelope> {
+        let card = model.card.as_ref()?;
+        match Envelope::seal(self.identity.keypair(), &self.network, card) {
+            Ok(envelope) => Some(envelope),
+            Err(error) => {
+                tracing::error!(model = %model.name, %error, "the model's card could not be signed");
+                None
+            }
+        }
+    }
+
     pub(super) fn card_id(&self, model: &Model) -> Option<CardId> {
         self.card_of(model).map(|envelope| CardId::of(&envelope, &self.network))
     }

@@ -158,9 +158,12 @@ impl Audits {
 
 impl Daemon {
     /// Shows the states that an audit asks for, to those who may see them.
-    pub(super) fn audit(&self, request: &Envelope, grant: Option<&Envelope>) -> Response {
+    pub(super) fn audit(&mut self, request: &Envelope, grant: Option<&Envelope>) -> Response {
         match self.try_audit(request, grant) {
-            Ok(reply) => Response::Audit(reply),
+            Ok(reply) => {
+                self.auditor.count_shown();
+                Response::Audit(reply)
+            }
             Err(refusal) => Response::Refused(*refusal),
         }
     }

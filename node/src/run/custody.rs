@@ -249,6 +249,7 @@ impl Daemon {
             custodians: Vec::new(),
             holders: Vec::new(),
             batch: None,
+            audits: kinoflock_client::store::Audits::default(),
         }
     }
 

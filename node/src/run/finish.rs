@@ -17,7 +17,7 @@ use super::audits::{self, Audits};
 use super::checkpoints::all_segments;
 use super::{Daemon, Note, jobs, unix_now};
 use crate::clips::{Clips, ClipsError, Owner};
-use crate::engine::wire::{DoneReport, Failure, FileReport};
+use crate::engine::wire::{DoneReport, Failure, FileReport, WorkerInfo};
 use crate::queue::{Link, Queue, QueueError};
 use crate::scheduler::{DeviceId, Measured};
 use crate::telemetry::ResultLabels;
@@ -97,7 +97,8 @@ impl Daemon {
         let live = self.live.get(&report.job)?;
         let spec = live.job.spec();
         let model = self.models.get(&spec.model)?;
-        let worker = self.devices.get(&device)?.worker.as_ref();
+        let at = self.devices.get(&device)?;
+        let worker = at.worker.as_ref();
         let card = self.card_id(model);
         let clip = blob(&report.clip);
         let began_at = live.checkpoints.began_at;
@@ -124,9 +125,7 @@ impl Daemon {
             ),
             work: work(&model.manifest.work, &spec.shape()),
             device: worker.map_or(DeviceClass::Other, |worker| class_of(&worker.device)),
-            engine: Text::truncated(
-                &worker.map_or_else(String::new, |w| format!("{}/{}", w.engine, w.version)),
-            ),
+            engine: Text::truncated(&worker.map_or_else(String::new, |w| engine_of(w, &at.dtype))),
             accepted_at: live.accepted_at,
             started_at: live.started_at.unwrap_or(live.accepted_at).max(live.accepted_at),
             finished_at: UnixMillis(0),
@@ -237,6 +236,11 @@ fn sign(mut draft: Draft, link: Link) -> Result<(ReceiptId, Envelope), String> {
 
 fn blob(file: &FileReport) -> BlobRef {
     BlobRef { id: file.blake3, len: file.len }
+}
+
+/// Name and version of an engine, and in which numbers it computed: what an auditor has to know.
+fn engine_of(worker: &WorkerInfo, dtype: &str) -> String {
+    format!("{}/{} {dtype}", worker.engine, worker.version).trim_end().to_owned()
 }
 
 /// The sort of a device by its name in the configuration.

@@ -112,34 +112,20 @@ impl Daemon {
         std::fs::create_dir_all(&folder)
             .map_err(|error| internal(format!("cannot make a folder for it: {error}")))?;
         let path = |name: &str| wire_path(&folder.join(name)).map_err(&internal);
-        let mut extra =
-            extra(spec).map_err(|name| internal(format!("operation {name} is not known here")))?;
+        let mut run = plain_run(*job, load_request(model).map_err(internal)?, spec).map_err(internal)?;
         if spec.initial_latents.is_some() {
-            extra.initial_latents = Some(path(super::inputs::LATENTS)?);
+            run.extra.initial_latents = Some(path(super::inputs::LATENTS)?);
         }
-        extra.resume = self.newest_state(job).map(|(_, state)| state);
-        Ok(RunRequest {
-            job: *job,
-            model: load_request(model).map_err(internal)?,
-            prompt: Text::truncated(spec.prompt.as_str()),
-            negative: Text::truncated(spec.negative_prompt.as_str()),
-            seed: spec.seed,
-            frames: spec.frames,
-            width: spec.width,
-            height: spec.height,
-            fps: spec.fps.to_f64(),
-            steps: spec.steps,
-            guidance: spec.guidance.to_f64(),
-            extra,
-            output: Output {
-                clip: path("clip.mp4")?,
-                latents: if spec.returns.latents { Some(path("latents.safetensors")?) } else { None },
-                checkpoint: Some(wire_path(&self.checkpoints_folder(job)).map_err(internal)?),
-                states: if spec.returns.step_root { Some(path(super::audits::STATES)?) } else { None },
-            },
-            checkpoint_every: self.checkpoint_every(spec),
-            preview_every: if spec.returns.previews { PREVIEW_EVERY } else { 0 },
-        })
+        run.extra.resume = self.newest_state(job).map(|(_, state)| state);
+        run.output = Output {
+            clip: path("clip.mp4")?,
+            latents: if spec.returns.latents { Some(path("latents.safetensors")?) } else { None },
+            checkpoint: Some(wire_path(&self.checkpoints_folder(job)).map_err(internal)?),
+            states: if spec.returns.step_root { Some(path(super::audits::STATES)?) } else { None },
+        };
+        run.checkpoint_every = self.checkpoint_every(spec);
+        run.preview_every = if spec.returns.previews { PREVIEW_EVERY } else { 0 };
+        Ok(run)
     }
 
     pub(super) fn handle_engine(&mut self, device: DeviceId, event: EngineEvent) {
@@ -148,6 +134,9 @@ impl Daemon {
             EngineEvent::Ready(info) => self.worker_ready(device, info),
             EngineEvent::Loaded(report) => {
                 self.scheduler.handle_loaded(device, report.model);
+                if let Some(device) = self.devices.get_mut(&device) {
+                    device.dtype = report.dtype.to_string();
+                }
                 self.phase_took("load", report.seconds);
             }
             EngineEvent::Phase { job: Some(job), phase } => match phase {
@@ -162,6 +151,7 @@ impl Daemon {
                 self.boards.tell(&job, JobEvent::Preview { step, png })
             }
             EngineEvent::Done(report) => self.finish(device, *report),
+            EngineEvent::Audited(report) => self.audited(device, &report),
             EngineEvent::Failed { job: Some(job), failure } => self.failed(device, &job, &failure),
             EngineEvent::Failed { job: None, failure } | EngineEvent::Lost(failure) => {
                 self.worker_lost(device, &failure);
@@ -186,9 +176,9 @@ impl Daemon {
         self.boards.tell(&report.job, JobEvent::Step { done: report.done, total: report.total, eta });
     }
 
-    /// A job failed on its device, or a self-test did.
+    /// A job failed on its device, or a self-test or an audit did.
     pub(super) fn failed(&mut self, device: DeviceId, job: &JobId, failure: &Failure) {
-        if self.test_failed(device, job, failure) {
+        if self.test_failed(device, job, failure) || self.audit_failed(device, job, failure) {
             return;
         }
         let mut cause = cause(failure);
@@ -261,6 +251,27 @@ impl Daemon {
     pub(super) fn work_folder(&self, job: &JobId) -> std::path::PathBuf {
         self.config.storage.state.join("work").join(job.to_string())
     }
+}
+
+/// A run of this job as its numbers and words say, without inputs and outputs.
+pub(super) fn plain_run(job: JobId, model: LoadRequest, spec: &JobSpec) -> Result<RunRequest, String> {
+    Ok(RunRequest {
+        job,
+        model,
+        prompt: Text::truncated(spec.prompt.as_str()),
+        negative: Text::truncated(spec.negative_prompt.as_str()),
+        seed: spec.seed,
+        frames: spec.frames,
+        width: spec.width,
+        height: spec.height,
+        fps: spec.fps.to_f64(),
+        steps: spec.steps,
+        guidance: spec.guidance.to_f64(),
+        extra: extra(spec).map_err(|name| format!("operation {name} is not known here"))?,
+        output: Output { clip: WirePath::default(), latents: None, checkpoint: None, states: None },
+        checkpoint_every: 0,
+        preview_every: 0,
+    })
 }
 
 /// What is told of a failed job.

@@ -87,6 +87,7 @@ impl Daemon {
             known_nodes: self.adverts.live().count(),
             watched_jobs: self.custodian.count(),
             held_bytes: self.holdings.blobs().fill().used,
+            audits: self.auditor.report(),
             quotes: self.interest.report(now, |id| self.models.get(id).map(|model| model.name.clone())),
             seen: self.looks.report(now),
             accepting: self.accepting(&devices),

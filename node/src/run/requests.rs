@@ -27,7 +27,6 @@ use super::refuse::{
     check_adapters, check_inputs_len, invalid, job_refusal, order_refusal, unserved, unsupported,
 };
 use super::{Daemon, LiveJob, Note, Rejected, ip_of, jobs, unix_now};
-use crate::models::Model;
 use crate::policy::{Wanted, hook};
 use crate::queue::{End, JobRecord, StoredState};
 use crate::scheduler::{Admission, Cancelled, NetPrefix, NewJob, Origin, Stage};
@@ -70,6 +69,7 @@ impl Daemon {
             Request::Status(query) => self.status(&query, node),
             Request::Cancel(query) => self.cancel(&query),
             Request::Audit { request, grant } => self.audit(&request, grant.as_ref()),
+            Request::OrderAudit(order) => self.order_audit(*order, node),
             Request::Answer(answer) => self.answer(answer),
             Request::Release { lease, reason } => {
                 if self.scheduler.handle_release(&lease) {
@@ -112,17 +112,6 @@ impl Daemon {
         }
         if let Err(error) = responder.send(response) {
             tracing::error!(kind, %error, "an answer was not sent");
-        }
-    }
-
-    pub(super) fn card_of(&self, model: &Model) -> Option<Envelope> {
-        let card = model.card.as_ref()?;
-        match Envelope::seal(self.identity.keypair(), &self.network, card) {
-            Ok(envelope) => Some(envelope),
-            Err(error) => {
-                tracing::error!(model = %model.name, %error, "the model's card could not be signed");
-                None
-            }
         }
     }
 
@@ -176,7 +165,11 @@ impl Daemon {
     }
 
     /// What a job costs here, if the model can make it at all.
-    fn wanted(&self, model: &kinoflock_protocol::ModelId, shape: JobShape) -> Result<Wanted, Box<Refusal>> {
+    pub(super) fn wanted(
+        &self,
+        model: &kinoflock_protocol::ModelId,
+        shape: JobShape,
+    ) -> Result<Wanted, Box<Refusal>> {
         let known = self.models.get(model).ok_or_else(|| unserved(model))?;
         known.manifest.rules.check(shape.frames, shape.width, shape.height).map_err(|error| {
             let refusal = Refusal::new(Reason::Impossible, error.code()).given(&error);

@@ -112,6 +112,7 @@ async fn run(config: Config) -> Result<(), RunError> {
     let queue = Queue::open(&config.storage.state, identity.chain())?;
     let clips = Clips::open(&config.storage.state.join("clips"), config.storage.clips_limit)?;
     let audits = Audits::open(&config.storage.state, config.storage.audit_limit)?;
+    super::auditor::clean(&config.storage.state);
     let models = load_models(&config)?;
     let (net, events) = start_net(&config, &identity, network).await?;
     let holdings = Holdings::open(&config.storage.state.join("held"), config.storage.replicas_limit)?;
@@ -154,6 +155,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         queue,
         clips,
         audits,
+        auditor: super::auditor::Auditor::default(),
         holdings,
         copying: std::collections::BTreeSet::new(),
         keeping: std::collections::BTreeSet::new(),
@@ -313,7 +315,10 @@ async fn start_devices(
         let (faulty, sound): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|id| unsound.contains_key(id));
         let mut tests = Tests::of(sound, program);
         tests.results.extend(faulty.into_iter().map(|id| (id, Err(unsound[&id].clone()))));
-        devices.insert(id, Device { name: device.name.clone(), engine, worker: None, tests });
+        devices.insert(
+            id,
+            Device { name: device.name.clone(), engine, worker: None, dtype: String::new(), tests },
+        );
     }
     Ok(devices)
 }

@@ -119,6 +119,8 @@ pub(super) struct Device {
     pub(super) loaded: Option<ModelId>,
     pub(super) mode: DeviceMode,
     pub(super) running: Option<Running>,
+    /// Since when, and for about how long, it does what is no job.
+    pub(super) aside: Option<(Instant, Duration)>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -140,6 +142,7 @@ impl Device {
             loaded: None,
             mode: DeviceMode::Open,
             running: None,
+            aside: None,
         };
         device.set_models(setup.models);
         device
@@ -187,7 +190,15 @@ impl Device {
 
     /// How long until it is free.
     pub(super) fn busy_for(&self, now: Instant) -> Duration {
+        if let Some((since, expected)) = self.aside {
+            return expected.saturating_sub(now.saturating_duration_since(since));
+        }
         self.running.as_ref().map_or(Duration::ZERO, |running| running.remaining(now))
+    }
+
+    /// Whether it does nothing.
+    pub(super) fn is_idle(&self) -> bool {
+        self.running.is_none() && self.aside.is_none()
     }
 
     /// Learns from a job that is done; `took` is the time that it had the device.

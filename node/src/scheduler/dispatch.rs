@@ -180,7 +180,7 @@ impl Scheduler {
     }
 
     fn start_what_can(&mut self, now: Instant) {
-        let idle = |device: &super::Device| device.running.is_none() && device.mode == DeviceMode::Open;
+        let idle = |device: &super::Device| device.is_idle() && device.mode == DeviceMode::Open;
         while self.devices.values().any(idle) {
             let planned = self.plan(Scope::Start, now);
             let idle_device = |id: &DeviceId| self.devices.get(id).is_some_and(idle);

@@ -26,6 +26,9 @@ pub(super) fn debug_check(scheduler: &Scheduler) {
 
 fn devices_and_jobs_agree(scheduler: &Scheduler, found: &mut Vec<String>) {
     for (id, device) in &scheduler.devices {
+        if device.running.is_some() && device.aside.is_some() {
+            found.push(format!("device {id} runs a job and something else"));
+        }
         let Some(running) = &device.running else { continue };
         let stage = scheduler.stage(&running.job);
         if stage != Some(Stage::Running { device: *id }) {

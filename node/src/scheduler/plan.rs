@@ -85,7 +85,7 @@ impl<'a> Slot<'a> {
     fn new(id: DeviceId, device: &'a Device, now: Instant) -> Option<Self> {
         let free_at = device.opens_at(now)?.max(now + bounded(device.busy_for(now)));
         // A device whose running job is due this very moment is still not idle.
-        let busy = device.running.is_some();
+        let busy = !device.is_idle();
         let free_at = if busy { free_at.max(now + Duration::from_millis(1)) } else { free_at };
         Some(Self { id, device, free_at, loaded: device.loaded })
     }

@@ -1,6 +1,6 @@
 //! Values of every message, drawn from a seed: every field filled, lists of several items, every variant reached.
 
-use kinoflock_protocol::audit::{AuditGrant, AuditReply, AuditRequest, Leaf, Opening, Proof};
+use kinoflock_protocol::audit::*;
 use kinoflock_protocol::capacity::*;
 use kinoflock_protocol::card::*;
 use kinoflock_protocol::clip::*;
@@ -55,6 +55,7 @@ pub(crate) fn every_signed(visit: &mut impl VisitSigned) {
     visit.signed(model_list);
     visit.signed(audit_request);
     visit.signed(audit_grant);
+    visit.signed(audit_verdict);
 }
 
 pub(crate) fn every_message(visit: &mut impl Visit) {
@@ -99,6 +100,10 @@ pub(crate) fn every_message(visit: &mut impl Visit) {
     visit.message("requests-audit", MAX_CONTROL_FRAME, requests_of_audit);
     visit.message("responses-audit", MAX_CONTROL_FRAME, responses_of_audit);
     visit.message("requests-lists", MAX_CONTROL_FRAME, requests_of_lists);
+    visit.message("audit-verdict", AuditVerdict::MAX_BODY, audit_verdict);
+    visit.message("audit-order", MAX_CONTROL_FRAME, audit_order);
+    visit.message("requests-order-audit", MAX_CONTROL_FRAME, requests_of_order_audit);
+    visit.message("responses-order-audit", MAX_CONTROL_FRAME, responses_of_order_audit);
 }
 
 impl Draw {
@@ -617,6 +622,50 @@ fn requests_of_lists(d: &mut Draw) -> List<Request, 16> {
 
 fn responses_of_audit(d: &mut Draw) -> List<Response, 16> {
     List::first_of([Response::Audit(AuditReply { leaves: d.u64(), openings: d.list(opening) })])
+}
+
+fn audit_outcome(d: &mut Draw) -> AuditOutcome {
+    use AuditDifference::{Frames, Opening, Start, Step};
+    use AuditObstacle::{Auditor, Unreachable, Withheld};
+    match d.below(3) {
+        0 => AuditOutcome::Honest,
+        1 => AuditOutcome::Differs([Opening, Start, Step, Frames][d.below(4) as usize]),
+        _ => AuditOutcome::CouldNotLook {
+            obstacle: [Withheld, Unreachable, Auditor][d.below(3) as usize],
+            why: d.text(),
+        },
+    }
+}
+
+fn audit_verdict(d: &mut Draw) -> AuditVerdict {
+    AuditVerdict {
+        job: job_id(d),
+        receipt: ReceiptId::from_bytes(d.bytes()),
+        maker: node(d),
+        auditor: node(d),
+        step: d.u32(),
+        outcome: audit_outcome(d),
+        deviation: Micro(d.u64() as i64),
+        tolerance: Micro(d.u64() as i64),
+        precision: [AuditPrecision::Full, AuditPrecision::Half][d.below(2) as usize],
+        looked_at: d.at(),
+    }
+}
+
+fn audit_order(d: &mut Draw) -> AuditOrder {
+    AuditOrder { job: envelope(d), receipt: envelope(d), grant: envelope(d), maker: node_address(d) }
+}
+
+fn requests_of_order_audit(d: &mut Draw) -> List<Request, 16> {
+    List::first_of([Request::OrderAudit(Box::new(audit_order(d)))])
+}
+
+fn responses_of_order_audit(d: &mut Draw) -> List<Response, 16> {
+    List::first_of([
+        Response::AuditState(AuditState::Waiting),
+        Response::AuditState(AuditState::Looking),
+        Response::AuditState(AuditState::Done(envelope(d))),
+    ])
 }
 
 fn node_address(d: &mut Draw) -> NodeAddress {

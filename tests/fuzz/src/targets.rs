@@ -1,7 +1,7 @@
 //! What each fuzz target does with its bytes. The fuzzer calls these by name, and the ordinary test
 //! `cargo test -p kinoflock-protocol --test corpus` replays the committed corpus through the same functions.
 
-use kinoflock_protocol::audit::{AuditGrant, AuditRequest};
+use kinoflock_protocol::audit::{AuditGrant, AuditOrder, AuditRequest, AuditVerdict, ValidAuditOrder};
 use kinoflock_protocol::capacity::Capacity;
 use kinoflock_protocol::card::Card;
 use kinoflock_protocol::clip::{self, ChainingValue, ChunkHasher, Outline};
@@ -70,6 +70,10 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("requests_audit", message::<List<Request, 16>>),
     ("responses_audit", message::<List<Response, 16>>),
     ("requests_lists", message::<List<Request, 16>>),
+    ("audit_verdict", message::<AuditVerdict>),
+    ("audit_order", audit_order),
+    ("requests_order_audit", message::<List<Request, 16>>),
+    ("responses_order_audit", message::<List<Response, 16>>),
     ("sealed", sealed),
 ];
 
@@ -111,6 +115,15 @@ fn envelope(data: &[u8]) {
     if let Ok(envelope) = Envelope::decode(data) {
         let addressee = Addressee { node: &node, collectives: &[] };
         let parsed = ValidJob::parse(&envelope, &network, UnixMillis(1), Some(addressee));
+        assert!(parsed.is_err(), "nobody has signed for the fuzzer's network");
+    }
+}
+
+fn audit_order(data: &[u8]) {
+    message::<AuditOrder>(data);
+    if let Ok(order) = decode::<AuditOrder>(data, MAX_CONTROL_FRAME) {
+        let (network, here) = (NetworkId::named("fuzz"), NodeId::from_bytes([1; 32]));
+        let parsed = ValidAuditOrder::parse(&order, &network, UnixMillis(1), &here);
         assert!(parsed.is_err(), "nobody has signed for the fuzzer's network");
     }
 }

@@ -2,16 +2,21 @@
 
 use std::path::Path;
 
+use kinoflock_inference::audit::frames_deviation;
+use kinoflock_inference::sampler::checkpoint::latents_bytes;
 use kinoflock_inference::{
     Checkpoint, Commitment, DType, DecodeOptions, Device, Error, GenerateRequest, Generated, LoadOptions,
     Observer, Pipeline, RgbFrames, StepEvent, Tensor, open_device,
 };
-use kinoflock_protocol::id::ModelId;
+use kinoflock_protocol::id::{BlobId, ModelId};
 
 use super::output::LATENTS;
 use super::{Context, Engine, LoadedModel, Made, Stop};
-use crate::engine::encode;
-use crate::engine::wire::{Failure, LoadRequest, Name, OpenRequest, Phase, RunRequest, WorkerInfo};
+use crate::engine::wire::{
+    AuditReport, AuditRun, Failure, Hash, LoadRequest, Name, OpenRequest, Phase, RunRequest, StatePaths,
+    WorkerInfo,
+};
+use crate::engine::{encode, mp4};
 
 /// Greatest file of latents or of a checkpoint that is read, bytes (1 GiB).
 const MAX_STATE_BYTES: u64 = 1 << 30;
@@ -83,6 +88,13 @@ impl Engine for LocalEngine {
         }
     }
 
+    fn audit(&mut self, audit: &AuditRun, context: &mut Context<'_>) -> Result<AuditReport, Failure> {
+        let (_, dtype) = self.device.clone().ok_or_else(not_open)?;
+        let (_, pipeline) = self.loaded.as_mut().ok_or_else(not_open)?;
+        let generate = generate_request(&audit.run, pipeline.as_ref())?;
+        look(audit, &generate, pipeline.as_mut(), &format!("{dtype:?}").to_lowercase(), context)
+    }
+
     fn reset(&mut self) {
         self.loaded = None;
     }
@@ -137,6 +149,49 @@ impl Observer for Watcher<'_, '_> {
     fn cancelled(&self) -> bool {
         self.context.cancelled()
     }
+}
+
+/// Everything that an audit asks of the model. What was shown comes from strangers: it is read with bounds, and its
+/// shapes are checked by the pipeline.
+fn look(
+    audit: &AuditRun,
+    generate: &GenerateRequest,
+    pipeline: &mut dyn Pipeline,
+    dtype: &str,
+    context: &mut Context<'_>,
+) -> Result<AuditReport, Failure> {
+    let fault = |error: Error| failure(&error);
+    let StatePaths { start, before, after, end } = &audit.states;
+    let [start, before, after, end] =
+        [read_latents(start)?, read_latents(before)?, read_latents(after)?, read_latents(end)?];
+    let commitment = pipeline.commitment(generate).map_err(fault)?;
+    let step = audit.step as usize;
+    let sampler = |index: usize| {
+        let missing = || Failure::new("audited_step", "the step is beyond the last one", false);
+        commitment.samplers.get(index).copied().map(Hash).ok_or_else(missing)
+    };
+    let samplers = [sampler(0)?, sampler(step)?, sampler(step + 1)?, sampler(generate.steps)?];
+    let hash = |tensor: &Tensor| latents_bytes(tensor).map(|bytes| BlobId::of(&bytes)).map_err(fault);
+    let latents = [hash(&start)?, hash(&before)?, hash(&after)?, hash(&end)?];
+    let starts_well = hash(&pipeline.start(generate).map_err(fault)?)? == latents[0];
+    context.phase(Phase::Step);
+    let here = pipeline.transition(generate, step, &before).map_err(fault)?;
+    let deviation = here.deviation(&before, &after).map_err(fault)?;
+    context.phase(Phase::Decode);
+    let decoded = pipeline.frames(generate, &end).map_err(fault)?;
+    let clip = read_state(&audit.clip)?;
+    // A clip that is none differs from every other.
+    let frames = mp4::decode_mp4_bytes(&clip).map_or(f64::INFINITY, |clip| frames_deviation(&decoded, &clip));
+    Ok(AuditReport {
+        job: audit.run.job,
+        latents,
+        samplers,
+        conditioning: Hash(commitment.conditioning),
+        starts_well,
+        deviation,
+        frames,
+        dtype: Name::truncated(dtype),
+    })
 }
 
 fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<GenerateRequest, Failure> {

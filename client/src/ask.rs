@@ -193,7 +193,6 @@ impl Ask {
             previews: self.previews,
             step_root: self.audit_share > 0,
             checkpoint_every: self.checkpoint_every.unwrap_or_else(|| checkpoint_every(steps)),
-            ..Returns::default()
         };
         spec.addressed_to = Audience::Anyone;
         spec.share = self.share;

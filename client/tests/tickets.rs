@@ -32,7 +32,7 @@ async fn chosen(home: &Home) -> String {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let records = text(&output.stdout);
     let records = records.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    let chosen = records.into_iter().filter(|record| record["event"] == "chosen").last().unwrap();
+    let chosen = records.into_iter().rfind(|record| record["event"] == "chosen").unwrap();
     chosen["node"].as_str().unwrap().to_owned()
 }
 

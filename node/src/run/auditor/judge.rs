@@ -48,13 +48,17 @@ pub(super) fn judge(
     }
     match () {
         () if !report.starts_well => found(differs(AuditDifference::Start), report.deviation, limit),
-        // What is no number is no small one.
-        () if !(report.deviation <= limit) => found(differs(AuditDifference::Step), report.deviation, limit),
-        () if !(report.frames <= FRAMES_TOLERANCE) => {
+        () if !is_within(report.deviation, limit) => found(differs(AuditDifference::Step), report.deviation, limit),
+        () if !is_within(report.frames, FRAMES_TOLERANCE) => {
             found(differs(AuditDifference::Frames), report.frames, FRAMES_TOLERANCE)
         }
         () => found(AuditOutcome::Honest, report.deviation, limit),
     }
+}
+
+/// What is no number is within nothing.
+fn is_within(deviation: f64, limit: f64) -> bool {
+    deviation.is_finite() && deviation <= limit
 }
 
 /// Whether each state is the one whose leaf is under the root.

@@ -16,7 +16,6 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use kinoflock_protocol::id::{CollectiveId, RequesterId};
-use kinoflock_protocol::limits::MAX_LISTS;
 use kinoflock_protocol::list::ListName;
 
 pub use self::address::{AddressError, ListenAddress};
@@ -28,7 +27,6 @@ pub use self::template::{render, template};
 pub use self::units::{ByteSize, Ceiling, Span, UnitError};
 
 mod address;
-mod bootstrap;
 mod device;
 pub mod docs;
 pub mod file;
@@ -37,6 +35,7 @@ mod overrides;
 mod paths;
 mod template;
 mod units;
+mod ways;
 
 /// Most listen, external or bootstrap addresses, each.
 pub const MAX_ADDRESSES: usize = 64;
@@ -174,7 +173,7 @@ pub struct Network {
     pub bootstrap: Vec<String>,
     /// The DNS server to ask; the system's if none is named.
     pub resolver: Option<SocketAddr>,
-    /// Lists that are held, at most [`MAX_LISTS`].
+    /// Lists that are held, at most [`kinoflock_protocol::limits::MAX_LISTS`].
     pub lists: Vec<ListName>,
     /// Discovery on the local network.
     pub mdns: bool,
@@ -417,9 +416,9 @@ fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError>
         id: id.to_owned(),
         listen,
         external: addresses("network.external", &section.external)?,
-        bootstrap: bootstrap::check(id, &section.bootstrap)?,
-        resolver: check_resolver(&section.resolver)?,
-        lists: check_lists(&section.lists)?,
+        bootstrap: ways::check_bootstrap(id, &section.bootstrap)?,
+        resolver: ways::check_resolver(&section.resolver)?,
+        lists: ways::check_lists(&section.lists)?,
         mdns: section.mdns,
         relay: section.relay.parse()?,
         upnp: section.upnp,
@@ -430,24 +429,6 @@ fn check_network(section: &file::NetworkSection) -> Result<Network, ConfigError>
         upload: positive("network.upload", section.upload.0.map(|size| size.0))?,
         download: positive("network.download", section.download.0.map(|size| size.0))?,
     })
-}
-
-fn check_lists(given: &[String]) -> Result<Vec<ListName>, ConfigError> {
-    let lists: BTreeSet<ListName> = ids("network.lists", given)?;
-    if lists.len() > MAX_LISTS {
-        return Err(invalid(
-            "network.lists",
-            &format!("{} lists", lists.len()),
-            &format!("at most {MAX_LISTS}"),
-        ));
-    }
-    Ok(lists.into_iter().collect())
-}
-
-fn check_resolver(given: &str) -> Result<Option<SocketAddr>, ConfigError> {
-    let expected = "it must be an address with a port, for example 192.0.2.53:53";
-    let parsed = given.parse().map(Some).map_err(|_| invalid("network.resolver", given, expected));
-    if given.is_empty() { Ok(None) } else { parsed }
 }
 
 fn check_serve(section: &file::ServeSection) -> Result<Serve, ConfigError> {

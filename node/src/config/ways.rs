@@ -1,14 +1,20 @@
-//! `network.bootstrap`: tickets, lists in DNS, and addresses of nodes, as addresses that the network layer dials.
+//! How the network is found: `network.bootstrap` with tickets, lists in DNS and addresses of nodes; `network.resolver`;
+//! `network.lists`.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
 use kinoflock_protocol::NetworkId;
+use kinoflock_protocol::limits::MAX_LISTS;
+use kinoflock_protocol::list::ListName;
 use kinoflock_protocol::names::{NODE_TICKET, NodeTicket};
 
-use super::{ConfigError, ListenAddress, MAX_ADDRESSES, invalid};
+use super::{ConfigError, ListenAddress, MAX_ADDRESSES, ids, invalid};
 
 const KEY: &str = "network.bootstrap";
 
 /// Every address that the entries lead to, each with its node or a list in DNS.
-pub(super) fn check(network: &str, given: &[String]) -> Result<Vec<String>, ConfigError> {
+pub(super) fn check_bootstrap(network: &str, given: &[String]) -> Result<Vec<String>, ConfigError> {
     if given.len() > MAX_ADDRESSES {
         return Err(invalid(KEY, &format!("{} entries", given.len()), &format!("at most {MAX_ADDRESSES}")));
     }
@@ -47,4 +53,22 @@ pub(super) fn check(network: &str, given: &[String]) -> Result<Vec<String>, Conf
         }
     }
     Ok(all)
+}
+
+pub(super) fn check_lists(given: &[String]) -> Result<Vec<ListName>, ConfigError> {
+    let lists: BTreeSet<ListName> = ids("network.lists", given)?;
+    if lists.len() > MAX_LISTS {
+        return Err(invalid(
+            "network.lists",
+            &format!("{} lists", lists.len()),
+            &format!("at most {MAX_LISTS}"),
+        ));
+    }
+    Ok(lists.into_iter().collect())
+}
+
+pub(super) fn check_resolver(given: &str) -> Result<Option<SocketAddr>, ConfigError> {
+    let expected = "it must be an address with a port, for example 192.0.2.53:53";
+    let parsed = given.parse().map(Some).map_err(|_| invalid("network.resolver", given, expected));
+    if given.is_empty() { Ok(None) } else { parsed }
 }

@@ -21,7 +21,7 @@ pub fn is_full(error: &std::io::Error) -> bool {
 }
 
 /// Why a store could not be opened, read or written.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreError {
     /// Another process has it open.

@@ -1,6 +1,7 @@
 //! The durable side of jobs: what was accepted, how it ended, and the chain of receipts. redb, one writer thread.
 //!
-//! - Every write is one transaction, synced before its future resolves: answer `Accepted` after [`Queue::admit`].
+//! - Every write is whole or not at all, and synced before its future resolves: answer `Accepted` after
+//!   [`Queue::admit`]. Writes that wait together share a commit.
 //! - The order of writes is the order of calls, whichever task makes them.
 //! - [`Queue::finish`] writes a job's end and its receipt in one commit; the receipt's sequence and previous id come
 //!   from the store, so a receipt never leaves before its number is taken.

@@ -1,4 +1,5 @@
-//! Finding nodes: every way is tried at once, each node that answers is asked for its advert and for those it knows.
+//! Finding nodes: every way is tried at once, and the first few nodes are asked in one breath for their adverts and for
+//! those they know.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -57,6 +58,9 @@ pub struct Model {
 /// A configured way that cannot be gone: the beginning of its text, and why not.
 pub type WrongWay = (String, WayError);
 
+/// What one answered when it was asked for others, and how far its clock is ahead.
+type Told = (i64, Response);
+
 /// One node or address to be tried.
 struct Target {
     label: String,
@@ -104,7 +108,7 @@ impl Client {
                 target.addresses = nearby.borrow().get(&node).cloned().unwrap_or_default();
             }
         }
-        let found = self.probe_all(targets, &mut reasons, events).await;
+        let found = self.probe_all(targets, &mut reasons, None, events).await;
         if found.is_empty() { Err(SessionError::NoNode { reasons }) } else { Ok(found) }
     }
 
@@ -113,26 +117,27 @@ impl Client {
     /// # Errors
     /// `NoNode` with what was tried.
     pub async fn find(&self, ways: &[Way], events: &Events) -> Result<Vec<Found>, SessionError> {
-        let mut reasons = Vec::new();
-        let mut found = self.probe_all(self.targets(ways).await, &mut reasons, events).await;
+        let (mut reasons, mut told) = (Vec::new(), Vec::new());
+        let targets = self.targets(ways).await;
+        let mut found = self.probe_all(targets, &mut reasons, Some(&mut told), events).await;
         if self.mdns && (found.is_empty() || !self.found.borrow().is_empty()) {
             let others = self.nearby(found.is_empty(), &found).await;
-            found.extend(self.probe_all(others, &mut reasons, events).await);
+            found.extend(self.probe_all(others, &mut reasons, Some(&mut told), events).await);
         }
         if found.is_empty() {
             let met = self.met_before();
-            found = self.probe_all(met, &mut reasons, events).await;
+            found = self.probe_all(met, &mut reasons, Some(&mut told), events).await;
         }
         if found.is_empty() {
             return Err(SessionError::NoNode { reasons });
         }
-        self.ask_for_others(&mut found).await;
+        self.add_others(&mut found, told).await;
         if self.refresh_lists(&found).await? {
             let listed = self.targets(&self.listed_ways()).await;
             let known = |target: &Target| found.iter().any(|found| Some(found.candidate.node) == target.node);
             let new = listed.into_iter().filter(|target| !known(target)).collect();
             // One of a list that does not answer is no loss: somebody else did.
-            found.extend(self.probe_all(new, &mut Vec::new(), &Events::none()).await);
+            found.extend(self.probe_all(new, &mut Vec::new(), None, &Events::none()).await);
         }
         self.remember_met(&found);
         Ok(found)
@@ -183,10 +188,12 @@ impl Client {
         &self,
         targets: Vec<Target>,
         reasons: &mut Vec<(String, String)>,
+        mut told: Option<&mut Vec<Told>>,
         events: &Events,
     ) -> Vec<Found> {
-        let probes = targets.into_iter().map(|target| async move {
-            let probed = tokio::time::timeout(PROBE, self.probe(&target)).await;
+        let asked = told.as_ref().map_or(0, |told| ASKED_FOR_OTHERS.saturating_sub(told.len()));
+        let probes = targets.into_iter().enumerate().map(|(place, target)| async move {
+            let probed = tokio::time::timeout(PROBE, self.probe(&target, place < asked)).await;
             let late = || format!("no answer within {} s", PROBE.as_secs());
             (
                 target.label,
@@ -197,8 +204,11 @@ impl Client {
         let mut found: Vec<Found> = Vec::new();
         while let Some((way, probed)) = probes.next().await {
             match probed {
-                Ok(one) if found.iter().any(|known| known.candidate.node == one.candidate.node) => {}
-                Ok(one) => {
+                Ok((one, _)) if found.iter().any(|known| known.candidate.node == one.candidate.node) => {}
+                Ok((one, others)) => {
+                    if let (Some(told), Some(others)) = (&mut told, others) {
+                        told.push((one.skew_ms, others));
+                    }
                     let (node, name) = (one.candidate.node, one.candidate.capacity.name.to_string());
                     events.tell(Event::Reached { node, name }).await;
                     found.push(one);
@@ -215,15 +225,28 @@ impl Client {
         found
     }
 
-    async fn probe(&self, target: &Target) -> Result<Found, SessionError> {
+    /// Asks one for its advert, and at once for those it knows, if that is wanted.
+    async fn probe(
+        &self,
+        target: &Target,
+        for_others: bool,
+    ) -> Result<(Found, Option<Response>), SessionError> {
         let node = match (target.node, target.addresses.first()) {
             (None, Some(addr)) => self.net.dial(addr.clone()).await?,
             (Some(node), _) => self.net.connect(node, target.addresses.clone()).await?,
             (None, None) => return Err(SessionError::NoNode { reasons: Vec::new() }),
         };
         let asked_at = Instant::now();
-        let response = self.net.request_within(node, Request::Capacity, PROBE).await?;
-        let round_trip = Some(Millis::from(asked_at.elapsed()));
+        let advert = async {
+            let response = self.net.request_within(node, Request::Capacity, PROBE).await;
+            (response, Some(Millis::from(asked_at.elapsed())))
+        };
+        let others = async {
+            let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32, forward: false };
+            if for_others { self.net.request(node, Request::FindNodes(question)).await.ok() } else { None }
+        };
+        let ((response, round_trip), others) = futures::join!(advert, others);
+        let response = response?;
         let Response::Capacity(envelope) = response else {
             return Err(unexpected(node, "a question for its advert", response));
         };
@@ -236,7 +259,7 @@ impl Client {
         let ahead = i128::from(capacity.issued_at.0) - i128::from(crate::now().0);
         let skew_ms = if ahead.unsigned_abs() > u128::from(MAX_CLOCK_SKEW_MS) { ahead as i64 } else { 0 };
         let candidate = Candidate { node, capacity, round_trip, seen: self.store.experience(&node) };
-        Ok(Found { candidate, addresses: target.addresses.clone(), direct: true, skew_ms })
+        Ok((Found { candidate, addresses: target.addresses.clone(), direct: true, skew_ms }, others))
     }
 
     /// Nodes that mDNS found; waits for the first one if `wait`.
@@ -256,35 +279,29 @@ impl Client {
         found.iter().filter(|(node, _)| !is_known(node)).map(target).take(MAX_TARGETS).collect()
     }
 
-    /// Adds the nodes whose adverts the first few know. One that does not answer is no loss.
-    async fn ask_for_others(&self, found: &mut Vec<Found>) {
-        let question = FindNodes { model: None, shape: None, limit: MAX_NODES as u32, forward: false };
-        self.ask_who(question, found).await;
-    }
-
     /// Adds nodes that serve a model, where few of those found do: in a large network a node knows a part of it only, and
     /// passes the question on. `wanted` is the model's id or name.
     pub(super) async fn seek(&self, wanted: &str, found: &mut Vec<Found>) {
         let named = || offered(found).into_iter().find(|(_, name)| name == wanted).map(|(id, _)| id);
         let Some(model) = wanted.parse::<ModelId>().ok().or_else(named) else { return };
         let serving = found.iter().filter(|found| found.candidate.capacity.offer(&model).is_some()).count();
-        if found.len() >= SMALL && serving < FEW {
-            let question =
-                FindNodes { model: Some(model), shape: None, limit: MAX_NODES as u32, forward: true };
-            self.ask_who(question, found).await;
+        if found.len() < SMALL || serving >= FEW {
+            return;
         }
+        let question = FindNodes { model: Some(model), shape: None, limit: MAX_NODES as u32, forward: true };
+        let asked = found.iter().take(ASKED_FOR_OTHERS).map(|f| (f.candidate.node, f.skew_ms));
+        let asking = asked.collect::<Vec<_>>().into_iter().map(|(node, skew_ms)| async move {
+            Some((skew_ms, self.net.request(node, Request::FindNodes(question)).await.ok()?))
+        });
+        let told = futures::future::join_all(asking).await.into_iter().flatten().collect();
+        self.add_others(found, told).await;
     }
 
-    async fn ask_who(&self, question: FindNodes, found: &mut Vec<Found>) {
-        let asked: Vec<_> =
-            found.iter().take(ASKED_FOR_OTHERS).map(|f| (f.candidate.node, f.skew_ms)).collect();
-        let asking = asked.into_iter().map(|(node, skew_ms)| async move {
-            (skew_ms, self.net.request(node, Request::FindNodes(question)).await)
-        });
-        let mut answers = stream::iter(asking).buffered(ASKED_FOR_OTHERS);
+    /// Adds the nodes whose adverts the first few told. One that did not answer is no loss.
+    async fn add_others(&self, found: &mut Vec<Found>, told: Vec<Told>) {
         let mut known: BTreeSet<NodeId> = found.iter().map(|found| found.candidate.node).collect();
-        while let Some((skew_ms, answer)) = answers.next().await {
-            let Ok(Response::Nodes(envelopes)) = answer else { continue };
+        for (skew_ms, answer) in told {
+            let Response::Nodes(envelopes) = answer else { continue };
             for envelope in envelopes.iter() {
                 let Ok((node, capacity)) = read_advert(envelope, &self.network) else { continue };
                 let is_fresh = capacity.check(corrected(crate::now(), skew_ms), None).is_ok();

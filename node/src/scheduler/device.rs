@@ -10,7 +10,7 @@ use kinoflock_protocol::refusal::Refusal;
 use crate::config::Limits;
 use crate::policy::{Rule, Wanted, check_limits};
 
-/// How much the newest measurement counts against all earlier ones.
+/// How much the newest measurement counts against all earlier ones, once there are some.
 const NEWEST_COUNTS: f64 = 0.3;
 
 /// Assumed until something was measured: 100 GFLOP a second, a processor of some years ago. Work units a second.
@@ -131,6 +131,8 @@ pub(super) struct Speed {
     load: Option<f64>,
     /// Seconds of a job's time on the device that are neither: starting it, storing and signing its results.
     overhead: Option<f64>,
+    /// Jobs from which the rate was learnt.
+    jobs: u32,
 }
 
 impl Device {
@@ -204,7 +206,10 @@ impl Device {
     /// Learns from a job that is done; `took` is the time that it had the device.
     pub(super) fn learn(&mut self, wanted: &Wanted, measured: &Measured, took: Duration) {
         let Some(speed) = self.models.get_mut(&wanted.model) else { return };
-        let blend = |old: Option<f64>, new: f64| old.map_or(new, |old| old + NEWEST_COUNTS * (new - old));
+        // The self-test is short and weighs no more than one job, so the first few count as in an average.
+        speed.jobs = speed.jobs.saturating_add(1);
+        let counts = (1.0 / f64::from(speed.jobs.saturating_add(1))).max(NEWEST_COUNTS);
+        let blend = |old: Option<f64>, new: f64| old.map_or(new, |old| old + counts * (new - old));
         let seconds = measured.compute.as_secs_f64();
         if seconds > 0.0 && wanted.work.0 > 0 {
             speed.rate = Some(blend(speed.rate, wanted.work.0 as f64 / seconds));

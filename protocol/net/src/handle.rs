@@ -1,7 +1,7 @@
 //! The owner's side of the driver: every operation of the network as an async method.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -47,11 +47,19 @@ pub(crate) struct Inner {
     listening: watch::Receiver<Listening>,
     /// Places for requests under way, of each peer.
     requests: PeerSlots<NodeId>,
+    /// Requests sent, by their names.
+    asked: Mutex<BTreeMap<&'static str, u64>>,
     /// Places for streams held open by us, of each peer.
     pub(crate) streams: PeerSlots<NodeId>,
     pub(crate) server: Arc<serve::Server>,
     pub(crate) download: RateLimit,
     lists: Lists,
+}
+
+impl Inner {
+    fn asked(&self) -> MutexGuard<'_, BTreeMap<&'static str, u64>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl NetHandle {
@@ -69,6 +77,7 @@ impl NetHandle {
             commands,
             listening,
             requests: PeerSlots::new(limits::OUTBOUND_REQUESTS_PER_PEER),
+            asked: Mutex::default(),
             streams: PeerSlots::new(limits::OUTBOUND_STREAMS_PER_PEER),
             server: Arc::new(serve::Server::new(config.rates.upload)),
             download: RateLimit::new(config.rates.download),
@@ -247,6 +256,12 @@ impl NetHandle {
         self.request_within(node, request, limits::RPC_DEADLINE).await
     }
 
+    /// How many requests were sent so far, by their names.
+    #[must_use]
+    pub fn asked(&self) -> BTreeMap<&'static str, u64> {
+        self.inner.asked().clone()
+    }
+
     /// Asks a node something. Connects first where needed. The deadline covers everything; it is at most
     /// [`limits::RPC_TIMEOUT`] once the request is on its way. A `Busy` or refusal by the node is a response,
     /// not an error.
@@ -265,6 +280,7 @@ impl NetHandle {
             self.connect(node, Vec::new()).await?;
             let _place = self.inner.requests.take(&node).await;
             let peer = peer::peer_id(&node);
+            *self.inner.asked().entry(request.name()).or_default() += 1;
             self.ask(|reply| Command::Request { peer, request: Box::new(request), reply }).await
         };
         let answer = timeout(deadline, asking).await.map_err(|_| timed_out(node, "answer", deadline))??;

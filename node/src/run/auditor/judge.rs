@@ -48,7 +48,9 @@ pub(super) fn judge(
     }
     match () {
         () if !report.starts_well => found(differs(AuditDifference::Start), report.deviation, limit),
-        () if !is_within(report.deviation, limit) => found(differs(AuditDifference::Step), report.deviation, limit),
+        () if !is_within(report.deviation, limit) => {
+            found(differs(AuditDifference::Step), report.deviation, limit)
+        }
         () if !is_within(report.frames, FRAMES_TOLERANCE) => {
             found(differs(AuditDifference::Frames), report.frames, FRAMES_TOLERANCE)
         }

@@ -13,7 +13,7 @@ fn help_is_there_for_every_command_with_examples() {
     assert!(output.status.success());
     let help = text(&output.stdout);
     for command in
-        ["generate", "ps", "status", "wait", "cancel", "ls", "get", "share", "rm", "show", "verify"]
+        ["generate", "ps", "status", "wait", "cancel", "ls", "get", "share", "rm", "show", "verify", "audit"]
     {
         assert!(help.contains(command), "{command}");
         assert!(home.kinoflock(&[command, "--help"]).status.success(), "{command}");

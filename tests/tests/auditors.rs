@@ -155,10 +155,11 @@ fn what_a_real_auditor_cannot_compute_from_the_model_is_caught_too_and_a_maker_t
     let found = client.run(["generate", PROMPT, "--dry-run", "--json"]);
     let survey = said(&found);
     assert!(found.status.success(), "{survey}");
-    for (node, is_avoided) in [(0, true), (1, true), (2, false)] {
+    let reliability = |node: usize| {
         let about = records(&found).into_iter().find(|record| record["node"] == id(&sandbox.nodes[node]));
-        assert_eq!(about.expect(&survey)["is_avoided"], is_avoided, "node {node}: {survey}");
-    }
+        about.expect(&survey)["reliability"].as_f64().expect(&survey)
+    };
+    assert!(reliability(0) < reliability(1) && reliability(1) < reliability(2), "{survey}");
 }
 
 /// A finished job, and what it takes to have it audited.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::stream::{self, StreamExt};
 use kinoflock_protocol::audit::{AuditDifference, AuditOutcome, AuditVerdict};
-use kinoflock_protocol::{JobId, NodeId};
+use kinoflock_protocol::{Envelope, JobId, NodeId};
 use serde::Serialize;
 
 use super::args::Where;
@@ -12,7 +12,7 @@ use super::context::Context;
 use super::failure::{Exit, Failure};
 use crate::route::called;
 use crate::session::{Audited, Client, Events, SessionError};
-use crate::store::StoreError;
+use crate::store::{JobRecord, StoreError};
 
 /// Longest wait for an audit that was asked for.
 const WITHIN: Duration = Duration::from_secs(900);
@@ -139,8 +139,21 @@ fn tell(audited: Result<Option<Audited>, SessionError>, context: &Context<'_>) {
     }
 }
 
+/// A line for each verdict on a job, as it is kept.
+pub(super) fn lines_of(record: &JobRecord) -> Vec<String> {
+    let opened = |envelope: &Envelope| {
+        let verdict = envelope.open::<AuditVerdict>(&record.network).ok()?.value;
+        let named = record.audits.auditors.iter().find(|auditor| auditor.node == verdict.auditor);
+        let auditor = called(named.map_or("", |auditor| auditor.name.as_str()), &verdict.auditor);
+        let name = if verdict.maker == record.node { record.node_name.as_str() } else { "" };
+        let maker = called(name, &verdict.maker);
+        Some(line(&Audited { verdict, auditor, maker }))
+    };
+    record.audits.verdicts.iter().filter_map(opened).collect()
+}
+
 /// One line on what was found.
-pub(super) fn line(audited: &Audited) -> String {
+fn line(audited: &Audited) -> String {
     let Audited { verdict, auditor, maker } = audited;
     match &verdict.outcome {
         AuditOutcome::Honest => format!("audited by {auditor}: {maker} computed what it signed"),

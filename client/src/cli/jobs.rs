@@ -144,6 +144,9 @@ fn show(record: &JobRecord, told: Option<(u32, u64)>, context: &Context<'_>) {
     if let Some(error) = status.error {
         out.line(&format!("error  {error}"));
     }
+    for verdict in audit::lines_of(record) {
+        out.line(&format!("audit  {verdict}"));
+    }
 }
 
 /// `2026-11-22 21:40`

@@ -52,7 +52,8 @@ impl Fault {
     fn weight(self) -> f64 {
         match self {
             Self::Failed | Self::OutOfReach | Self::Stalled => 1.0,
-            Self::Forgot | Self::Withheld => 2.0,
+            Self::Forgot => 2.0,
+            Self::Withheld => 4.0,
             Self::WrongClip => 8.0,
             Self::Cheated => 16.0,
         }

@@ -156,7 +156,8 @@ fn what_a_real_auditor_cannot_compute_from_the_model_is_caught_too_and_a_maker_t
     let survey = said(&found);
     assert!(found.status.success(), "{survey}");
     let reliability = |node: usize| {
-        let about = records(&found).into_iter().find(|record| record["node"] == id(&sandbox.nodes[node]));
+        let node = id(&sandbox.nodes[node]);
+        let about = records(&found).into_iter().find(|it| it["event"] == "could" && it["node"] == node);
         about.expect(&survey)["reliability"].as_f64().expect(&survey)
     };
     assert!(reliability(0) < reliability(1) && reliability(1) < reliability(2), "{survey}");

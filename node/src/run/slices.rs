@@ -28,8 +28,10 @@ use kinoflock_net::Responder;
 const CROWDED_FOR: Duration = Duration::from_secs(60);
 /// How long a slice must have held too few before it is left for the whole.
 const SPARSE_FOR: Duration = Duration::from_secs(120);
-/// A slice holds too few when it holds less than this part of the most.
-const SPARSE_PART: usize = 8;
+/// A slice holds too few when it holds less than this part of the most: two such halves make a whole that is half full.
+const SPARSE_PART: usize = 4;
+/// Who comes anew begins in a slice of which it knows this part of the most.
+const KNOWN_PART: usize = 8;
 /// Nodes of one model that are noted in the DHT, about.
 const NOTED: f64 = 20.0;
 /// With fewer adverts of a model than this the question is passed on.
@@ -76,9 +78,10 @@ impl Depth {
     /// has changed.
     pub(super) fn poll(&mut self, known: impl Fn(&Slice) -> usize, neighbours: &[u8], now: Instant) -> bool {
         let few = (self.limit / SPARSE_PART).max(1);
+        let enough = (self.limit / KNOWN_PART).max(1);
         let before = self.depth;
         let usual = median(neighbours);
-        if usual > self.depth && known(&Slice::of(&self.own, usual)) >= few {
+        if usual > self.depth && known(&Slice::of(&self.own, usual)) >= enough {
             self.depth = usual;
         }
         let members = known(&self.told());

@@ -144,23 +144,34 @@ impl Client {
         tokio::spawn(async move {
             // One that cannot be had is no loss: the next one comes, and without any the job begins anew.
             let fetched = client.fetch_to_store(&checkpoint.state, &[node], &Events::none()).await;
-            let kept = fetched.and_then(|_| {
-                let older = client.store.job(&job)?.checkpoint;
-                client.update(&job, |record| record.checkpoint = Some(envelope))?;
-                client.drop_checkpoint(older, &checkpoint)
-            });
+            let kept = fetched.and_then(|_| client.replace_checkpoint(&job, envelope, &checkpoint));
             if let Err(error) = kept {
                 tracing::debug!(job = %job.short(), step = checkpoint.step, %error, "a checkpoint was not kept");
             }
         });
     }
 
-    fn drop_checkpoint(&self, older: Option<Envelope>, newer: &Checkpoint) -> Result<(), SessionError> {
-        let Some(older) = older.and_then(|older| older.open::<Checkpoint>(&self.network).ok()) else {
-            return Ok(());
-        };
-        if older.value.state != newer.state {
-            self.store.remove_blob(&older.value.state.id)?;
+    /// Names a fetched checkpoint in the record, and drops the one that it replaces; or drops it, if a newer one was fetched
+    /// sooner.
+    fn replace_checkpoint(
+        &self,
+        job: &JobId,
+        envelope: Envelope,
+        given: &Checkpoint,
+    ) -> Result<(), SessionError> {
+        let mut unneeded = None;
+        self.update(job, |record| {
+            let held =
+                record.checkpoint.as_ref().and_then(|held| held.open::<Checkpoint>(&self.network).ok());
+            if held.as_ref().is_some_and(|held| held.value.step >= given.step) {
+                unneeded = held.filter(|held| held.value.state != given.state).map(|_| given.state);
+            } else {
+                unneeded = held.map(|held| held.value.state).filter(|state| *state != given.state);
+                record.checkpoint = Some(envelope);
+            }
+        })?;
+        if let Some(state) = unneeded {
+            self.store.remove_blob(&state.id)?;
         }
         Ok(())
     }

@@ -27,7 +27,7 @@ use kinoflock_node::scheduler::{DeviceId, NetPrefix, NewJob, Origin};
 use kinoflock_protocol::*;
 
 use self::dice::Dice;
-use self::node::{Lie, OVERHEAD, ROOM, SimNode, Started};
+use self::node::{Lie, ROOM, SimNode, Started};
 use self::report::{Fate, Report};
 use self::scene::{Event, Promised, SimJob, id, model};
 pub use self::scene::{Scene, depth};
@@ -36,6 +36,7 @@ use self::sizes::Sizes;
 pub mod dice;
 pub mod mesh;
 pub mod node;
+pub mod plan;
 pub mod report;
 mod scene;
 pub mod sizes;
@@ -99,7 +100,7 @@ impl Sim {
             lies.then_some(if number.is_multiple_of(2) { Lie::Overstates } else { Lie::NeverDone })
         };
         let nodes = (0..scene.nodes)
-            .map(|n| SimNode::new(model(n % scene.models), lie(n), scene.speed_error, &mut dice))
+            .map(|n| SimNode::new(model(n % scene.models), lie(n), &scene, &mut dice))
             .collect();
         let sizes = Sizes::measure(model(0));
         let (events, count, left) = (BTreeMap::new(), 0, scene.jobs);
@@ -110,44 +111,6 @@ impl Sim {
         sim.plan_nodes();
         sim.plan_jobs();
         sim
-    }
-
-    fn plan_nodes(&mut self) {
-        for node in 0..self.scene.nodes {
-            let first = self.dice.between(0.0, ADVERT_EVERY);
-            self.after(first, Event::Advert(node));
-            if self.dice.chance(self.scene.churn) {
-                let at = BEGIN + self.dice.between(0.0, self.scene.over.max(20.0));
-                self.after(at, Event::Down(node));
-                self.after(at + 60.0, Event::Up(node));
-            }
-        }
-    }
-
-    fn plan_jobs(&mut self) {
-        for number in 0..self.scene.jobs {
-            let at = BEGIN + self.dice.between(0.0, self.scene.over.max(1e-6));
-            let work = Work((self.dice.between(2.0, 20.0) * 1e6) as u64);
-            let model = model(self.dice.below(self.scene.models));
-            let arrives = self.base + Duration::from_secs_f64(at);
-            self.jobs.push(SimJob {
-                client: if self.scene.over == 0.0 { number } else { number / 4 },
-                wanted: Wanted { model, shape: sizes::shape(), work },
-                arrives,
-                fate: Fate::default(),
-                routing: None,
-                candidates: Vec::new(),
-                leases: BTreeMap::new(),
-                pending: BTreeMap::new(),
-                at: None,
-                accepted: None,
-            });
-            self.after(at, Event::Find(number));
-            if self.dice.chance(self.scene.cancels) {
-                let at = at + self.dice.between(1.0, 30.0);
-                self.after(at, Event::Cancel(number));
-            }
-        }
     }
 
     fn after(&mut self, seconds: f64, event: Event) {
@@ -182,7 +145,7 @@ impl Sim {
                 if self.nodes[node].is_up {
                     self.nodes[node].advertise(self.now);
                 }
-                self.after(ADVERT_EVERY, Event::Advert(node));
+                self.after(self.scene.advert_every, Event::Advert(node));
             }
             Event::Down(node) => self.down(node),
             Event::Up(node) => self.nodes[node].join(),
@@ -226,7 +189,7 @@ impl Sim {
             let Some(took) = takes else { continue };
             let job = u64::from_be_bytes(job.as_bytes()[..8].try_into().expect("8 bytes")) as usize;
             for tenth in 1..10 {
-                let at = (took - OVERHEAD) * f64::from(tenth) / 10.0;
+                let at = (took - self.nodes[node].overhead) * f64::from(tenth) / 10.0;
                 self.after(at, Event::Mark { node, job, start, done: tenth * 100 });
             }
             self.after(took, Event::Finish { node, job, start, took });
@@ -287,7 +250,9 @@ impl Sim {
     fn find(&mut self, job: usize) {
         let contact = self.dice.below(self.nodes.len());
         self.trip(job);
+        // For its own advert, and for those it knows.
         self.cost(job, self.sizes.find);
+        self.cost(job, self.sizes.ask);
         if !self.reaches(job, contact) {
             return self.after(NO_ANSWER, Event::Find(job));
         }
@@ -310,6 +275,7 @@ impl Sim {
         }
         let bytes = 120 + nodes.len() * self.sizes.nodes / ANSWER;
         self.cost(job, bytes);
+        self.cost(job, self.sizes.advert);
         self.after(way, Event::Found { job, nodes });
     }
 
@@ -575,10 +541,11 @@ impl Sim {
     fn report(&self) -> Report {
         let Scene { nodes, seed, .. } = self.scene;
         let slice = nodes.div_ceil(1 << depth(nodes));
-        let bytes = |members| mesh::bytes_per_second(members, self.sizes.advert, ADVERT_EVERY, seed);
+        let bytes =
+            |members| mesh::bytes_per_second(members, self.sizes.advert, self.scene.advert_every, seed);
         let fates: Vec<Fate> = self.jobs.iter().map(|job| job.fate).collect();
         let honest: Vec<_> = self.nodes.iter().filter(|node| node.lie.is_none()).collect();
-        let speeds: Vec<_> = honest.iter().map(|node| (0.0, node.speed, OVERHEAD)).collect();
+        let speeds: Vec<_> = honest.iter().map(|node| (0.0, node.speed, node.overhead)).collect();
         let works = self.jobs.iter().map(|job| job.wanted.work.0 as f64).collect();
         let slowest = fates.iter().filter_map(|fate| fate.done_at).fold(0.0, f64::max);
         Report {

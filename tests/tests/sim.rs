@@ -21,9 +21,11 @@ fn two_hundred_clients_at_once_spread_over_the_nodes() {
     shown("200 clients at once", &reports);
     let wrong: Vec<_> = (1..=5).map(|seed| run(Scene { speed_error: 0.15, ..herd(seed) })).collect();
     shown("200 clients at once, speeds measured within 15 %", &wrong);
-    for report in reports.into_iter().chain(wrong) {
-        assert!(report.done() > 0.999, "{report}");
-        assert!(report.over_best <= 1.3, "{report}");
+    for (reports, limit) in [(reports, 1.3), (wrong, 1.4)] {
+        for report in reports {
+            assert!(report.done() > 0.999, "{report}");
+            assert!(report.over_best <= limit, "{report}");
+        }
     }
 }
 

@@ -12,10 +12,11 @@ use kinoflock_protocol::capacity::{Capacity, QueueState};
 use kinoflock_protocol::{JobId, Millis, ModelId, Work};
 
 use super::dice::Dice;
+use super::scene::Scene;
 use super::sizes;
 
-/// Seconds of each job that are neither loading nor computing.
-pub const OVERHEAD: f64 = 0.4;
+/// Seconds of each job of the usual length that are neither loading nor computing.
+const OVERHEAD: f64 = 0.4;
 /// By how much a node that overstates its speed does so.
 const OVERSTATED: f64 = 4.0;
 /// Everything that a clip store is asked.
@@ -39,6 +40,8 @@ pub struct SimNode {
     pub model: ModelId,
     /// Work units a second, in truth.
     pub speed: f64,
+    /// Seconds of each job that are neither loading nor computing.
+    pub overhead: f64,
     /// Work units a second, as measured by its self-test.
     pub measured: u64,
     /// Whether it lies.
@@ -67,14 +70,27 @@ pub struct Started {
 }
 
 impl SimNode {
-    /// A node that is up and has its model loaded, whose measured speed is within a share `error` of the true one.
+    /// A node that is up and has its model loaded.
     #[must_use]
-    pub fn new(model: ModelId, lie: Option<Lie>, error: f64, dice: &mut Dice) -> Self {
+    pub fn new(model: ModelId, lie: Option<Lie>, scene: &Scene, dice: &mut Dice) -> Self {
+        let (error, overhead) = (scene.speed_error, OVERHEAD * scene.length);
         let speed = 1e6 * dice.between(0.5, 2.0);
         let measured = (speed * dice.between(1.0 - error, 1.0 + error)) as u64;
         let scheduler = scheduler(model, measured);
         let (advert, works) = (None, BTreeMap::new());
-        Self { scheduler, model, speed, measured, lie, is_up: true, advert, works, starts: 0, timer: None }
+        Self {
+            scheduler,
+            model,
+            speed,
+            overhead,
+            measured,
+            lie,
+            is_up: true,
+            advert,
+            works,
+            starts: 0,
+            timer: None,
+        }
     }
 
     /// It is gone with all that it had.
@@ -136,7 +152,7 @@ impl SimNode {
                 Event::Start { job, .. } => {
                     self.starts += 1;
                     let work = self.works.get(&job).copied().unwrap_or_default();
-                    let takes = work / self.speed * dice.between(0.93, 1.07) + OVERHEAD;
+                    let takes = work / self.speed * dice.between(0.93, 1.07) + self.overhead;
                     let takes = (self.lie != Some(Lie::NeverDone)).then_some(takes);
                     started.push(Started { job, start: self.starts, takes });
                 }
@@ -152,7 +168,7 @@ impl SimNode {
 
     /// Its device has done a job.
     pub fn finish(&mut self, job: &JobId, took: f64, now: Instant) {
-        let compute = Duration::from_secs_f64((took - OVERHEAD).max(0.0));
+        let compute = Duration::from_secs_f64((took - self.overhead).max(0.0));
         let measured = Measured { load: Duration::ZERO, compute };
         self.scheduler.handle_done(DeviceId(0), job, measured, now);
         self.works.remove(job);

@@ -5,7 +5,7 @@
 //! A node that says that it is four times as fast as it is looks best to everybody, so it gets far more than its share
 //! of the jobs, and the times told for them are wrong. An artist finds out by the first job there and is not fooled
 //! again, but in a large network each of the liars has an artist to fool once. With a tenth of the nodes lying, times
-//! told are right within 25 % for 80 to 91 % of all jobs, and for 96 % or more of those at nodes that do not lie (the
+//! told are right within 25 % for 80 to 91 % of all jobs, and for 93 % or more of those at nodes that do not lie (the
 //! last two columns of the table; `cargo test --workspace --test sim -- --nocapture`). A promise that is too good cannot
 //! be told from a fast card before it was tried once; if artists told each other, that would be the liars' tool too.
 

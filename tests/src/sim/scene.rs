@@ -9,8 +9,8 @@ use kinoflock_client::route::routing::Routing;
 use kinoflock_node::policy::Wanted;
 use kinoflock_protocol::{LeaseId, Millis, ModelId};
 
-use super::SLICE_AT_MOST;
 use super::report::Fate;
+use super::{ADVERT_EVERY, SLICE_AT_MOST};
 
 /// What is simulated.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +35,10 @@ pub struct Scene {
     pub partition: bool,
     /// By which share a node's measured speed may differ from what it is.
     pub speed_error: f64,
+    /// How long jobs are, and what each takes beside computing, beside the usual: 2 to 20 s on a node of middling speed.
+    pub length: f64,
+    /// Seconds between two adverts of a node.
+    pub advert_every: f64,
     /// Seed of everything.
     pub seed: u64,
 }
@@ -43,18 +47,19 @@ impl Scene {
     /// A quiet one.
     #[must_use]
     pub const fn of(nodes: usize, models: usize, jobs: usize, over: f64) -> Self {
-        let (loss, churn, liars, cancels, speed_error) = (0.0, 0.0, 0.0, 0.0, 0.05);
         Self {
             nodes,
             models,
             jobs,
             over,
-            loss,
-            churn,
-            liars,
-            cancels,
+            loss: 0.0,
+            churn: 0.0,
+            liars: 0.0,
+            cancels: 0.0,
             partition: false,
-            speed_error,
+            speed_error: 0.05,
+            length: 1.0,
+            advert_every: ADVERT_EVERY,
             seed: 1,
         }
     }

@@ -16,6 +16,7 @@ const TRANSPORT: usize = 120;
 #[expect(missing_docs, reason = "each field is named after its message")]
 pub struct Sizes {
     pub advert: usize,
+    pub ask: usize,
     pub find: usize,
     pub nodes: usize,
     pub quote: usize,
@@ -65,6 +66,7 @@ impl Sizes {
         let find = FindNodes { model: Some(model), shape: Some(shape), limit: 16, forward: true };
         Self {
             advert: advert.encode().len() + TRANSPORT,
+            ask: request(&Request::Capacity),
             find: request(&Request::FindNodes(find)),
             nodes: response(&Response::Nodes(List::first_of(vec![advert; limits::MAX_NODES]))),
             quote: request(&Request::Quote(question)),

@@ -1,8 +1,9 @@
 //! Which node to ask first, and why others cannot take the job. Sans-IO: adverts in, an order and reasons out.
 //!
 //! Nodes are ranked by when the clip is to be expected: the queue they told, the work at their measured speed, the round
-//! trip, and what was seen of them before ([`experience`]). [`turn`] says who is asked first. What a node's advert already rules out is not asked, and the reason is kept for the artist. Whom a node serves
-//! is not guessed from its advert: the key may be on its list, and only its quote tells.
+//! trip, and what was seen of them before ([`experience`]). [`turn`] says who is asked first. What a node's advert already
+//! rules out is not asked, and the reason is kept for the artist. Whom a node serves is not guessed from its advert: the
+//! key may be on its list, and only its quote tells.
 
 use std::fmt;
 

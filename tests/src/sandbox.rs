@@ -8,7 +8,6 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use kinoflock_client::local::LocalNode;
@@ -18,6 +17,8 @@ use kinoflock_node::models::ModelStore;
 use kinoflock_protocol::NetworkId;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+
+pub use crate::programs::programs;
 
 /// Longest wait for anything that should happen, on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -39,42 +40,6 @@ pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T 
         assert!(Instant::now() < until, "{what}: not within {PATIENCE:?}");
         std::thread::sleep(LOOK_EVERY);
     }
-}
-
-/// The folder of the programs, freshly built.
-///
-/// # Panics
-/// When they cannot be built.
-pub fn programs() -> &'static Path {
-    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the workspace");
-        // The very selection of the ordinary test command: another one would build dependencies with other features.
-        let mut build = Command::new(cargo);
-        build.args(["test", "--workspace", "--no-run", "--quiet"]).current_dir(root);
-        // What cargo told this test of itself would make build scripts of dependencies run anew.
-        for (name, _) in std::env::vars_os().filter(|(name, _)| is_of_package(name)) {
-            build.env_remove(name);
-        }
-        let built = build.output().expect("cargo runs");
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let own = std::env::current_exe().expect("this program has a path");
-        own.parent().and_then(Path::parent).expect("a test lies in target/<profile>/deps").to_owned()
-    })
-}
-
-/// Whether a variable is one that cargo sets for the package that it runs.
-fn is_of_package(name: &OsStr) -> bool {
-    let of = [
-        "CARGO_PKG_",
-        "CARGO_MANIFEST_",
-        "CARGO_BIN_",
-        "CARGO_CRATE_",
-        "CARGO_PRIMARY_",
-        "CARGO_TARGET_TMPDIR",
-    ];
-    name.to_str().is_some_and(|name| of.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 /// Which worker a daemon starts.

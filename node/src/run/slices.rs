@@ -13,8 +13,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use kinoflock_net::Slice;
 use kinoflock_net::slices::MAX_DEPTH;
+use kinoflock_net::{Responder, Slice};
 use kinoflock_protocol::envelope::Envelope;
 use kinoflock_protocol::id::{ModelId, NodeId};
 use kinoflock_protocol::limits::MAX_NODES;
@@ -22,7 +22,6 @@ use kinoflock_protocol::names::capacity_key;
 use kinoflock_protocol::rpc::{FindNodes, Request, Response};
 
 use super::{Daemon, Note};
-use kinoflock_net::Responder;
 
 /// How long a slice must have held too many before it is left for its half.
 const CROWDED_FOR: Duration = Duration::from_secs(60);

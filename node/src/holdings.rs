@@ -144,7 +144,7 @@ impl Holdings {
     /// Where a fetch may put what it brings.
     #[must_use]
     pub fn incoming(&self, job: &JobId, content: Content) -> PathBuf {
-        self.incoming.join(format!("{}-{}", job.short(), content.name()))
+        self.incoming.join(format!("{}-{}-{}", job.short(), content.name(), content.number()))
     }
 
     /// Whether there is room for so many bytes of this maker.
@@ -318,6 +318,6 @@ impl Holdings {
 fn key(job: &JobId, content: Content) -> [u8; 33] {
     let mut key = [0; 33];
     key[..32].copy_from_slice(job.as_bytes());
-    key[32] = content as u8;
+    key[32] = content.number();
     key
 }

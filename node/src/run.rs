@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use kinoflock_net::{Multiaddr, NetEvent, NetHandle, Responder, multiaddr::Protocol};
-use kinoflock_protocol::custody::{Content, Seen};
+use kinoflock_protocol::custody::{Content, MirroredInputs, Seen};
 use kinoflock_protocol::id::{JobId, ModelId, NetworkId, NodeId};
 use kinoflock_protocol::job::ValidJob;
 use kinoflock_protocol::refusal::Refusal;
@@ -140,6 +140,8 @@ struct LiveJob {
     admitted: Instant,
     /// Who sent it and serves its inputs; unknown after a restart.
     submitter: Option<NodeId>,
+    /// Where its large inputs lie sealed, if its submitter is reached over a relay only.
+    mirrored: Option<Box<MirroredInputs>>,
     steps_done: u32,
     checkpoints: checkpoints::Kept,
 }

@@ -7,13 +7,16 @@
 //! The node that made a clip asks others to hold it, sealed, with a signed [`Keep`]. A holder can verify and serve the
 //! bytes, and cannot see them. Whoever signed the job asks any of them what they hold for it ([`Held`]), and may tell them
 //! to forget it.
+//!
+//! A requester whom the maker reaches over a relay only, which carries no large blob, has the job's inputs held the same way
+//! and tells the maker where ([`MirroredInputs`]).
 
 use serde::{Deserialize, Serialize};
 
 use crate::clip::BlobRef;
 use crate::codec::{Bytes, List, Text};
 use crate::envelope::{Envelope, Kind, Message};
-use crate::id::{JobId, NetworkId, NodeId, RequesterId};
+use crate::id::{BlobId, JobId, NetworkId, NodeId, RequesterId};
 use crate::job::ValidJob;
 use crate::limits::*;
 use crate::names::NodeAddress;
@@ -88,6 +91,8 @@ pub enum Content {
     Latents,
     /// The state of a running job; its statement is the checkpoint.
     Checkpoint,
+    /// An input of a job that is to be made, the first, the second and so on; it has no statement.
+    Input(u8),
 }
 
 impl Content {
@@ -97,11 +102,22 @@ impl Content {
             Self::Clip => "clip",
             Self::Latents => "latents",
             Self::Checkpoint => "checkpoint",
+            Self::Input(_) => "input",
+        }
+    }
+
+    /// A number that no other content of the same job has, as long as inputs are numbered below 253.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Clip => 0,
+            Self::Latents => 1,
+            Self::Checkpoint => 2,
+            Self::Input(index) => index.saturating_add(3),
         }
     }
 }
 
-/// A node's word to another: hold this sealed blob for its requester.
+/// A word to a node: hold this sealed blob for its requester. A node says it of what it made, a requester of its inputs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keep {
     /// Of which job.
@@ -112,7 +128,7 @@ pub struct Keep {
     pub holder: NodeId,
     /// What it is.
     pub content: Content,
-    /// The sealed blob, which the holder fetches from the signer.
+    /// The sealed blob, which the holder fetches from whoever sends this.
     pub sealed: BlobRef,
     /// The signed statement that belongs to it, sealed too: it names the clip.
     pub statement: Bytes<MAX_STATEMENT>,
@@ -157,6 +173,24 @@ impl ValidKeep {
         check_times("keep", keep.issued_at, expires_at.min(keep.until), now)?;
         Ok(Self { signer: opened.signer.into(), keep })
     }
+}
+
+/// Where a job's large inputs lie sealed, because no direct connection with its requester comes about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirroredInputs {
+    /// Which node holds them.
+    pub holder: NodeAddress,
+    /// What it holds.
+    pub inputs: List<SealedInput, MAX_HELD>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedInput {
+    /// The input.
+    pub input: BlobId,
+    /// What it is sealed, with the job's key. A state to go on from is sealed anyway: both are one then.
+    pub sealed: BlobRef,
 }
 
 /// What a node holds for a job.

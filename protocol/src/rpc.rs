@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::audit::{AuditOrder, AuditReply, AuditState};
 use crate::clip::{BlobRef, Outline};
 use crate::codec::{self, Bytes, CodecError, List, Text, text_u64};
-use crate::custody::{Held, Look, Seen};
+use crate::custody::{Held, Look, MirroredInputs, Seen};
 use crate::envelope::Envelope;
 use crate::id::{BlobId, JobId, LeaseId, ModelId};
 use crate::limits::*;
@@ -36,6 +36,8 @@ pub enum Request {
         order: Envelope,
         /// The signed [`crate::job::JobSpec`].
         job: Envelope,
+        /// Where large inputs lie, if this node cannot have them from the sender.
+        mirrored: Option<Box<MirroredInputs>>,
     },
     /// How does the job stand? A signed [`crate::query::JobQuery`].
     Status(Envelope),

@@ -172,7 +172,7 @@ impl Requester {
     /// Hands an order over, whoever signed it.
     pub async fn submit(&self, node: &Node, ordered: &Ordered) -> Response {
         let Ordered { order, job } = ordered.clone();
-        self.ask(node, Request::Submit { order, job }).await
+        self.ask(node, Request::Submit { order, job, mirrored: None }).await
     }
 
     /// A signed query.

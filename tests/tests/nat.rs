@@ -18,6 +18,9 @@ const PUBLIC: [&str; 2] = ["/ip4/198.18.0.1/udp/4820/quic-v1", "/ip4/198.18.0.1/
 const HOME: [&str; 2] = ["/ip4/192.168.2.2/udp/4820/quic-v1", "/ip4/192.168.2.2/tcp/4820"];
 /// More than a relay carries of a blob.
 const LARGE_INPUT: usize = 2 << 20;
+/// More than the public node holds for one, of what it holds for all.
+const TOO_LARGE_INPUT: usize = 5 << 20;
+const HELD_FOR_ALL: &str = "[storage]\nreplicas_limit = \"8 MiB\"\n";
 /// Longest time for a client's command, seconds.
 const COMMAND_S: &str = "1200";
 
@@ -170,7 +173,7 @@ fn nodes<'a>(sandbox: &'a mut Sandbox, homes: &Homes, engine: &[&str]) -> [&'a N
         node.listen_on(listen);
         node.set_network(lines);
     };
-    sandbox.add_prepared(&Worker::test(&[]), "", |node| {
+    sandbox.add_prepared(&Worker::test(&[]), HELD_FOR_ALL, |node| {
         place(node, "public", &PUBLIC, "relay = \"on\"");
     });
     let paused = sandbox.nodes[0].command().arg("pause").output().unwrap();
@@ -257,20 +260,30 @@ fn relayed(maker: &Node) -> Option<String> {
 }
 
 #[test]
-fn where_no_hole_can_be_punched_a_small_clip_comes_over_the_relay_and_a_large_input_is_refused_in_words() {
+fn where_no_hole_can_be_punched_a_small_clip_comes_over_the_relay_and_a_large_input_goes_sealed() {
     let Some(homes) = homes(Ports::Random) else { return };
     let mut sandbox = Sandbox::new();
     let client = sandbox.client("artist");
-    let [_, maker] = nodes(&mut sandbox, &homes, &["--step-ms", "100"]);
+    let [public, maker] = nodes(&mut sandbox, &homes, &["--step-ms", "100"]);
     let ticket = eventually("the ticket leads over the relay", || relayed(maker));
     generated(&homes, &client, &["--node", &ticket, "--steps", "10"]);
     invariants::delivered(&client.path("clip.mp4"), maker);
     assert!(!maker.log().contains("hole_punched"), "this router should not let that happen");
     std::fs::write(client.path("start.safetensors"), vec![7; LARGE_INPUT]).unwrap();
-    let input =
-        ["generate", PROMPT, "--node", &ticket, "--init-latents", "start.safetensors", "-o", "no.mp4"];
-    let output = homes.run(&client, &input);
+    let input = ["generate", PROMPT, "--node", &ticket, "--init-latents", "start.safetensors", "-o"];
+    let output = homes.run(&client, &[&input[..], &["with.mp4", "--steps", "10"]].concat());
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(said(&output).contains("your files go sealed over node"), "{}", said(&output));
+    invariants::delivered(&client.path("with.mp4"), maker);
+    eventually("nobody holds the input once the artist has the clip", || {
+        (public.status().held_bytes == 0).then_some(())
+    });
+    // More than one stranger may put with the public node.
+    std::fs::write(client.path("start.safetensors"), vec![8; TOO_LARGE_INPUT]).unwrap();
+    let output = homes.run(&client, &[&input[..], &["no.mp4"]].concat());
     assert!(!output.status.success(), "{}", said(&output));
     assert!(said(&output).contains("over a relay only"), "{}", said(&output));
+    assert!(!maker.log().contains("hole_punched"), "this router should not let that happen");
     invariants::discreet(maker, PROMPT);
+    invariants::discreet(public, PROMPT);
 }

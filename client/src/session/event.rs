@@ -162,6 +162,11 @@ pub enum Event {
         /// Which node.
         node: NodeId,
     },
+    /// The node is reached over a relay only, which carries no large file: the job's files come to it sealed over this one.
+    InputsMirrored {
+        /// Which node.
+        node: NodeId,
+    },
     /// Bytes of the clip that came and were checked.
     Transfer {
         /// So many.
@@ -275,6 +280,13 @@ impl fmt::Display for Event {
                 write!(
                     f,
                     "no direct way to the maker: the clip comes sealed over node ...{node}, which cannot see it"
+                )
+            }
+            Self::InputsMirrored { node } => {
+                let node = node.short();
+                write!(
+                    f,
+                    "no direct way to the node: your files go sealed over node ...{node}, which cannot see them"
                 )
             }
             Self::Transfer { done, len } => write!(f, "fetched {done} of {len} bytes"),

@@ -7,9 +7,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
+use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::List;
 use kinoflock_protocol::limits::MAX_CLOCK_SKEW_MS;
 use kinoflock_protocol::order::{Order, QuoteRequest, Resume, ValidQuote};
+use kinoflock_protocol::progress::Checkpoint;
 use kinoflock_protocol::rpc::{ReleaseReason, Request, Response};
 use kinoflock_protocol::{Envelope, JobId, JobSpec, Millis, NodeId, Reason, Work};
 
@@ -18,7 +20,7 @@ use super::{Client, Event, Events, SessionError, corrected, nonce};
 use crate::route::choice::Quoted;
 use crate::route::routing::{Routing, Step};
 use crate::route::{self, Candidate, Declined, Needs, Ranked, Why};
-use crate::store::{Audits, BatchKey, Custodian, Former, JobRecord, RecordState};
+use crate::store::{Audits, BatchKey, Custodian, Former, Holder, JobRecord, RecordState};
 
 /// Tries to hand over an order; the same order again gives the same job.
 const SUBMIT_TRIES: u32 = 4;
@@ -190,7 +192,7 @@ impl Client {
             placing.audits.auditors = self.choose_auditors(search.found, &placing.needs(), &chosen.node);
         }
         self.announce(&offer, placing, search.events).await;
-        match self.hand_over(&offer, placing, job, search.events).await? {
+        match self.hand_over(&offer, placing, job, search).await? {
             Ok(record) => {
                 let others = routing.handle_taken(chosen.index);
                 self.release(search.remove(others)).await;
@@ -309,10 +311,15 @@ impl Client {
         offer: &Offered<'_>,
         placing: &mut Placing,
         job: Envelope,
-        events: &Events,
+        search: &Search<'_>,
     ) -> Result<Result<JobRecord, Why>, SessionError> {
-        let node = offer.found.candidate.node;
+        let (node, events) = (offer.found.candidate.node, search.events);
         let id = JobId::of(&job, &self.network);
+        let mirrored = self.mirror_inputs(offer.found, search.found, &job, &self.brings(placing)).await?;
+        let mirrored = mirrored.map(Box::new);
+        if let Some(mirrored) = &mirrored {
+            events.tell(Event::InputsMirrored { node: mirrored.holder.id }).await;
+        }
         let issued_at = corrected(crate::now(), offer.skew_ms);
         let lease = offer.quote.quote().lease;
         let order = Order { job: id, node, lease, issued_at, resume: placing.resume.clone() };
@@ -322,7 +329,8 @@ impl Client {
         let mut tries = 0;
         loop {
             tries += 1;
-            let request = Request::Submit { order: order.clone(), job: job.clone() };
+            let (order, job) = (order.clone(), job.clone());
+            let request = Request::Submit { order, job, mirrored: mirrored.clone() };
             let (why, pause) = match self.net.request(node, request).await {
                 Ok(Response::Accepted { job, position, eta }) if job == id => {
                     if placing.before.is_none() {
@@ -331,6 +339,8 @@ impl Client {
                     let taken = self.update(&id, |record| {
                         record.state = RecordState::Queued;
                         record.told = Some(eta);
+                        let holders = mirrored.iter().map(|mirrored| mirrored.holder.id);
+                        record.holders.extend(holders.map(|node| Holder { node, sealed: None }));
                     })?;
                     return Ok(Ok(taken));
                 }
@@ -351,6 +361,15 @@ impl Client {
             }
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// What the job's node will fetch from here, and whether it is sealed already.
+    fn brings(&self, placing: &Placing) -> Vec<(BlobRef, bool)> {
+        let inputs = placing.spec.inputs().into_iter().map(|blob| (blob, false));
+        let record = placing.before.as_ref().map(|(record, _)| record);
+        let checkpoint = record.filter(|_| placing.resume.is_some()).and_then(|it| it.checkpoint.as_ref());
+        let state = checkpoint.and_then(|it| Some(it.open::<Checkpoint>(&self.network).ok()?.value.state));
+        inputs.chain(state.map(|state| (state, true))).collect()
     }
 
     /// The node said no: there is no such job there.

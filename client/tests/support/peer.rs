@@ -156,7 +156,7 @@ impl State {
                 Response::Quote(Envelope::seal(&other(), &network(), &self.quote(&request)).unwrap())
             }
             Request::Quote(request) => Response::Quote(self.seal(&self.quote(&request))),
-            Request::Submit { order, job } => self.take(&order, job),
+            Request::Submit { order, job, .. } => self.take(&order, job),
             Request::Status(query) => {
                 let job =
                     ValidQuery::parse(&query, &network(), self.now(), &self.key.node_id()).unwrap().query.job;

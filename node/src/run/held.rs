@@ -31,14 +31,14 @@ const KEEP_WITHIN: Duration = Duration::from_secs(600);
 
 impl Daemon {
     /// Takes a sealed blob into keeping: fetches it from whoever asks, and says `Kept` once it is on disk.
-    pub(super) fn keep(&mut self, envelope: &Envelope) -> Response {
-        match self.try_keep(envelope) {
+    pub(super) fn keep(&mut self, envelope: &Envelope, from: NodeId) -> Response {
+        match self.try_keep(envelope, from) {
             Ok(response) => response,
             Err(refusal) => Response::Refused(*refusal),
         }
     }
 
-    fn try_keep(&mut self, envelope: &Envelope) -> Result<Response, Box<Refusal>> {
+    fn try_keep(&mut self, envelope: &Envelope, from: NodeId) -> Result<Response, Box<Refusal>> {
         let now = unix_now();
         let ValidKeep { signer, keep } =
             ValidKeep::parse(envelope, &self.network, now, &self.identity.node_id())
@@ -61,8 +61,8 @@ impl Daemon {
         self.spawn(async move {
             let file = holdings.incoming(&job, content);
             let options = FetchOptions { max_len: sealed.len, ..FetchOptions::default() };
-            let makers = [signer];
-            let fetch = net.fetch_blob(sealed.id, &makers, FileSink::new(&file), options);
+            let givers = [from];
+            let fetch = net.fetch_blob(sealed.id, &givers, FileSink::new(&file), options);
             let kept = match tokio::time::timeout(KEEP_WITHIN, fetch).await {
                 Ok(Ok(_)) => keep_file(holdings, job, file, row).await,
                 Ok(Err(error)) => Err(error.to_string()),

@@ -1,15 +1,22 @@
 //! The inputs of a job: pulled from whoever submitted it, each MiB checked before it is written.
+//!
+//! A submitter who is reached over a relay only, which carries no large blob, says which node holds them sealed.
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-use kinoflock_net::{FetchOptions, FileSink, NetHandle};
+use kinoflock_net::discovery::is_global;
+use kinoflock_net::peer::is_relayed;
+use kinoflock_net::sealed::open_file;
+use kinoflock_net::{FetchOptions, FileSink, Multiaddr, NetHandle};
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::List;
+use kinoflock_protocol::custody::{MirroredInputs, SealedInput};
 use kinoflock_protocol::id::{JobId, NetworkId, NodeId};
 use kinoflock_protocol::job::ValidJob;
 use kinoflock_protocol::limits::MAX_ENVELOPE;
 use kinoflock_protocol::order::Resume;
-use kinoflock_protocol::seal::SealKey;
+use kinoflock_protocol::seal::{SealKey, sealed_len};
 
 use super::checkpoints::{Received, Segments};
 use super::{Daemon, Note};
@@ -18,6 +25,10 @@ use crate::scheduler::Cause;
 
 /// Bytes of inputs that a job may bring.
 pub(super) const MAX_INPUT_BYTES: u64 = 256 << 20;
+/// Time to see whether there is a direct connection with the submitter.
+const DIRECT_LOOK: Duration = Duration::from_secs(1);
+/// Pause before a mirror that does not have an input yet is asked again.
+const MIRROR_PAUSE: Duration = Duration::from_millis(500);
 /// Name of the initial latents in a job's folder.
 pub(super) const LATENTS: &str = "initial-latents.safetensors";
 
@@ -35,6 +46,8 @@ impl Daemon {
             queue: self.queue.clone(),
             network: self.network,
             submitter,
+            mirrored: live.mirrored.clone(),
+            within: self.config.queue.input_wait,
             job: live.job.clone(),
             folder: self.work_folder(job),
             checkpoints: self.checkpoints_folder(job),
@@ -73,6 +86,9 @@ struct Fetch {
     queue: Queue,
     network: NetworkId,
     submitter: NodeId,
+    mirrored: Option<Box<MirroredInputs>>,
+    /// How long the job keeps its place.
+    within: Duration,
     job: ValidJob,
     folder: PathBuf,
     checkpoints: PathBuf,
@@ -95,9 +111,69 @@ impl Fetch {
         if blob.len > limit {
             return Err(format!("input of {} bytes exceeds the limit of {limit} bytes", blob.len));
         }
+        if let Some((mirrored, sealed)) = self.sealed(&blob)
+            && !self.net.direct(self.submitter, DIRECT_LOOK).await.map_err(|error| error.to_string())?
+        {
+            return self.over_mirror(mirrored, sealed, blob, to).await;
+        }
         let options = FetchOptions { max_len: blob.len, ..FetchOptions::default() };
         let fetched = self.net.fetch_blob(blob.id, &[self.submitter], FileSink::new(to), options).await;
         fetched.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// By the submitter's word, where this input lies sealed.
+    fn sealed(&self, blob: &BlobRef) -> Option<(&MirroredInputs, BlobRef)> {
+        let mirrored = self.mirrored.as_deref()?;
+        let of = |input: &&SealedInput| input.input == blob.id;
+        Some((mirrored, mirrored.inputs.iter().find(of)?.sealed))
+    }
+
+    /// Fetches an input from the node that holds it sealed, and opens it. That node may be fetching it itself just now.
+    async fn over_mirror(
+        &self,
+        mirrored: &MirroredInputs,
+        sealed: BlobRef,
+        blob: BlobRef,
+        to: PathBuf,
+    ) -> Result<(), String> {
+        let is_state = sealed == blob;
+        if !is_state && sealed.len != sealed_len(blob.len) {
+            let (limit, given) = (sealed_len(blob.len), sealed.len);
+            return Err(format!("a sealed input has {given} bytes, sealed it would have {limit}"));
+        }
+        let holder = mirrored.holder.id;
+        // By a stranger's word this node dials public addresses only.
+        let given = mirrored.holder.addresses.iter().filter_map(|addr| addr.parse::<Multiaddr>().ok());
+        let addresses = given.filter(|addr| is_global(addr) && !is_relayed(addr)).collect();
+        self.net.connect(holder, addresses).await.map_err(|error| error.to_string())?;
+        let file = if is_state { to.clone() } else { to.with_extension("sealed") };
+        let until = Instant::now() + self.within;
+        loop {
+            let options = FetchOptions { max_len: sealed.len, ..FetchOptions::default() };
+            match self.net.fetch_blob(sealed.id, &[holder], FileSink::new(&file), options).await {
+                Ok(_) => break,
+                Err(error) if Instant::now() + MIRROR_PAUSE > until => return Err(error.to_string()),
+                Err(_) => tokio::time::sleep(MIRROR_PAUSE).await,
+            }
+        }
+        tracing::debug!(job = %self.job.id().short(), node = %holder.short(), "an input came sealed over another node");
+        if is_state { Ok(()) } else { self.open(blob, file, to).await }
+    }
+
+    async fn open(&self, blob: BlobRef, file: PathBuf, to: PathBuf) -> Result<(), String> {
+        let key = self.key()?;
+        let opened = tokio::task::spawn_blocking(move || {
+            let opened = open_file(&key, &blob.id, &file, &to);
+            // Opened or not, what is sealed is of no more use.
+            let _ = std::fs::remove_file(&file);
+            opened
+        });
+        opened.await.map_err(|error| error.to_string())?.map(drop).map_err(|error| error.to_string())
+    }
+
+    fn key(&self) -> Result<SealKey, String> {
+        let record = self.queue.find(&self.job.id()).map_err(|error| error.to_string())?;
+        Ok(SealKey::of_job(&record.ok_or("the job is not here any more")?.job))
     }
 
     async fn checkpoint(self, resume: Resume) -> Result<Segments, String> {
@@ -112,8 +188,7 @@ impl Fetch {
         };
         let stated = received.check(&statement)?;
         self.blob(stated.state(), MAX_INPUT_BYTES, received.sealed_path()).await?;
-        let record = self.queue.find(&self.job.id()).map_err(|error| error.to_string())?;
-        let key = SealKey::of_job(&record.ok_or("the job is not here any more")?.job);
+        let key = self.key()?;
         tokio::task::spawn_blocking(move || received.accept(&key, &stated))
             .await
             .map_err(|error| error.to_string())?

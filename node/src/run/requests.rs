@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use kinoflock_net::progress::ProgressSink;
 use kinoflock_net::{Multiaddr, Responder};
 use kinoflock_protocol::codec::{Bytes, List};
+use kinoflock_protocol::custody::MirroredInputs;
 use kinoflock_protocol::envelope::Envelope;
 use kinoflock_protocol::id::{JobId, NodeId, RequesterId};
 use kinoflock_protocol::job::{Addressee, JobKind, ValidJob};
@@ -47,6 +48,7 @@ pub(super) struct Ordered {
     origin: Origin,
     wanted: Wanted,
     submitter: NodeId,
+    mirrored: Option<Box<MirroredInputs>>,
 }
 
 impl Daemon {
@@ -62,8 +64,8 @@ impl Daemon {
             Request::Capacity => self.own_advert(),
             Request::FindNodes(wanted) => return self.find_or_seek(wanted, responder),
             Request::Quote(request) => self.quote(&request, addr),
-            Request::Submit { order, job } => match self.check_submit(order, job, node, addr) {
-                Ok(ordered) => return self.submit(ordered, responder),
+            Request::Submit { order, job, mirrored } => match self.check_submit(order, job, node, addr) {
+                Ok(ordered) => return self.submit(Ordered { mirrored, ..ordered }, responder),
                 Err(refusal) => Response::Refused(*refusal),
             },
             Request::Status(query) => self.status(&query, node),
@@ -89,7 +91,7 @@ impl Daemon {
                 None => Response::Refused(*unserved(&id)),
             },
             Request::Custody { custody, job } => self.custody(&custody, job, node),
-            Request::Keep(keep) => self.keep(&keep),
+            Request::Keep(keep) => self.keep(&keep, node),
             Request::Held(query) => self.held(&query),
             Request::Forget(query) => self.forget(&query),
             Request::Look(look) => match self.look(look, node, addr, responder) {
@@ -224,7 +226,8 @@ impl Daemon {
             self.prompts.check(model, spec)?;
         }
         let origin = self.origin(job.requester(), addr);
-        Ok(Ordered { job, job_envelope, order, order_envelope, origin, wanted, submitter })
+        let mirrored = None;
+        Ok(Ordered { job, job_envelope, order, order_envelope, origin, wanted, submitter, mirrored })
     }
 
     /// Asks the operator's hook, where there is one, and admits the job.
@@ -322,6 +325,7 @@ impl Daemon {
             started_at: None,
             admitted: Instant::now(),
             submitter: Some(ordered.submitter),
+            mirrored: ordered.mirrored,
             steps_done: 0,
             checkpoints: Kept::of(ordered.order.order()),
         };

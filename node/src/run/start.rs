@@ -231,6 +231,7 @@ impl Daemon {
             started_at: None,
             admitted: ago(now, wall, record.admitted_at),
             submitter: None,
+            mirrored: None,
             steps_done: 0,
             checkpoints: self.restore_checkpoints(record),
         };

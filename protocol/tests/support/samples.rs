@@ -488,7 +488,12 @@ pub(crate) fn keep(d: &mut Draw) -> Keep {
 }
 
 fn content(d: &mut Draw) -> Content {
-    [Content::Clip, Content::Latents, Content::Checkpoint][d.below(3) as usize]
+    [Content::Clip, Content::Latents, Content::Checkpoint, Content::Input(1)][d.below(4) as usize]
+}
+
+fn mirrored(d: &mut Draw) -> MirroredInputs {
+    let input = |d: &mut Draw| SealedInput { input: blob(d).id, sealed: blob(d) };
+    MirroredInputs { holder: node_address(d), inputs: d.list(input) }
 }
 
 fn held(d: &mut Draw) -> Held {
@@ -766,7 +771,7 @@ pub(crate) fn requests(d: &mut Draw) -> List<Request, 16> {
             forward: d.u32().is_multiple_of(2),
         }),
         Request::Quote(quote_request(d)),
-        Request::Submit { order: envelope(d), job: envelope(d) },
+        Request::Submit { order: envelope(d), job: envelope(d), mirrored: d.some(mirrored).map(Box::new) },
         Request::Status(envelope(d)),
         Request::Cancel(envelope(d)),
         Request::Answer(envelope(d)),

@@ -72,7 +72,7 @@ impl Sizes {
             quote: request(&Request::Quote(question)),
             promise: response(&Response::Quote(quote)),
             release: request(&Request::Release { lease, reason: ReleaseReason::Sooner(Millis(40_000)) }),
-            submit: request(&Request::Submit { order, job }),
+            submit: request(&Request::Submit { order, job, mirrored: None }),
             accepted: response(&Response::Accepted { job: id, position: 3, eta: Millis(100_000) }),
             refused: response(&Response::error("queue_full", "the queue is full")) + 64,
         }

@@ -12,6 +12,8 @@ use redb::{Database, DatabaseError, ReadTransaction, ReadableDatabase, TableDefi
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SCHEMA_KEY: &str = "schema";
+/// Memory that a store may keep of what is on its disk, bytes. All of them are small, and a daemon has several.
+const CACHE_BYTES: usize = 8 << 20;
 
 /// Whether the disk, a quota or a limit on file sizes is full: all three mean that what is there stays and nothing more
 /// can be written.
@@ -212,7 +214,7 @@ fn transact<T, E>(
 }
 
 fn create(path: &Path) -> Result<Database, StoreError> {
-    Database::create(path).map_err(|error| match error {
+    Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(|error| match error {
         DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
         other => explain(path, &other.into()),
     })

@@ -11,11 +11,13 @@
 //! - [`test_engine`]: the worker that fails on demand.
 
 pub mod clock;
+pub mod distance;
 pub mod dns;
 pub mod invariants;
 pub mod programs;
 pub mod raw;
 pub mod requester;
+pub mod rig;
 pub mod sandbox;
 pub mod sim;
 pub mod test_engine;

@@ -1,4 +1,4 @@
-//! The programs under test, built as the ordinary test command builds them.
+//! The programs under test, built as the ordinary command of this profile builds them.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -14,9 +14,14 @@ pub fn programs() -> &'static Path {
     FOLDER.get_or_init(|| {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the workspace");
-        // The very selection of the ordinary test command: another one would build dependencies with other features.
+        // The very selection of the ordinary command: another one would build dependencies with other features.
+        let selection: &[&str] = if cfg!(debug_assertions) {
+            &["test", "--workspace", "--no-run", "--quiet"]
+        } else {
+            &["build", "--release", "--workspace", "--quiet"]
+        };
         let mut build = Command::new(cargo);
-        build.args(["test", "--workspace", "--no-run", "--quiet"]).current_dir(root);
+        build.args(selection).current_dir(root);
         // What cargo told this test of itself would make build scripts of dependencies run anew.
         for (name, _) in std::env::vars_os().filter(|(name, _)| is_of_package(name)) {
             build.env_remove(name);

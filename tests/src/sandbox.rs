@@ -87,9 +87,15 @@ impl Sandbox {
     /// So many daemons with this worker, running and ready.
     #[must_use]
     pub fn start(count: usize, worker: &Worker) -> Self {
+        Self::start_with(count, worker, "")
+    }
+
+    /// The same, with further lines of configuration.
+    #[must_use]
+    pub fn start_with(count: usize, worker: &Worker, config: &str) -> Self {
         let mut sandbox = Self::new();
         for _ in 0..count {
-            sandbox.add(worker, "");
+            sandbox.add(worker, config);
         }
         sandbox
     }

@@ -60,6 +60,15 @@ const NOTICED: f64 = 5.0;
 /// Time of the run at which nodes have advertised and jobs begin, in seconds.
 const BEGIN: f64 = 30.0;
 
+/// By which a message may take longer than the distance says, at most.
+const JITTER: f64 = 1.2;
+
+/// Seconds that a message takes at least between a client and a node.
+#[must_use]
+pub fn distance(client: usize, node: usize) -> f64 {
+    Dice::new((client as u64) << 32 | node as u64).between(0.005, 0.08)
+}
+
 /// A run.
 pub struct Sim {
     scene: Scene,
@@ -120,8 +129,8 @@ impl Sim {
 
     /// Seconds from one end to the other; more if messages are lost on the way.
     fn way(&mut self, job: usize, node: usize) -> f64 {
-        let far = Dice::new((self.jobs[job].client as u64) << 32 | node as u64).between(0.005, 0.08);
-        let mut way = far * self.dice.between(1.0, 1.2);
+        let far = distance(self.jobs[job].client, node);
+        let mut way = far * self.dice.between(1.0, JITTER);
         while self.dice.chance(self.scene.loss) {
             way += AGAIN;
         }

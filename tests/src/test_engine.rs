@@ -5,7 +5,7 @@
 //!
 //! | argument | effect |
 //! |---|---|
-//! | `--load-ms N`, `--step-ms N` | loading, and each step, takes so long |
+//! | `--load-ms N`, `--step-ms N`, `--decode-ms N` | loading, each step, and decoding, takes so long |
 //! | `--crash-at K` | aborts in step K (counted from 1) |
 //! | `--exit-at K` | exits with code 9 in step K |
 //! | `--oom-at K` | dies of a failed allocation in step K |
@@ -156,6 +156,7 @@ impl Engine for TestEngine {
             }
         }
         context.phase(Phase::Decode);
+        pause(self.orders.number("decode-ms"));
         let constant = self.orders.number("constant").is_some();
         let mut frames =
             draw(&key, request.width as usize, request.height as usize, request.frames as usize, constant);

@@ -140,6 +140,14 @@ impl Index {
             return Ok(());
         }
         if row.owners.len() >= MAX_OWNERS {
+            // A clip that many ask for is fetched by many: whoever has it longest makes room.
+            let has_it =
+                row.owners.iter().enumerate().filter_map(|(at, part)| Some((part.acknowledged_at?, at)));
+            if let Some((_, at)) = has_it.min() {
+                row.owners.remove(at);
+            }
+        }
+        if row.owners.len() >= MAX_OWNERS {
             return Err(ClipsError::TooManyOwners { id: *id, limit: MAX_OWNERS });
         }
         row.owners.push(Part { owner, acknowledged_at: None });

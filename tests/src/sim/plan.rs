@@ -15,6 +15,10 @@ use super::{BEGIN, Sim, sizes};
 pub struct Plan {
     /// Work units a second of each node, in truth.
     pub speeds: Vec<f64>,
+    /// Seconds that each job takes beside its work.
+    pub overhead: f64,
+    /// Seconds over which jobs come.
+    pub over: f64,
     /// The jobs in the order in which they come.
     pub jobs: Vec<PlannedJob>,
 }
@@ -51,7 +55,8 @@ pub fn plan(scene: Scene) -> Plan {
     };
     let mut jobs: Vec<_> = sim.jobs.iter().enumerate().map(job).collect();
     jobs.sort_by_key(|job| job.at);
-    Plan { speeds: sim.nodes.iter().map(|node| node.speed).collect(), jobs }
+    let overhead = sim.nodes.first().map_or(0.0, |node| node.overhead);
+    Plan { speeds: sim.nodes.iter().map(|node| node.speed).collect(), overhead, over: scene.over, jobs }
 }
 
 impl Sim {

@@ -197,6 +197,13 @@ async fn a_job_that_fails_at_one_node_goes_to_another_and_one_line_says_so() {
 }
 
 #[tokio::test]
+async fn a_job_that_failed_while_nobody_looked_goes_to_another_too() {
+    let (_, _, seen) = handed_on(47, Script { failed: true, ..Script::default() }, false).await;
+    let moves = moves(&seen);
+    assert!(moves.len() == 1 && moves[0].contains("device memory is full"), "{moves:?}");
+}
+
+#[tokio::test]
 async fn a_wrong_clip_is_disputed_and_the_job_done_by_another_node() {
     let (mut first, mut second, seen) =
         handed_on(23, Script { wrong_seed: true, ..Script::default() }, false).await;

@@ -284,6 +284,14 @@ impl Clips {
         Ok(bytes)
     }
 
+    /// Reads a part of a chunk that was read before, unchecked: whoever gets it checks the chunk.
+    ///
+    /// # Errors
+    /// `Io` when the file cannot be read so far.
+    pub fn read_part(&self, id: &BlobId, offset: u64, buffer: &mut [u8]) -> Result<(), ClipsError> {
+        files::read_part(&self.dir, id, offset, buffer)
+    }
+
     /// Reads a whole blob, checked chunk by chunk.
     ///
     /// # Errors

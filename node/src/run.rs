@@ -77,6 +77,8 @@ const KEEP_BOARDS: Duration = Duration::from_secs(600);
 const ADVERT_EVERY: Duration = Duration::from_secs(30);
 /// How soon it says so when its addresses have changed; several that change together are told together.
 const ADVERT_SOON: Duration = Duration::from_millis(500);
+/// Least time between two adverts: others take 30 a minute.
+const ADVERTS_APART: Duration = Duration::from_millis(2_500);
 /// Longest wait for workers and network to end after a signal.
 const END_WITHIN: Duration = Duration::from_secs(5);
 
@@ -203,6 +205,8 @@ struct Daemon {
     ready: tokio::sync::watch::Sender<bool>,
     draining: bool,
     peers_file: Turn,
+    /// Nodes that are connected, and when each was last asked whom it knows.
+    met: BTreeMap<NodeId, Instant>,
     lists: lists::Lists,
     lists_turn: Turn,
     peers: usize,
@@ -217,7 +221,7 @@ impl Daemon {
         mut signals: Signals,
     ) {
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
-        let mut advert = tokio::time::interval(ADVERT_EVERY);
+        let (mut advertised, mut advert_at) = (None::<Instant>, Instant::now());
         let mut drain_until: Option<Instant> = None;
         self.learn_all_listed();
         self.settle();
@@ -233,7 +237,9 @@ impl Daemon {
                 },
                 () = sleep_until(wake) => self.scheduler.handle_timeout(Instant::now()),
                 _ = sweep.tick() => self.sweep(),
-                _ = advert.tick() => {
+                () = sleep_until(Some(advert_at)) => {
+                    let now = Instant::now();
+                    (advertised, advert_at) = (Some(now), now + ADVERT_EVERY);
                     self.advertise();
                     self.look_at_slice();
                     self.custodian.set_ways(self.adverts.ways());
@@ -241,7 +247,10 @@ impl Daemon {
             }
             self.settle();
             if self.adverts.take_outdated() {
-                advert.reset_after(ADVERT_SOON);
+                // Never later than it would have been, and never so often that others refuse it.
+                let soon = Instant::now() + ADVERT_SOON;
+                let earliest = advertised.map_or(soon, |at| soon.max(at + ADVERTS_APART));
+                advert_at = advert_at.min(earliest);
             }
         }
         self.end(&mut notes).await;
@@ -294,6 +303,7 @@ impl Daemon {
             }
             NetEvent::Disconnected { node } => {
                 self.peers = self.peers.saturating_sub(1);
+                self.met.remove(&node);
                 tracing::debug!(peer = %node.short(), "disconnected");
             }
             NetEvent::Identified(info) if info.is_node => self.handle_met(info.node),

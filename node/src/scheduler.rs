@@ -536,8 +536,12 @@ impl Job {
     }
 
     fn over(&self, now: Instant) -> Option<Cause> {
-        let cause =
-            |code: &str, text: &str| Cause { code: code.to_owned(), text: text.to_owned(), retryable: true };
+        let cause = |code: &str, text: &str| Cause {
+            code: code.to_owned(),
+            text: text.to_owned(),
+            retryable: true,
+            here: false,
+        };
         match self.stage {
             Stage::AwaitingInputs { until } if until <= now => {
                 Some(cause("inputs_missing", "the job's inputs did not arrive in time"))
@@ -557,5 +561,6 @@ fn too_many_starts(starts: u32) -> Cause {
         code: "interrupted".to_owned(),
         text: format!("the job was interrupted {starts} times, the limit is {MAX_STARTS}"),
         retryable: true,
+        here: false,
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kinoflock_node::config::{Limits, PolicyConfig, QueueConfig, Serve};
 use kinoflock_node::policy::{Class, Rule, rule_of};
 use kinoflock_node::scheduler::{
-    Admission, Cancelled, DeviceId, DeviceMode, Event, MAX_STARTS, Outcome, RestoredJob, Stage,
+    Admission, Cancelled, Cause, DeviceId, DeviceMode, Event, MAX_STARTS, Outcome, RestoredJob, Stage,
 };
 use kinoflock_protocol::refusal::{Reason, Refusal};
 
@@ -299,6 +299,30 @@ fn a_failed_job_is_started_once_more_and_then_failed_with_its_cause() {
     let hopeless = world.submit(public(1, 1), wanted(10)).unwrap();
     world.fail(0, false);
     assert!(world.ended.contains_key(&hopeless), "what cannot succeed is not tried again");
+}
+
+#[test]
+fn what_may_succeed_elsewhere_only_is_not_tried_again_here() {
+    let mut world = World::new();
+    let job = world.submit(public(1, 1), wanted(10)).unwrap();
+    let full =
+        Cause { code: "store_full".to_owned(), text: "no room".to_owned(), retryable: true, here: false };
+    world.running.clear();
+    let now = world.now;
+    world.scheduler.handle_failed(DeviceId(0), &job, full, now);
+    world.drain();
+    assert!(matches!(&world.ended[&job], Outcome::Failed(cause) if cause.retryable));
+}
+
+#[test]
+fn a_start_that_was_cancelled_meanwhile_is_known_to_be() {
+    let mut world = World::new();
+    let job = world.submit(public(1, 1), wanted(10)).unwrap();
+    let now = world.now;
+    assert!(!world.scheduler.is_cancelled(DeviceId(0), &job));
+    world.scheduler.handle_cancel(&job, &requester(1), now).unwrap();
+    assert!(world.scheduler.is_cancelled(DeviceId(0), &job));
+    assert!(!world.scheduler.is_cancelled(DeviceId(1), &job));
 }
 
 #[test]

@@ -279,8 +279,19 @@ pub struct JobStatus {
     pub receipt: Option<Envelope>,
     /// Nodes that hold sealed copies of the clip.
     pub replicas: List<crate::id::NodeId, MAX_NODES>,
-    /// The cause for people, when it failed.
-    pub error: Option<Text<MAX_LINE>>,
+    /// Why, when it failed.
+    pub error: Option<JobFailure>,
+}
+
+/// Why a job failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobFailure {
+    /// Stable name of the cause.
+    pub code: Text<MAX_NAME>,
+    /// The cause for people.
+    pub text: Text<MAX_LINE>,
+    /// Whether another node may succeed.
+    pub retryable: bool,
 }
 
 /// State of a job.

@@ -152,8 +152,8 @@ impl Client {
         };
         let record = self.update(&record.job, |record| {
             record.state = RecordState::Disputed;
-            record.error =
-                Some(crate::store::RecordError { code: error.code().to_owned(), text: error.to_string() });
+            let (code, text) = (error.code().to_owned(), error.to_string());
+            record.error = Some(crate::store::RecordError { code, text, retryable: false });
             record.answer = answer;
         })?;
         self.send_answer(&record, &Events::none()).await?;

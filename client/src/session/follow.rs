@@ -377,9 +377,18 @@ impl Client {
                 }
             }
             if let (JobState::Failed, None) = (status.state, &record.error) {
-                let text =
-                    status.error.as_ref().map_or_else(|| "no cause told".to_owned(), ToString::to_string);
-                record.error = Some(RecordError { code: "failed".to_owned(), text });
+                record.error = Some(match &status.error {
+                    Some(error) => RecordError {
+                        code: error.code.to_string(),
+                        text: error.text.to_string(),
+                        retryable: error.retryable,
+                    },
+                    None => RecordError {
+                        code: "failed".to_owned(),
+                        text: "no cause told".to_owned(),
+                        retryable: false,
+                    },
+                });
             }
         })
     }
@@ -421,7 +430,7 @@ impl Client {
                 })?;
             }
             JobEvent::Failed { code, text, retryable } => {
-                let error = RecordError { code: code.to_string(), text: text.to_string() };
+                let error = RecordError { code: code.to_string(), text: text.to_string(), retryable };
                 self.update(job, |record| {
                     state(RecordState::Failed)(record);
                     record.error = Some(error);
@@ -449,9 +458,9 @@ fn ended(record: &JobRecord) -> Option<SessionError> {
     match record.state {
         RecordState::Cancelled => Some(SessionError::Cancelled { job }),
         RecordState::Failed => {
-            let error = record.error.clone();
-            let (code, text) = error.map_or_else(Default::default, |error| (error.code, error.text));
-            Some(SessionError::Failed { job, code, text, retryable: false })
+            let none = RecordError { code: String::new(), text: String::new(), retryable: false };
+            let RecordError { code, text, retryable } = record.error.clone().unwrap_or(none);
+            Some(SessionError::Failed { job, code, text, retryable })
         }
         _ => None,
     }

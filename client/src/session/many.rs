@@ -128,7 +128,8 @@ impl Many<'_> {
         let outcome = self.client.follow(&record.job, self.ways, events).await;
         if let (Err(error @ SessionError::Lost { .. }), true) = (&outcome, record.batch.is_some()) {
             // Nobody has it any more: whoever runs the batch again is to make it again.
-            let error = RecordError { code: error.code().to_owned(), text: error.to_string() };
+            let (code, text) = (error.code().to_owned(), error.to_string());
+            let error = RecordError { code, text, retryable: false };
             self.client.update(&record.job, |record| {
                 record.state = RecordState::Failed;
                 record.error = Some(error);

@@ -221,6 +221,9 @@ pub struct RecordError {
     pub code: String,
     /// The cause for people.
     pub text: String,
+    /// Whether another node may succeed.
+    #[serde(default)]
+    pub retryable: bool,
 }
 
 /// A clip that came by a ticket.

@@ -11,7 +11,7 @@ use kinoflock_protocol::order::{Quote, QuoteRequest, ValidOrder};
 use kinoflock_protocol::progress::{JobEvent, Progress};
 use kinoflock_protocol::query::ValidQuery;
 use kinoflock_protocol::receipt::{ReceiptAnswer, Verdict};
-use kinoflock_protocol::rpc::{JobState, JobStatus, ReleaseReason, Request, Response};
+use kinoflock_protocol::rpc::{JobFailure, JobState, JobStatus, ReleaseReason, Request, Response};
 use kinoflock_protocol::work::WorkModel;
 use kinoflock_protocol::*;
 use tokio::sync::mpsc;
@@ -39,6 +39,8 @@ pub(crate) struct Script {
     pub(crate) borrowed_quote: bool,
     /// Its jobs fail.
     pub(crate) fails: bool,
+    /// Its jobs have failed when it is asked how they stand.
+    pub(crate) failed: bool,
     /// Its jobs stand still after the first step.
     pub(crate) holds: bool,
     /// Time that its quotes tell, in milliseconds; 1000 if zero.
@@ -97,6 +99,10 @@ pub(crate) async fn start(seed: u8, script: Script) -> Peer {
     let state = State { key, script, job: None, first_job: None, streams, heard, cancelled, released };
     tokio::spawn(state.serve(events));
     Peer { handle, answers, cancels, releases }
+}
+
+fn out_of_memory<const CODE: usize, const TEXT: usize>() -> (Text<CODE>, Text<TEXT>) {
+    (Text::new("out_of_memory").unwrap(), Text::new("device memory is full").unwrap())
 }
 
 /// A node that is not there.
@@ -163,8 +169,14 @@ impl State {
                 if self.job.is_none() {
                     return Response::Refused(Refusal::new(Reason::JobUnknown, ""));
                 }
-                let (state, seq, position) = (JobState::Running, 0, 0);
-                let (eta, receipt, replicas, error) = (Millis(1), None, List::empty(), None);
+                let failed = self.script.failed;
+                let state = if failed { JobState::Failed } else { JobState::Running };
+                let error = failed.then(|| {
+                    let (code, text) = out_of_memory();
+                    JobFailure { code, text, retryable: true }
+                });
+                let (seq, position) = (0, 0);
+                let (eta, receipt, replicas) = (Millis(1), None, List::empty());
                 Response::Status(JobStatus { job, state, seq, position, eta, receipt, replicas, error })
             }
             Request::Answer(envelope) => {
@@ -226,8 +238,7 @@ impl State {
             made.seed += 1;
         }
         let last = if self.script.fails {
-            let (code, text) =
-                (Text::new("out_of_memory").unwrap(), Text::new("device memory is full").unwrap());
+            let (code, text) = out_of_memory();
             JobEvent::Failed { code, text, retryable: true }
         } else {
             let signer = if self.script.borrowed_receipt { other() } else { self.key.clone() };

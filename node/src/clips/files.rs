@@ -74,6 +74,15 @@ pub(super) fn read_chunk(dir: &Path, id: &BlobId, len: u64, chunk: u64) -> Resul
     Ok(bytes)
 }
 
+pub(super) fn read_part(dir: &Path, id: &BlobId, offset: u64, buffer: &mut [u8]) -> Result<(), ClipsError> {
+    let path = path_of(dir, id);
+    let read = File::open(&path).and_then(|mut file| {
+        file.seek(SeekFrom::Start(offset))?;
+        file.read_exact(buffer)
+    });
+    read.map_err(|source| io_error("read", &path, source))
+}
+
 pub(super) fn has_len(dir: &Path, id: &BlobId, len: u64) -> bool {
     fs::metadata(path_of(dir, id)).is_ok_and(|metadata| metadata.is_file() && metadata.len() == len)
 }

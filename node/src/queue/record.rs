@@ -173,7 +173,9 @@ impl From<End> for Outcome {
     fn from(end: End) -> Self {
         match end {
             End::Cancelled => Self::Cancelled,
-            End::Failed { code, text, retryable } => Self::Failed(Cause { code, text, retryable }),
+            End::Failed { code, text, retryable } => {
+                Self::Failed(Cause { code, text, retryable, here: false })
+            }
         }
     }
 }
@@ -184,7 +186,9 @@ impl From<Outcome> for Option<End> {
         match outcome {
             Outcome::Done => None,
             Outcome::Cancelled => Some(End::Cancelled),
-            Outcome::Failed(Cause { code, text, retryable }) => Some(End::Failed { code, text, retryable }),
+            Outcome::Failed(Cause { code, text, retryable, .. }) => {
+                Some(End::Failed { code, text, retryable })
+            }
         }
     }
 }

@@ -19,7 +19,7 @@ use super::{Daemon, Note, jobs, unix_now};
 use crate::clips::{Clips, ClipsError, Owner};
 use crate::engine::wire::{DoneReport, Failure, FileReport, WorkerInfo};
 use crate::queue::{Link, Queue, QueueError};
-use crate::scheduler::{DeviceId, Measured};
+use crate::scheduler::{Cause, DeviceId, Measured};
 use crate::telemetry::ResultLabels;
 
 /// What is left to tell of a finished job.
@@ -147,12 +147,11 @@ impl Daemon {
         job: JobId,
         result: Result<Box<Finished>, FinishError>,
     ) {
-        let folder = self.work_folder(&job);
-        if let Err(error) = jobs::remove_folder(&folder) {
-            tracing::warn!(job = %job.short(), %error, "a finished job's files could not be removed");
-        }
         match result {
             Ok(finished) => {
+                if let Err(error) = jobs::remove_folder(&self.work_folder(&job)) {
+                    tracing::warn!(job = %job.short(), %error, "a finished job's files could not be removed");
+                }
                 self.metrics.receipts.get_or_create(&ResultLabels { result: "signed" }).inc();
                 self.metrics.frames.inc_by(u64::from(finished.report.frames));
                 let took = finished.report.timings;
@@ -178,9 +177,10 @@ impl Daemon {
             Err(error) => {
                 let full =
                     matches!(error, FinishError::Clips(ClipsError::StoreFull { .. } | ClipsError::DiskFull));
-                // Elsewhere there may be room; here a second run would end the same way.
-                let failure = Failure::new(error.code(), &error.to_string(), !full);
-                self.failed(device, &job, &failure);
+                let (code, text) = (error.code().to_owned(), error.to_string());
+                // Elsewhere there may be room; here a second run would end the same way. Its files stay for that.
+                let cause = Cause { code, text, retryable: true, here: !full };
+                self.scheduler.handle_failed(device, &job, cause, Instant::now());
             }
         }
     }

@@ -73,7 +73,7 @@ impl Daemon {
             }
             Err(text) => {
                 tracing::warn!(job = %job.short(), reason = text, "inputs could not be had");
-                let cause = Cause { code: "inputs".to_owned(), text, retryable: true };
+                let cause = Cause { code: "inputs".to_owned(), text, retryable: true, here: false };
                 self.scheduler.handle_inputs_failed(&job, cause, now);
             }
         }

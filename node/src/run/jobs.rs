@@ -78,6 +78,10 @@ impl Daemon {
     }
 
     pub(super) fn handle_started(&mut self, device: DeviceId, job: JobId, result: Result<u32, QueueError>) {
+        if self.scheduler.is_cancelled(device, &job) {
+            // No worker has heard of it yet, so none would stop.
+            return self.scheduler.handle_stopped(device, &job, Instant::now());
+        }
         let run =
             result.map_err(|error| Failure::new(error.code(), &error.to_string(), true)).and_then(|_| {
                 let request = self.run_request(&job)?;
@@ -182,7 +186,8 @@ impl Daemon {
             return;
         }
         let mut cause = cause(failure);
-        cause.retryable |= self.discard_states(job, failure);
+        let states_discarded = self.discard_states(job, failure);
+        (cause.retryable, cause.here) = (cause.retryable || states_discarded, cause.here || states_discarded);
         self.scheduler.handle_failed(device, job, cause, Instant::now());
     }
 
@@ -284,7 +289,8 @@ pub(super) fn failed_event(cause: &Cause) -> JobEvent {
 }
 
 fn cause(failure: &Failure) -> Cause {
-    Cause { code: failure.code.to_string(), text: failure.text.to_string(), retryable: failure.retryable }
+    let retryable = failure.retryable;
+    Cause { code: failure.code.to_string(), text: failure.text.to_string(), retryable, here: retryable }
 }
 
 /// The model as a worker is told of it.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kinoflock_net::{Multiaddr, NetHandle, multiaddr::Protocol, peer};
 use kinoflock_protocol::envelope::Envelope;
@@ -22,6 +22,8 @@ const MAX_PEERS: usize = 64;
 const MAX_ADDRESSES: usize = 8;
 /// How often a node is asked whom it knows.
 const TRIES: u32 = 4;
+/// A node that stays connected is asked no more often than this.
+const MET_AGAIN: Duration = Duration::from_secs(10);
 /// How long each question waits for its answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 /// Greatest file that is read, bytes.
@@ -69,6 +71,12 @@ fn keep(path: &Path, met: Vec<Met>) -> std::io::Result<()> {
 impl Daemon {
     /// A node has come: it is remembered, and tells of the nodes that it knows.
     pub(super) fn handle_met(&mut self, node: NodeId) {
+        // It identifies itself as often as it likes.
+        let now = Instant::now();
+        if self.met.get(&node).is_some_and(|at| now.saturating_duration_since(*at) < MET_AGAIN) {
+            return;
+        }
+        self.met.insert(node, now);
         self.ask_for_lists(node);
         let net = self.net.clone();
         self.spawn(async move { Note::Told { adverts: whom_it_knows(&net, node).await } });

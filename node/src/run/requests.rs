@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use kinoflock_net::progress::ProgressSink;
 use kinoflock_net::{Multiaddr, Responder};
-use kinoflock_protocol::codec::{Bytes, List};
+use kinoflock_protocol::codec::{Bytes, List, Text};
 use kinoflock_protocol::custody::MirroredInputs;
 use kinoflock_protocol::envelope::Envelope;
 use kinoflock_protocol::id::{JobId, NodeId, RequesterId};
@@ -18,7 +18,7 @@ use kinoflock_protocol::progress::JobEvent;
 use kinoflock_protocol::query::{QueryAction, ValidQuery};
 use kinoflock_protocol::receipt::{ReceiptAnswer, ValidReceipt, Verdict};
 use kinoflock_protocol::refusal::{Reason, Refusal};
-use kinoflock_protocol::rpc::{JobState, JobStatus, Request, Response};
+use kinoflock_protocol::rpc::{JobFailure, JobState, JobStatus, Request, Response};
 use kinoflock_protocol::units::{Millis, UnixMillis};
 use kinoflock_protocol::work::{JobShape, work};
 
@@ -28,9 +28,10 @@ use super::refuse::{
     check_adapters, check_inputs_len, invalid, job_refusal, order_refusal, unserved, unsupported,
 };
 use super::{Daemon, LiveJob, Note, Rejected, ip_of, jobs, unix_now};
+use crate::clips::OwnerClass;
 use crate::policy::{Wanted, hook};
 use crate::queue::{End, JobRecord, StoredState};
-use crate::scheduler::{Admission, Cancelled, NetPrefix, NewJob, Origin, Stage};
+use crate::scheduler::{Admission, Cancelled, NetPrefix, NewJob, Origin, Room, Stage};
 use crate::telemetry::{ReasonLabels, ResultLabels};
 
 /// Bytes of a clip's file beyond its frames: container, first picture.
@@ -147,7 +148,7 @@ impl Daemon {
         let wanted = self.wanted(&request.model, request.shape)?;
         let origin = self.origin(request.requester, addr);
         let now = Instant::now();
-        let room = self.clips.room(&request.requester, origin.class.into(), expected_bytes(&request.shape));
+        let room = self.room(&request.requester, origin.class.into(), &request.shape);
         let promise = self.scheduler.handle_quote(origin, wanted, room, now)?;
         let issued_at = unix_now();
         let quote = Quote {
@@ -275,11 +276,7 @@ impl Daemon {
             deadline: spec.deadline.map(|at| now + remaining(at)),
             needs_inputs: !spec.inputs().is_empty() || ordered.order.order().resume.is_some(),
         };
-        let room = self.clips.room(
-            &ordered.job.requester(),
-            ordered.origin.class.into(),
-            expected_bytes(&spec.shape()),
-        );
+        let room = self.room(&ordered.job.requester(), ordered.origin.class.into(), &spec.shape());
         match self.scheduler.handle_order(&new, room, now) {
             Ok(Admission::Store { seq }) => {
                 self.interest.won(now);
@@ -449,6 +446,13 @@ impl Daemon {
         Response::Status(status)
     }
 
+    /// The room for one more clip, beside those of the jobs that are here already.
+    fn room(&self, requester: &RequesterId, class: OwnerClass, shape: &JobShape) -> Room {
+        let taken: u64 = self.live.values().map(|live| expected_bytes(&live.job.spec().shape())).sum();
+        let room = self.clips.room(requester, class, expected_bytes(shape));
+        Room { available: room.available.saturating_sub(taken), ..room }
+    }
+
     fn ended_status(&self, record: &JobRecord, status: &mut JobStatus) {
         match &record.state {
             StoredState::Waiting | StoredState::Running => {}
@@ -458,9 +462,10 @@ impl Daemon {
                 status.receipt = self.receipt_of(record);
             }
             StoredState::Ended { end: End::Cancelled, .. } => status.state = JobState::Cancelled,
-            StoredState::Ended { end: End::Failed { text, .. }, .. } => {
+            StoredState::Ended { end: End::Failed { code, text, retryable }, .. } => {
                 status.state = JobState::Failed;
-                status.error = Some(kinoflock_protocol::Text::truncated(text));
+                let (code, text) = (Text::truncated(code), Text::truncated(text));
+                status.error = Some(JobFailure { code, text, retryable: *retryable });
             }
         }
     }
@@ -472,8 +477,8 @@ impl Daemon {
             StoredState::Done { .. } => Some(JobEvent::Done { receipt: self.receipt_of(record)? }),
             StoredState::Ended { end: End::Cancelled, .. } => Some(JobEvent::Cancelled),
             StoredState::Ended { end: End::Failed { code, text, retryable }, .. } => Some(JobEvent::Failed {
-                code: kinoflock_protocol::Text::truncated(code),
-                text: kinoflock_protocol::Text::truncated(text),
+                code: Text::truncated(code),
+                text: Text::truncated(text),
                 retryable: *retryable,
             }),
         }

@@ -8,7 +8,7 @@ use kinoflock_client::local::LocalNode;
 use kinoflock_net::{
     BlobReader, BlobSource, KadRole, NetConfig, NetError, NetHandle, Rates, Reach, RelayRole, Reserve,
 };
-use kinoflock_protocol::clip::Outline;
+use kinoflock_protocol::clip::{Outline, chunk_len};
 use kinoflock_protocol::id::{BlobId, ModelId, NetworkId};
 use kinoflock_protocol::units::UnixMillis;
 use tokio::sync::{mpsc, watch};
@@ -179,6 +179,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         draining: false,
         peers_file: super::Turn::default(),
         lists: super::lists::Lists::open(&config.storage.state, &network, &config.network.lists),
+        met: std::collections::BTreeMap::new(),
         lists_turn: super::Turn::default(),
         peers: 0,
         identity,
@@ -456,12 +457,31 @@ struct ClipReader {
     clips: Clips,
     id: BlobId,
     outline: Outline,
+    /// The chunk that was checked last: its other parts are read without hashing it anew.
+    checked: Option<u64>,
+}
+
+impl ClipReader {
+    fn checked_chunk(&mut self, index: u64) -> std::io::Result<Vec<u8>> {
+        let chunk = self.clips.read_chunk(&self.id, index).map_err(|error| {
+            tracing::error!(blob = %self.id.short(), %error, "a stored blob cannot be served");
+            let kind = match error {
+                ClipsError::Tampered { .. } => std::io::ErrorKind::InvalidData,
+                _ => std::io::ErrorKind::Other,
+            };
+            std::io::Error::new(kind, error)
+        })?;
+        self.checked = Some(index);
+        Ok(chunk)
+    }
 }
 
 impl BlobSource for ClipSource {
     fn open(&self, id: &BlobId) -> std::io::Result<Option<Box<dyn BlobReader>>> {
         match self.clips.outline(id) {
-            Ok(outline) => Ok(Some(Box::new(ClipReader { clips: self.clips.clone(), id: *id, outline }))),
+            Ok(outline) => {
+                Ok(Some(Box::new(ClipReader { clips: self.clips.clone(), id: *id, outline, checked: None })))
+            }
             Err(ClipsError::Unknown { .. }) => Ok(None),
             Err(error) => Err(std::io::Error::other(error)),
         }
@@ -478,18 +498,16 @@ impl BlobReader for ClipReader {
         let mut done = 0;
         while done < buffer.len() {
             let at = offset + done as u64;
-            let chunk = self.clips.read_chunk(&self.id, at / chunk_bytes).map_err(|error| {
-                tracing::error!(blob = %self.id.short(), %error, "a stored blob cannot be served");
-                let kind = match error {
-                    ClipsError::Tampered { .. } => std::io::ErrorKind::InvalidData,
-                    _ => std::io::ErrorKind::Other,
-                };
-                std::io::Error::new(kind, error)
-            })?;
-            let within = chunk.get((at % chunk_bytes) as usize..).filter(|rest| !rest.is_empty());
-            let rest = within.ok_or(std::io::ErrorKind::UnexpectedEof)?;
-            let part = rest.len().min(buffer.len() - done);
-            buffer[done..done + part].copy_from_slice(&rest[..part]);
+            let (index, within) = (at / chunk_bytes, (at % chunk_bytes) as usize);
+            let len = chunk_len(index, self.outline.len).filter(|len| within < *len);
+            let part = (len.ok_or(std::io::ErrorKind::UnexpectedEof)? - within).min(buffer.len() - done);
+            let wanted = &mut buffer[done..done + part];
+            if self.checked == Some(index) {
+                self.clips.read_part(&self.id, at, wanted).map_err(std::io::Error::other)?;
+            } else {
+                let chunk = self.checked_chunk(index)?;
+                wanted.copy_from_slice(&chunk[within..within + part]);
+            }
             done += part;
         }
         Ok(())

@@ -62,7 +62,7 @@ impl Scheduler {
         entry.failures += 1;
         if cancelled {
             self.end(*job, Outcome::Cancelled);
-        } else if !cause.retryable || entry.failures >= MAX_FAILURES {
+        } else if !cause.here || entry.failures >= MAX_FAILURES {
             self.end(*job, Outcome::Failed(cause));
         } else if entry.starts >= MAX_STARTS {
             let starts = entry.starts;
@@ -131,6 +131,13 @@ impl Scheduler {
         };
         self.settle(now);
         Ok(cancelled)
+    }
+
+    /// Whether a job that was put on this device was cancelled since.
+    #[must_use]
+    pub fn is_cancelled(&self, device: DeviceId, job: &JobId) -> bool {
+        let running = self.devices.get(&device).and_then(|device| device.running.as_ref());
+        running.is_some_and(|running| running.job == *job && running.cancelled)
     }
 
     /// Pauses one device or all: running jobs go on, no others start. With an end, jobs are still taken for later.

@@ -38,6 +38,8 @@ pub struct Cause {
     pub text: String,
     /// Whether another try, here or elsewhere, may succeed.
     pub retryable: bool,
+    /// Whether another try here may.
+    pub here: bool,
 }
 
 /// Where a live job stands.

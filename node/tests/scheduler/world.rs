@@ -83,7 +83,7 @@ pub(crate) fn with_model(number: u8, work: u64) -> Wanted {
 }
 
 pub(crate) fn cause(retryable: bool) -> Cause {
-    Cause { code: "test".to_owned(), text: "the test said so".to_owned(), retryable }
+    Cause { code: "test".to_owned(), text: "the test said so".to_owned(), retryable, here: retryable }
 }
 
 impl World {

@@ -797,7 +797,7 @@ pub(crate) fn responses(d: &mut Draw) -> List<Response, 16> {
             eta: d.millis(),
             receipt: d.some(envelope),
             replicas: d.list(node),
-            error: d.some(Draw::text),
+            error: d.some(|d| JobFailure { code: d.text(), text: d.text(), retryable: d.flag() }),
         }),
         Response::Cancelled { job: job_id(d) },
         Response::Acknowledged,

@@ -16,7 +16,7 @@ use kinoflock_tests::sandbox::{Client, Node, PATIENCE, Sandbox, Worker, said};
 const PROMPT: &str = "three herons on one wire";
 /// Within this the others must have found each other again, on a machine that has much else to do. What was measured is
 /// printed; on an idle one it is two or three seconds.
-const RECOVERY: Duration = Duration::from_secs(60);
+const RECOVERY: Duration = Duration::from_secs(10);
 const THIRTY: usize = 30;
 
 /// A node's key and ports, chosen before it starts, so that others may be told of it.

@@ -31,6 +31,23 @@ pub fn is_relayed(addr: &Multiaddr) -> bool {
     addr.iter().any(|part| part == Protocol::P2pCircuit)
 }
 
+/// What identify tells of a swarm: what it calls itself, and which of its lives this is, drawn at each start.
+pub(crate) fn agent_of_a_new_life(agent: &str) -> String {
+    let drawn = PeerId::random().to_base58();
+    format!("{agent}{LIFE}{}", &drawn[drawn.len() - LIFE_CHARS..])
+}
+
+/// What a peer calls itself, and which of its lives it says this is.
+pub(crate) fn agent_and_life(told: &str) -> (&str, Option<&str>) {
+    match told.split_once(LIFE) {
+        Some((agent, life)) => (agent, life.get(..LIFE_CHARS)),
+        None => (told, None),
+    }
+}
+
+const LIFE: &str = " life/";
+const LIFE_CHARS: usize = 12;
+
 /// What identify told about a peer. All of it is the peer's own word.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerInfo {
@@ -58,6 +75,16 @@ pub struct PeerInfo {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn each_start_is_a_life_of_its_own_and_agents_without_one_are_read_too() {
+        let (first, second) = (agent_of_a_new_life("name/1"), agent_of_a_new_life("name/1"));
+        assert_ne!(first, second);
+        let (agent, life) = agent_and_life(&first);
+        assert_eq!((agent, life.map(str::len)), ("name/1", Some(LIFE_CHARS)));
+        assert_eq!(agent_and_life("other/2"), ("other/2", None));
+        assert_eq!(agent_and_life("other/2 life/short"), ("other/2", None));
+    }
 
     #[test]
     fn an_address_over_a_relay_names_the_node_behind_it() {

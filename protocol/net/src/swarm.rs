@@ -25,6 +25,7 @@ use crate::error::NetError;
 use crate::event::NetEvents;
 use crate::handle::NetHandle;
 use crate::names::Names;
+use crate::peer::agent_of_a_new_life;
 use crate::rejoin::Ways;
 use crate::rpc::ControlCodec;
 use crate::slices::Slice;
@@ -173,7 +174,7 @@ fn behaviour(
         .with_max_established_outgoing(Some(limits::CONNECTIONS_OUT))
         .with_max_established_per_peer(Some(limits::CONNECTIONS_PER_PEER));
     let identify = identify::Config::new(names.identify.clone(), keypair.public())
-        .with_agent_version(config.agent.clone())
+        .with_agent_version(agent_of_a_new_life(&config.agent))
         .with_push_listen_addr_updates(true);
     let control = request_response::Config::default()
         .with_request_timeout(limits::RPC_TIMEOUT)

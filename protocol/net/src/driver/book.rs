@@ -28,6 +28,10 @@ struct Known {
     connected: bool,
     /// Whether it is a node that was connected.
     met: bool,
+    /// Which of its lives the peer said it is in, while it is connected.
+    life: Option<String>,
+    /// Whether it is to be met anew when its connections have ended.
+    anew: bool,
     touched: u64,
 }
 
@@ -55,12 +59,21 @@ impl Book {
         known.remote = Some(remote);
     }
 
-    pub(super) fn disconnected(&mut self, peer: &PeerId) {
-        if let Some(known) = self.peers.get_mut(peer) {
-            known.connected = false;
-            // It may come back as another version.
-            known.info = None;
-        }
+    /// The last connection with a peer has ended. Says whether that was to meet it anew.
+    pub(super) fn disconnected(&mut self, peer: &PeerId) -> bool {
+        let Some(known) = self.peers.get_mut(peer) else { return false };
+        known.connected = false;
+        // It may come back as another version.
+        (known.info, known.life) = (None, None);
+        std::mem::take(&mut known.anew)
+    }
+
+    /// A peer told which of its lives it is in. Says whether it is known from another one that has not been seen to end.
+    pub(super) fn lives(&mut self, peer: PeerId, life: Option<&str>) -> bool {
+        let known = self.touch(peer);
+        let before = std::mem::replace(&mut known.life, life.map(str::to_owned));
+        known.anew = before.is_some() && before != known.life;
+        known.anew
     }
 
     pub(super) fn remote(&self, peer: &PeerId) -> Option<&Multiaddr> {

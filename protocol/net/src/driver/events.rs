@@ -31,10 +31,13 @@ impl Driver {
             }
             SwarmEvent::ConnectionClosed { peer_id, num_established: 0, cause, .. } => {
                 tracing::debug!(peer = %peer_id, cause = ?cause, "disconnected");
-                self.book.disconnected(&peer_id);
+                let meet_anew = self.book.disconnected(&peer_id);
                 self.identifying.remove(&peer_id);
                 if let Some(node) = peer::node_id(&peer_id) {
                     self.tell(NetEvent::Disconnected { node });
+                }
+                if meet_anew && let Err(error) = self.dial_known(peer_id) {
+                    tracing::debug!(peer = %peer_id, %error, "not_met_anew");
                 }
             }
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
@@ -198,10 +201,19 @@ impl Driver {
         }
         self.on_maybe_relay(peer, &told, &usable);
         self.book.learn(peer, usable);
+        let (agent, life) = peer::agent_and_life(&told.agent_version);
+        if self.book.lives(peer, life) {
+            // Connections of the life before may look alive for a while, and what this side said on them, its gossip
+            // topics above all, the peer has never heard: with all of them gone, both sides begin again.
+            tracing::debug!(peer = %peer, "came_back_unnoticed");
+            // An error means that there is no connection any more.
+            let _ = self.swarm.disconnect_peer_id(peer);
+            return;
+        }
         let (versions, other_network) = self.names.versions(&told.protocols);
         let info = PeerInfo {
             node,
-            agent: told.agent_version,
+            agent: agent.to_owned(),
             protocol_version: told.protocol_version,
             versions,
             other_network,

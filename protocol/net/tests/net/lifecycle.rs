@@ -1,6 +1,7 @@
 //! Starting, dialing and ending.
 
 use kinoflock_net::{NetConfig, NetError, NetEvent, start};
+use kinoflock_protocol::Keypair;
 use kinoflock_protocol::rpc::Request;
 
 use crate::support::{Over, client_of, fresh_key, network, node, node_config, over_both, patient, peer};
@@ -11,6 +12,7 @@ over_both! {
     a_port_where_nobody_listens_is_told => nobody_there;
     a_shutdown_is_seen_by_the_peer_and_ends_the_handle => shutdown;
     a_connection_that_was_lost_is_made_again_by_the_next_request => reconnected;
+    a_node_that_came_back_before_its_end_was_seen_is_met_anew => came_back;
     a_blocked_node_is_not_connected_to => blocked;
 }
 
@@ -67,6 +69,39 @@ async fn reconnected(over: Over) {
     client.net.disconnect(id).await.unwrap();
     client.wait_for(|event| matches!(event, NetEvent::Disconnected { .. }).then_some(())).await;
     crate::support::acknowledged(&client.net, id).await;
+}
+
+async fn came_back(over: Over) {
+    let mut other = node(over).await;
+    let seed = *blake3::hash(format!("{over:?} comes back").as_bytes()).as_bytes();
+    let life = |listen| NetConfig {
+        listen,
+        gossip: false,
+        kad: kinoflock_net::KadRole::Off,
+        ..NetConfig::node(Keypair::from_seed(&seed), network(), 0)
+    };
+    let before = peer(life(Vec::new())).await;
+    before.net.dial(other.addr()).await.unwrap();
+    let id = before.id();
+    other
+        .wait_for(|event| matches!(event, NetEvent::Identified(info) if info.node == id).then_some(()))
+        .await;
+    // The life before is not over as far as its connection tells.
+    let after = peer(life(vec![over.listen()])).await;
+    after.net.dial(other.addr()).await.unwrap();
+    other
+        .wait_for(|event| matches!(event, NetEvent::Disconnected { node } if node == id).then_some(()))
+        .await;
+    other
+        .wait_for(|event| matches!(event, NetEvent::Connected { node, .. } if node == id).then_some(()))
+        .await;
+    let met = other.wait_for(|event| match event {
+        NetEvent::Identified(info) if info.node == id => Some(info),
+        _ => None,
+    });
+    assert_eq!(met.await.listen_addrs, after.net.listen_addrs());
+    let _after = after.acknowledging();
+    crate::support::acknowledged(&other.net, id).await;
 }
 
 async fn blocked(over: Over) {

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use crate::driver::Command;
 use crate::error::NetError;
-use crate::framed::{read_frame, write_all};
+use crate::framed::{FrameFault, read_frame, write_all};
 use crate::handle::{NetHandle, timed_out};
 use crate::streams::{OpenError, Opened};
 use crate::{limits, peer};
@@ -85,6 +85,9 @@ async fn try_open(handle: &NetHandle, node: NodeId, opening: &Opening) -> Result
         Ok(None) => {
             written.map_err(|fault| fault.on(node, "take the first frame"))?;
             Err(lost("the stream ended before its answer came"))
+        }
+        Err(FrameFault::Io(error)) if peer::is_unspoken(&error) => {
+            Err(handle.why_unsupported(node, opening.what).await)
         }
         Err(fault) => Err(fault.on(node, "answer the first frame")),
     }

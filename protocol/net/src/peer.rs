@@ -1,6 +1,7 @@
 //! Peers as the network sees them: the two names of one key, and what identify told.
 
 use kinoflock_protocol::NodeId;
+use libp2p::core::upgrade::NegotiationError;
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
 /// The libp2p name of a node.
@@ -29,6 +30,12 @@ pub fn node_of(addr: &Multiaddr) -> Option<NodeId> {
 #[must_use]
 pub fn is_relayed(addr: &Multiaddr) -> bool {
     addr.iter().any(|part| part == Protocol::P2pCircuit)
+}
+
+/// Whether a stream broke because the peer does not speak the protocol that was proposed, and spoken at once.
+pub(crate) fn is_unspoken(error: &std::io::Error) -> bool {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<NegotiationError>());
+    matches!(cause, Some(NegotiationError::Failed))
 }
 
 /// What identify tells of a swarm: what it calls itself, and which of its lives this is, drawn at each start.

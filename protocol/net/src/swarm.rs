@@ -103,6 +103,8 @@ fn build(
         .with_max_negotiating_inbound_streams(limits::NEGOTIATING_INBOUND)
         .with_notify_handler_buffer_size(buffer)
         .with_per_connection_event_buffer_size(buffer.get())
+        // A protocol that is proposed alone is spoken at once, without waiting for the answer: one round trip less.
+        .with_substream_upgrade_protocol_override(Version::V1Lazy)
         .with_smart_dial();
     let swarm = Swarm::new(transport, behaviour, keypair.public().to_peer_id(), swarm_config);
     Ok((swarm, incoming))

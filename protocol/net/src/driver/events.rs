@@ -316,6 +316,7 @@ impl Driver {
 fn request_failure(error: &OutboundFailure) -> RequestFailure {
     match error {
         OutboundFailure::UnsupportedProtocols => RequestFailure::Unsupported,
+        OutboundFailure::Io(error) if peer::is_unspoken(error) => RequestFailure::Unsupported,
         OutboundFailure::Timeout => RequestFailure::TimedOut,
         other => RequestFailure::Lost(other.to_string()),
     }

@@ -326,6 +326,7 @@ impl Scheduler {
         self.leases.take(&new.lease, &new.origin, &new.wanted, now)?;
         self.check(&new.origin, &new.wanted, &room, now)?;
         let mut job = Job::new(new.origin, new.wanted, new.nonce, Stage::Committing);
+        job.came = self.fairness.present(&new.origin);
         job.deadline = new.deadline;
         job.needs_inputs = new.needs_inputs;
         let seq = self.jobs.insert(new.job, job, None);
@@ -530,6 +531,7 @@ impl Job {
             failures: 0,
             restored: false,
             bypassed: 0,
+            came: fair::Came::default(),
             avoid: None,
             told: None,
         }

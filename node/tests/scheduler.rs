@@ -133,6 +133,20 @@ fn own_jobs_go_first_collectives_next_and_the_public_keeps_its_quarter() {
 }
 
 #[test]
+fn newcomers_that_keep_coming_do_not_hold_a_second_job_up_for_ever() {
+    let mut world = World::with(lavish(), PolicyConfig::default(), serve(), vec![device("cpu", &[1])]);
+    world.submit(public(1, 1), wanted(10)).unwrap();
+    let second = world.submit(public(1, 1), wanted(10)).unwrap();
+    // Whenever a job ends, one of a network that was never here has come.
+    let overtaking = (0..20).take_while(|number| {
+        world.submit(public(100 + number, 50 + u8::try_from(*number).unwrap()), wanted(10)).unwrap();
+        world.finish(0);
+        world.running_on(0) != Some(second)
+    });
+    assert!(overtaking.count() <= 3);
+}
+
+#[test]
 fn an_idle_requester_saves_up_nothing() {
     let mut world = World::with(lavish(), PolicyConfig::default(), serve(), vec![device("cpu", &[1])]);
     for _ in 0..5 {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use kinoflock_protocol::id::{JobId, ModelId};
 
 use super::device::{DeviceId, DeviceMode, Running};
-use super::fair::{Picker, Waiting};
+use super::fair::{Picker, Waiting, WaitingFlows};
 use super::jobs::Job;
 use super::plan::{Candidate, Planned, plan};
 use super::{Eta, Event, Origin, Scheduler, Stage, Times, invariants};
@@ -145,12 +145,14 @@ impl Scheduler {
         for (id, job) in self.jobs.live.iter().filter(|(_, job)| self.is_planned(job, for_start)) {
             let candidate = Candidate { wanted: job.wanted, bypassed: job.bypassed, avoid: job.avoid };
             let work = job.wanted.work.0;
-            waiting.push(Waiting { job: *id, origin: job.origin, seq: job.seq, work, candidate });
+            let (origin, seq, came) = (job.origin, job.seq, job.came);
+            waiting.push(Waiting { job: *id, origin, seq, work, came, candidate });
         }
         if let Scope::Coming(extra) = scope {
             let coming = |job: JobId, origin: &Origin, wanted: &Wanted, seq: u64| {
                 let candidate = Candidate { wanted: *wanted, bypassed: 0, avoid: None };
-                Waiting { job, origin: *origin, seq, work: wanted.work.0, candidate }
+                let came = self.fairness.present(origin);
+                Waiting { job, origin: *origin, seq, work: wanted.work.0, came, candidate }
             };
             let leased = self.leases.iter().filter(|(_, lease)| self.is_reachable(&lease.wanted));
             waiting.extend(
@@ -198,18 +200,18 @@ impl Scheduler {
         job.stage = Stage::Running { device: planned.device };
         job.starts += 1;
         job.told = None;
-        let (origin, wanted, attempt) = (job.origin, job.wanted, job.starts);
+        let (origin, wanted, attempt, came) = (job.origin, job.wanted, job.starts, job.came);
         let public =
             |job: &Job| job.origin.class == crate::policy::Class::Public && job.stage == Stage::Queued;
-        let public_waits = self.jobs.waiting_count(public) > 0;
-        self.fairness.charge(&origin, wanted.work.0, public_waits);
-        let waiting: BTreeSet<_> = self
-            .jobs
-            .live
-            .values()
-            .filter(|job| job.waits())
-            .map(|job| (job.origin.class, job.origin.group()))
-            .collect();
+        let others = self.jobs.live.values().filter(|job| job.waits()).map(|job| job.origin);
+        let waiting: BTreeSet<_> = others.clone().map(|other| (other.class, other.group())).collect();
+        let members = others.filter(|other| (other.class, other.group()) == (origin.class, origin.group()));
+        let flows = WaitingFlows {
+            groups: waiting.iter().filter(|(class, _)| *class == origin.class).count(),
+            members: members.map(|other| other.requester).collect::<BTreeSet<_>>().len(),
+            public: self.jobs.waiting_count(public) > 0,
+        };
+        self.fairness.charge(&origin, came, wanted.work.0, flows);
         self.fairness.forget_idle(&waiting);
         if let Some(device) = self.devices.get_mut(&planned.device) {
             let expected = device.estimate(&wanted, device.loaded);

@@ -3,8 +3,12 @@
 //! Within a class this is start-time fair queueing (Goyal, Vin, Cheng 1996) on two levels: groups (network prefixes in
 //! the public, keys elsewhere), then requesters in a group. Each flow carries the virtual time up to which it was
 //! served; the flow that is furthest behind is next, and a job advances its flow by its work when it starts. A flow
-//! that was idle starts at the present virtual time: it neither saves up service nor owes any. So a newcomer waits
-//! for the jobs that run, not for anybody's queue, however many keys that queue was filled with.
+//! that was idle starts at the virtual time at which its job came: it neither saves up service nor owes any. So a
+//! newcomer waits for the jobs that run, not for anybody's queue, however many keys that queue was filled with.
+//!
+//! Virtual time goes on with the work that starts, divided among those who wait (as in WF2Q+; Bennett, Zhang 1996).
+//! Were it to stand still while newcomers start, each of them would overtake everybody's second job, and where
+//! newcomers keep coming that job would wait for ever.
 //!
 //! The public's share is a credit: every start of another class while the public waits earns it
 //! `work * share / (100 - share)`, and once the credit covers the public's next job, that job goes first.
@@ -31,7 +35,25 @@ pub(super) struct Fairness {
     public_share: u8,
 }
 
-/// Flows of one level. `served` of a flow is absent while it is not ahead of `now`.
+/// The virtual times at which a job came: of its class and of its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Came {
+    group: u64,
+    member: u64,
+}
+
+/// Who waits while a job starts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WaitingFlows {
+    /// Groups of the job's class.
+    pub(super) groups: usize,
+    /// Requesters of its group.
+    pub(super) members: usize,
+    /// Whether a job of the public does.
+    pub(super) public: bool,
+}
+
+/// Flows of one level. `served` of a flow may be absent while it is not ahead of `now` and has nothing waiting.
 #[derive(Debug, Clone)]
 struct Flows<K, V> {
     now: u64,
@@ -45,14 +67,16 @@ impl<K: Ord, V> Default for Flows<K, V> {
 }
 
 impl<K: Ord + Copy, V: Default> Flows<K, V> {
-    /// The virtual time at which a flow's next job would start.
-    fn tag(&self, key: &K) -> u64 {
-        self.served.get(key).map_or(self.now, |(served, _)| (*served).max(self.now))
+    /// The virtual time at which a flow's next job would start, which came at `came`.
+    fn tag(&self, key: &K, came: u64) -> u64 {
+        self.served.get(key).map_or(came, |(served, _)| (*served).max(came))
     }
 
-    fn charge(&mut self, key: K, work: u64) {
-        let tag = self.tag(&key);
-        self.now = tag;
+    /// A flow's job starts while so many flows have others waiting. Who comes now is served before the flow's next one.
+    fn charge(&mut self, key: K, came: u64, work: u64, waiting: usize) {
+        let tag = self.tag(&key, came);
+        let shared = work / (waiting.max(1) as u64 + 1);
+        self.now = self.now.saturating_add(shared).max(tag);
         self.served.entry(key).or_default().0 = tag.saturating_add(work);
     }
 
@@ -79,13 +103,21 @@ impl Fairness {
         Self { public_share: public_share.min(100), ..Self::default() }
     }
 
-    /// A job of `work` starts. `public_waits`: whether a job of the public is waiting.
-    pub(super) fn charge(&mut self, origin: &Origin, work: u64, public_waits: bool) {
+    /// The virtual times for a job that comes now.
+    pub(super) fn present(&self, origin: &Origin) -> Came {
+        let Some(groups) = self.classes.get(&origin.class) else { return Came::default() };
+        let member = groups.served.get(&origin.group()).map_or(0, |(_, members)| members.now);
+        Came { group: groups.now, member }
+    }
+
+    /// A job of `work` that came then starts while others wait.
+    pub(super) fn charge(&mut self, origin: &Origin, came: Came, work: u64, waiting: WaitingFlows) {
         let groups = self.classes.entry(origin.class).or_default();
-        groups.charge(origin.group(), work);
+        groups.charge(origin.group(), came.group, work, waiting.groups);
         if let Some((_, members)) = groups.served.get_mut(&origin.group()) {
-            members.charge(origin.requester, work);
+            members.charge(origin.requester, came.member, work, waiting.members);
         }
+        let public_waits = waiting.public;
         match origin.class {
             Class::Public => self.public_credit = self.public_credit.saturating_sub(self.due_at(work)),
             _ if public_waits => self.public_credit += u128::from(work) * u128::from(self.public_share),
@@ -132,6 +164,7 @@ pub(super) struct Waiting {
     pub(super) origin: Origin,
     pub(super) seq: u64,
     pub(super) work: u64,
+    pub(super) came: Came,
     pub(super) candidate: Candidate,
 }
 
@@ -221,8 +254,13 @@ impl Picker {
                 line.groups.remove(&key);
             }
         }
-        let public_waits = self.classes.get(&Class::Public).is_some_and(|line| !line.groups.is_empty());
-        self.fairness.charge(&job.origin, job.work, public_waits);
+        let line = self.classes.get(&class);
+        let waiting = WaitingFlows {
+            groups: line.map_or(0, |line| line.groups.len()),
+            members: line.and_then(|line| line.groups.get(&key)).map_or(0, |group| group.jobs.len()),
+            public: self.classes.get(&Class::Public).is_some_and(|line| !line.groups.is_empty()),
+        };
+        self.fairness.charge(&job.origin, job.came, job.work, waiting);
         self.place_member(class, key, member);
         self.place_group(class, key);
     }
@@ -240,19 +278,22 @@ impl Picker {
 
     fn place_member(&mut self, class: Class, key: GroupKey, member: RequesterId) {
         let flows = self.fairness.classes.get(&class).and_then(|groups| groups.served.get(&key));
-        let tag = flows.map_or(0, |(_, members)| members.tag(&member));
         let group = self.classes.get_mut(&class).and_then(|line| line.groups.get_mut(&key));
         let Some(group) = group else { return };
-        if let Some(seq) = group.jobs.get(&member).and_then(|jobs| jobs.keys().next().copied()) {
+        if let Some(job) = group.jobs.get(&member).and_then(|jobs| jobs.values().next().copied()) {
+            let came = job.came.member;
+            let (tag, seq) = (flows.map_or(came, |(_, members)| members.tag(&member, came)), job.seq);
             group.order.insert((tag, seq, member));
             group.places.insert(member, (tag, seq));
         }
     }
 
     fn place_group(&mut self, class: Class, key: GroupKey) {
-        let tag = self.fairness.classes.get(&class).map_or(0, |groups| groups.tag(&key));
+        let flows = self.fairness.classes.get(&class);
         let Some(line) = self.classes.get_mut(&class) else { return };
-        if let Some(seq) = line.groups.get(&key).and_then(GroupLine::head).map(|job| job.seq) {
+        if let Some(job) = line.groups.get(&key).and_then(GroupLine::head) {
+            let came = job.came.group;
+            let (tag, seq) = (flows.map_or(came, |groups| groups.tag(&key, came)), job.seq);
             line.order.insert((tag, seq, key));
             line.places.insert(key, (tag, seq));
         }

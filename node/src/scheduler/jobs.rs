@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use kinoflock_protocol::id::{JobId, Nonce, RequesterId};
 
 use super::device::DeviceId;
+use super::fair::Came;
 use super::origin::Origin;
 use crate::policy::Wanted;
 
@@ -76,6 +77,8 @@ pub(super) struct Job {
     /// Found in the store, admitted under the limits of an earlier run.
     pub(super) restored: bool,
     pub(super) bypassed: u8,
+    /// When it came, in the virtual times of fairness.
+    pub(super) came: Came,
     pub(super) avoid: Option<DeviceId>,
     /// Position and expected finish as last told.
     pub(super) told: Option<(u32, Option<Instant>)>,

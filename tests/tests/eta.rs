@@ -3,9 +3,9 @@
 #![allow(clippy::print_stdout)]
 
 use kinoflock_tests::rig::Rig;
-use kinoflock_tests::sim::Scene;
 use kinoflock_tests::sim::plan::plan;
 use kinoflock_tests::sim::report::Report;
+use kinoflock_tests::sim::{Scene, run};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn times_told_at_admission_hold_for_nine_jobs_in_ten_with_real_processes() {
@@ -21,4 +21,29 @@ async fn times_told_at_admission_hold_for_nine_jobs_in_ten_with_real_processes()
     println!("told/took - 1: {errors:.2?}");
     assert!(report.done() > 0.999, "{report}");
     assert!(report.honest(0.25) >= 0.9, "{report} {errors:.2?}");
+}
+
+/// Both in one table, row by row; `cargo test --workspace --test eta -- --ignored --nocapture`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes five minutes"]
+async fn scenes_of_ten_and_thirty_nodes_go_as_in_the_simulator() {
+    println!("| | {}", Report::heading().trim_start_matches("| "));
+    for (nodes, jobs) in [(10, 100), (30, 300)] {
+        let scene = Scene { length: 0.5, ..Scene::of(nodes, 1, jobs, jobs as f64 * 6.0 / nodes as f64) };
+        let simulated = run(scene);
+        println!("| simulated {simulated}");
+        let rig = Rig::start(plan(scene)).await;
+        let real = rig.run().await;
+        println!("| real {real}");
+        let agree = |real: f64, simulated: f64| (real / simulated - 1.0).abs() <= 0.25;
+        assert!(agree(real.done(), simulated.done()), "{real}");
+        assert!(agree(real.over_best, simulated.over_best), "{real}");
+        assert!(agree(real.honest(0.25), simulated.honest(0.25)), "{real}");
+        for share in [0.5, 0.99] {
+            let routed = |report: &Report| report.quantile(share, |job| job.routed);
+            assert!(agree(routed(&real), routed(&simulated)), "{share}: {real}");
+        }
+        let messages = |report: &Report| report.quantile(0.5, |job| job.messages.into());
+        assert!(agree(messages(&real), messages(&simulated)), "{real}");
+    }
 }

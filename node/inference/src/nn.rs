@@ -10,6 +10,8 @@ pub mod attention;
 pub mod conv3d;
 pub(crate) mod cpu;
 pub mod embedding;
+pub mod frame_cache;
+pub mod group_norm;
 pub mod linear;
 pub mod norm;
 pub mod ops;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::cpu::{View, generic_only};
+use super::cpu::{View, generic_only, shapes_only};
 use super::norm::Norm;
 use super::pack::Packed;
 
@@ -179,6 +179,9 @@ impl Conv3d {
         if bias.as_ref().is_some_and(|b| b.dims() != [config.output]) {
             candle_core::bail!("a convolution {config:?} was given a bias of another shape");
         }
+        if shapes_only() {
+            return Ok(Self { config, inner: Inner::Taps { weight, bias } });
+        }
         let tracked = weight.track_op() || bias.as_ref().is_some_and(Tensor::track_op);
         if !weight.device().is_cpu() || tracked || generic_only() {
             return Ok(Self {
@@ -218,11 +221,34 @@ impl Conv3d {
     /// # Errors
     /// As [`Conv3d::forward`].
     pub fn forward_with(&self, x: &Tensor, residual: Option<&Tensor>, norm: Option<&Norm>) -> Result<Tensor> {
+        self.run(&self.config, x, residual, norm)
+    }
+
+    /// [`Conv3d::forward_with`] without padding in time: the caller has put frames before, for instance from a cache.
+    ///
+    /// # Errors
+    /// As [`Conv3d::forward`].
+    pub fn forward_unpadded(
+        &self,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        norm: Option<&Norm>,
+    ) -> Result<Tensor> {
+        self.run(&Conv3dConfig { time: TimePad::Valid, ..self.config }, x, residual, norm)
+    }
+
+    fn run(
+        &self,
+        config: &Conv3dConfig,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        norm: Option<&Norm>,
+    ) -> Result<Tensor> {
         let (_, t, h, w, channels) = x.dims5()?;
-        if channels != self.config.input {
-            candle_core::bail!("a convolution of {} channels was given {:?}", self.config.input, x.shape());
+        if channels != config.input {
+            candle_core::bail!("a convolution of {} channels was given {:?}", config.input, x.shape());
         }
-        let size = self.config.output_size([t, h, w])?;
+        let size = config.output_size([t, h, w])?;
         match &self.inner {
             Inner::Packed { weight, bias } => {
                 let tracked = x.track_op() || residual.is_some_and(Tensor::track_op);
@@ -230,10 +256,10 @@ impl Conv3d {
                     candle_core::bail!("packed weights have no gradient: load under set_generic_only(true)");
                 }
                 let bias = bias.as_ref().map(|b| b.as_slice());
-                direct::forward(&self.config, weight, bias, x, size, residual, norm)
+                direct::forward(config, weight, bias, x, size, residual, norm)
             }
             Inner::Taps { weight, bias } => {
-                let mut y = taps::forward(&self.config, weight, x, size)?;
+                let mut y = taps::forward(config, weight, x, size)?;
                 if let Some(bias) = bias {
                     y = y.broadcast_add(bias)?;
                 }

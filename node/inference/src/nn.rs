@@ -16,6 +16,7 @@ pub mod linear;
 pub mod norm;
 pub mod ops;
 pub(crate) mod pack;
+pub mod rope;
 pub mod shuffle;
 pub(crate) mod simd;
 

@@ -122,7 +122,11 @@ impl Case {
 
     /// Names of everything that the reference computed, whether the manifest or the file tells of it.
     pub(crate) fn wanted(&self) -> Vec<String> {
-        let names = self.facts.keys().chain(self.tensors.keys()).filter(|name| name.starts_with("out."));
+        let names = self
+            .facts
+            .keys()
+            .chain(self.tensors.keys())
+            .filter(|name| name.starts_with("out.") || name.starts_with("f64."));
         names.cloned().collect::<std::collections::BTreeSet<_>>().into_iter().collect()
     }
 

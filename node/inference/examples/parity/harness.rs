@@ -3,6 +3,7 @@
 //! What several models have (tokenizer, T5, flow matching) is compared in [`common`]; everything else by the model's own
 //! [`Adapter`], found by the pipeline's class.
 
+mod cogvideox;
 mod common;
 mod golden;
 mod ltx;
@@ -22,7 +23,7 @@ pub(crate) struct Adapter {
 }
 
 /// Every model's.
-const ADAPTERS: &[Adapter] = &[ltx::ADAPTER];
+const ADAPTERS: &[Adapter] = &[ltx::ADAPTER, cogvideox::ADAPTER];
 
 /// What a golden holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

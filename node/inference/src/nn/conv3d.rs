@@ -93,7 +93,7 @@ impl Conv3dConfig {
     }
 
     /// Before, after, edge for each axis.
-    fn padding(&self) -> [(usize, usize, Edge); 3] {
+    fn padding(&self) -> Padding {
         let side = |kernel: usize| (kernel / 2, kernel / 2, self.space);
         [self.time.amounts(self.kernel[0]), side(self.kernel[1]), side(self.kernel[2])]
     }
@@ -103,7 +103,10 @@ impl Conv3dConfig {
     /// # Errors
     /// When the padded input is smaller than the kernel.
     pub fn output_size(&self, size: [usize; 3]) -> Result<[usize; 3]> {
-        let padding = self.padding();
+        self.padded_size(&self.padding(), size)
+    }
+
+    fn padded_size(&self, padding: &Padding, size: [usize; 3]) -> Result<[usize; 3]> {
         let mut out = [0; 3];
         for axis in 0..3 {
             let padded = size[axis] + padding[axis].0 + padding[axis].1;
@@ -118,6 +121,9 @@ impl Conv3dConfig {
         Ok(out)
     }
 }
+
+/// Before, after, and what lies there, for time, height and width.
+type Padding = [(usize, usize, Edge); 3];
 
 /// A convolution with its weights.
 ///
@@ -221,7 +227,7 @@ impl Conv3d {
     /// # Errors
     /// As [`Conv3d::forward`].
     pub fn forward_with(&self, x: &Tensor, residual: Option<&Tensor>, norm: Option<&Norm>) -> Result<Tensor> {
-        self.run(&self.config, x, residual, norm)
+        self.run(self.config.padding(), x, residual, norm)
     }
 
     /// [`Conv3d::forward_with`] without padding in time: the caller has put frames before, for instance from a cache.
@@ -234,21 +240,33 @@ impl Conv3d {
         residual: Option<&Tensor>,
         norm: Option<&Norm>,
     ) -> Result<Tensor> {
-        self.run(&Conv3dConfig { time: TimePad::Valid, ..self.config }, x, residual, norm)
+        let [_, rows, columns] = self.config.padding();
+        self.run([(0, 0, Edge::Zeros), rows, columns], x, residual, norm)
+    }
+
+    /// [`Conv3d::forward`] with `kernel / 2` zeros after the last row and column and none before the first, as encoders
+    /// pad that halve a picture.
+    ///
+    /// # Errors
+    /// As [`Conv3d::forward`].
+    pub fn forward_padded_after(&self, x: &Tensor) -> Result<Tensor> {
+        let [time, (rows, ..), (columns, ..)] = self.config.padding();
+        self.run([time, (0, rows, Edge::Zeros), (0, columns, Edge::Zeros)], x, None, None)
     }
 
     fn run(
         &self,
-        config: &Conv3dConfig,
+        padding: Padding,
         x: &Tensor,
         residual: Option<&Tensor>,
         norm: Option<&Norm>,
     ) -> Result<Tensor> {
         let (_, t, h, w, channels) = x.dims5()?;
+        let config = &self.config;
         if channels != config.input {
             candle_core::bail!("a convolution of {} channels was given {:?}", config.input, x.shape());
         }
-        let size = config.output_size([t, h, w])?;
+        let size = config.padded_size(&padding, [t, h, w])?;
         match &self.inner {
             Inner::Packed { weight, bias } => {
                 let tracked = x.track_op() || residual.is_some_and(Tensor::track_op);
@@ -256,10 +274,10 @@ impl Conv3d {
                     candle_core::bail!("packed weights have no gradient: load under set_generic_only(true)");
                 }
                 let bias = bias.as_ref().map(|b| b.as_slice());
-                direct::forward(config, weight, bias, x, size, residual, norm)
+                direct::forward((config, &padding), weight, bias, x, size, residual, norm)
             }
             Inner::Taps { weight, bias } => {
-                let mut y = taps::forward(config, weight, x, size)?;
+                let mut y = taps::forward(config, &padding, weight, x, size)?;
                 if let Some(bias) = bias {
                     y = y.broadcast_add(bias)?;
                 }

@@ -1,8 +1,8 @@
 //! Group norm on channels-last activations, with a modulation for each position and SiLU in the same pass.
 //!
 //! `(x - mean) / sqrt(var + eps) * weight + bias`, where mean and variance are over all positions and the channels of a
-//! group, for each entry of the first dimension. Then, where given, `* scale + shift` with a value for each position and
-//! channel (the spatial norm of MoVQ decoders), then SiLU. Sums are in f64 on the CPU, in f32 elsewhere. For statistics of
+//! group, for each entry of the first dimension. Then, where given, `* scale + shift` with a row of values for each
+//! position (the spatial norm of MoVQ decoders), then SiLU. Sums are in f64 on the CPU, in f32 elsewhere. For statistics of
 //! each frame alone, fold time into the first dimension before.
 
 use candle_core::{D, DType, Result, Tensor};
@@ -11,6 +11,17 @@ use rayon::prelude::*;
 
 use super::cpu::{View, fast, rows_per_task};
 use super::simd::{self, simd_fn};
+
+/// A modulation that is coarser than the activation: rows of values, and which row serves a position.
+#[derive(Debug, Clone, Copy)]
+pub struct Spatial<'a> {
+    /// `(batch, cells, channels)`.
+    pub scale: &'a Tensor,
+    /// `(batch, cells, channels)`.
+    pub shift: &'a Tensor,
+    /// The cell of each position of the activation, in its order.
+    pub cells: &'a [u32],
+}
 
 /// A group norm with its weights.
 #[derive(Debug, Clone)]
@@ -58,31 +69,39 @@ impl GroupNorm {
         self.apply(x, None, true)
     }
 
-    /// [`GroupNorm::forward`], then `* scale + shift`, both of `x`'s shape, then SiLU where asked for.
+    /// [`GroupNorm::forward`], then `* scale + shift`, then SiLU where asked for.
     ///
     /// # Errors
     /// As [`GroupNorm::forward`].
-    pub fn forward_spatial(&self, x: &Tensor, scale: &Tensor, shift: &Tensor, silu: bool) -> Result<Tensor> {
-        if scale.dims() != x.dims() || shift.dims() != x.dims() {
-            let (x, scale, shift) = (x.shape(), scale.shape(), shift.shape());
-            candle_core::bail!("a spatial norm of {x:?} was given scale {scale:?} and shift {shift:?}");
+    pub fn forward_spatial(&self, x: &Tensor, spatial: &Spatial<'_>, silu: bool) -> Result<Tensor> {
+        let (batch, cells, channels) = spatial.scale.dims3()?;
+        let positions = x.elem_count() / (batch * channels).max(1);
+        let fits = spatial.shift.dims() == [batch, cells, channels]
+            && batch == x.dim(0)?
+            && channels == x.dim(D::Minus1)?
+            && spatial.cells.len() == positions
+            && spatial.cells.iter().all(|&cell| (cell as usize) < cells);
+        if !fits {
+            let (x, scale, shift) = (x.shape(), spatial.scale.shape(), spatial.shift.shape());
+            let places = spatial.cells.len();
+            candle_core::bail!(
+                "a spatial norm of {x:?} was given scale {scale:?}, shift {shift:?} and {places} places"
+            );
         }
-        self.apply(x, Some((scale, shift)), silu)
+        self.apply(x, Some(spatial), silu)
     }
 
-    fn apply(&self, x: &Tensor, spatial: Option<(&Tensor, &Tensor)>, silu: bool) -> Result<Tensor> {
+    fn apply(&self, x: &Tensor, spatial: Option<&Spatial<'_>>, silu: bool) -> Result<Tensor> {
         let channels = self.weight.dim(0)?;
         if x.rank() < 2 || x.dim(D::Minus1)? != channels {
             candle_core::bail!("a group norm over {channels} channels was given {:?}", x.shape());
         }
         let mut all = vec![x, &self.weight, &self.bias];
-        if let Some((scale, shift)) = spatial {
-            all.extend([scale, shift]);
-        }
+        all.extend(spatial.iter().flat_map(|spatial| [spatial.scale, spatial.shift]));
         if fast(&all) { self.apply_cpu(x, spatial, silu) } else { self.apply_generic(x, spatial, silu) }
     }
 
-    fn apply_generic(&self, x: &Tensor, spatial: Option<(&Tensor, &Tensor)>, silu: bool) -> Result<Tensor> {
+    fn apply_generic(&self, x: &Tensor, spatial: Option<&Spatial<'_>>, silu: bool) -> Result<Tensor> {
         let (dtype, batch, channels) = (x.dtype(), x.dim(0)?, self.weight.dim(0)?);
         let grouped = x.to_dtype(DType::F32)?.reshape((batch, (), self.groups, channels / self.groups))?;
         let centred = grouped.broadcast_sub(&grouped.mean_keepdim((1, 3))?)?;
@@ -90,29 +109,32 @@ impl GroupNorm {
         let normed = centred.broadcast_div(&(variance + self.eps)?.sqrt()?)?.reshape(x.shape())?;
         let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
         let mut y = normed.broadcast_mul(&wide(&self.weight)?)?.broadcast_add(&wide(&self.bias)?)?;
-        if let Some((scale, shift)) = spatial {
-            y = ((y * wide(scale)?)? + wide(shift)?)?;
+        if let Some(spatial) = spatial {
+            let cells = Tensor::new(spatial.cells, x.device())?;
+            let spread =
+                |values: &Tensor| wide(values)?.contiguous()?.index_select(&cells, 1)?.reshape(x.shape());
+            y = ((y * spread(spatial.scale)?)? + spread(spatial.shift)?)?;
         }
         if silu { y.silu()?.to_dtype(dtype) } else { y.to_dtype(dtype) }
     }
 
-    fn apply_cpu(&self, x: &Tensor, spatial: Option<(&Tensor, &Tensor)>, silu: bool) -> Result<Tensor> {
+    fn apply_cpu(&self, x: &Tensor, spatial: Option<&Spatial<'_>>, silu: bool) -> Result<Tensor> {
         let (batch, width) = (x.dim(0)?, self.weight.dim(0)?);
         let x = x.contiguous()?;
         let view = View::new(&x)?;
         let source = view.slice()?;
         let entry = source.len() / batch.max(1);
         let (weight, bias) = (self.weight.to_vec1::<f32>()?, self.bias.to_vec1::<f32>()?);
-        let spatial = match spatial {
-            Some((scale, shift)) => Some((scale.contiguous()?, shift.contiguous()?)),
+        let rows = match spatial {
+            Some(spatial) => Some((spatial.scale.contiguous()?, spatial.shift.contiguous()?, spatial.cells)),
             None => None,
         };
-        let views = match &spatial {
-            Some((scale, shift)) => Some((View::new(scale)?, View::new(shift)?)),
+        let views = match &rows {
+            Some((scale, shift, cells)) => Some((View::new(scale)?, View::new(shift)?, *cells)),
             None => None,
         };
-        let spatial = match &views {
-            Some((scale, shift)) => Some((scale.slice()?, shift.slice()?)),
+        let rows = match &views {
+            Some((scale, shift, cells)) => Some((scale.slice()?, shift.slice()?, *cells)),
             None => None,
         };
         let mut out = vec![0f32; source.len()];
@@ -122,11 +144,13 @@ impl GroupNorm {
             let line = self.line(source, width, task, &weight, &bias);
             out.par_chunks_mut(task).zip(source.par_chunks(task)).enumerate().for_each(
                 |(part, (out, source))| {
-                    let at = index * entry + part * task;
-                    let spatial = spatial.map(|(a, b)| (&a[at..at + out.len()], &b[at..at + out.len()]));
                     norm_rows(&line, source, out);
-                    if let Some((scale, shift)) = spatial {
-                        scale_rows(scale, shift, out);
+                    if let Some((scale, shift, cells)) = rows {
+                        let per_entry = scale.len() / batch;
+                        let range = index * per_entry..(index + 1) * per_entry;
+                        let first = part * task / width;
+                        let cells = &cells[first..first + out.len() / width];
+                        scale_rows(&scale[range.clone()], &shift[range], cells, width, out);
                     }
                     if silu {
                         silu_rows(out);
@@ -199,9 +223,12 @@ simd_fn! {
 }
 
 simd_fn! {
-    fn scale_rows(scale: &[f32], shift: &[f32], out: &mut [f32]) {
-        for ((o, a), b) in out.iter_mut().zip(scale).zip(shift) {
-            *o = *o * a + b;
+    fn scale_rows(scale: &[f32], shift: &[f32], cells: &[u32], width: usize, out: &mut [f32]) {
+        for (row, &cell) in out.chunks_exact_mut(width).zip(cells) {
+            let at = cell as usize * width;
+            for ((o, a), b) in row.iter_mut().zip(&scale[at..at + width]).zip(&shift[at..at + width]) {
+                *o = *o * a + b;
+            }
         }
     }
 }

@@ -162,7 +162,8 @@ fn vae_decode(case: &Case) -> Result<Outputs, String> {
     let (vae, _) = load_vae(&case.pipeline, &LoadOptions::default(), false).map_err(text)?;
     let mut outputs = Vec::new();
     let z = case.input("in.z")?;
-    let decoded = vae.decode(z, None, &mut || Ok(()), Some(&mut record(&mut outputs))).map_err(text)?;
+    let tile = case.maybe("tile")?;
+    let decoded = vae.decode(z, tile, &mut || Ok(()), Some(&mut record(&mut outputs))).map_err(text)?;
     outputs.push(("out.decoded".to_owned(), "", decoded));
     Ok(outputs)
 }

@@ -129,6 +129,14 @@ pub enum Error {
         /// One-based step.
         step: usize,
     },
+    /// One step cannot be looked at alone: the sampler's step is no multiple of the model's output.
+    #[error(
+        "a step of {architecture} cannot be audited: its sampler's steps are not a change along the model's output"
+    )]
+    NotAuditable {
+        /// The model's architecture.
+        architecture: String,
+    },
     /// A device that this build or machine does not have.
     #[error("device {name:?} cannot be opened: {reason}")]
     Device {
@@ -169,6 +177,7 @@ impl Error {
             Self::Read { .. } => "read",
             Self::OutOfMemory { .. } => "out_of_memory",
             Self::NotFinite { .. } => "not_finite",
+            Self::NotAuditable { .. } => "not_auditable",
             Self::Device { .. } => "device",
             Self::Weights(e) => e.code(),
             Self::Text(e) => e.code(),

@@ -3,12 +3,13 @@
 //! [`load`] reads a model folder in the published diffusers layout and answers a [`Pipeline`]; the pipeline turns a
 //! [`GenerateRequest`] into [`Generated`] frames while an [`Observer`] sees phases, steps, previews and checkpoints,
 //! and may cancel. A model is a folder under [`models`] and one line in [`registry`]; what models share lies in
-//! [`nn`], [`sampler`], [`text`], [`weights`] and [`tiling`].
+//! [`nn`], [`sampler`], [`text`], [`folder`], [`weights`] and [`tiling`]; the run itself is [`pipeline::run`].
 //!
 //! Everything here computes for seconds or minutes: call it from a plain thread, never from an async worker.
 
 pub mod audit;
 pub mod error;
+pub mod folder;
 pub mod frames;
 pub mod models;
 pub mod motif;

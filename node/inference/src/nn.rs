@@ -10,10 +10,13 @@ pub mod attention;
 pub mod conv3d;
 pub(crate) mod cpu;
 pub mod embedding;
+pub mod frame_cache;
+pub mod group_norm;
 pub mod linear;
 pub mod norm;
 pub mod ops;
 pub(crate) mod pack;
+pub mod rope;
 pub mod shuffle;
 pub(crate) mod simd;
 

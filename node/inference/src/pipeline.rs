@@ -5,6 +5,9 @@
 //! step `cancelled`, `step`, and where asked for `preview` and `checkpoint`, then `phase(Decode)` with `cancelled`
 //! before it. A cancelled run answers [`Error::Cancelled`] within one step.
 
+pub mod latents;
+pub mod run;
+
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
@@ -83,16 +86,17 @@ pub trait Pipeline: Send {
     /// What [`Pipeline::check`] finds.
     fn commitment(&self, request: &GenerateRequest) -> Result<Commitment, Error>;
 
-    /// The packed latents `[1, tokens, C]` that a run begins with, f32, on the CPU.
+    /// The latents that a run begins with, in the shape in which the model keeps them between steps: packed
+    /// `[1, tokens, C]` for LTX-Video; f32, on the CPU.
     ///
     /// # Errors
     /// When given latents have another shape.
     fn start(&self, request: &GenerateRequest) -> Result<Tensor, Error>;
 
-    /// Computes one step anew, from these packed latents before it.
+    /// Computes one step anew, from these latents before it.
     ///
     /// # Errors
-    /// When there is no such step, the latents have another shape, or what the device reports.
+    /// When there is no such step, the sampler's steps cannot be audited ([`Error::NotAuditable`]), the latents have another shape, or what the device reports.
     fn transition(
         &mut self,
         request: &GenerateRequest,
@@ -100,7 +104,7 @@ pub trait Pipeline: Send {
         latents: &Tensor,
     ) -> Result<Transition, Error>;
 
-    /// The frames of packed latents after the last step.
+    /// The frames of latents after the last step.
     ///
     /// # Errors
     /// When the latents have another shape, or what the device reports.
@@ -219,8 +223,13 @@ pub struct GenerateRequest {
     pub guidance_rescale: f64,
     /// The model's own timesteps (0 to 1000, falling), for distilled models.
     pub timesteps: Option<Vec<f64>>,
-    /// Where to start instead of noise from the seed: `[1, C, F, H, W]` or packed `[1, tokens, C]`.
+    /// Guidance that grows over the steps, for models that are run so.
+    pub dynamic_guidance: bool,
+    /// Where to start instead of noise from the seed: `[1, C, F, H, W]`, or in the shape that [`Pipeline::start`] gives.
     pub initial_latents: Option<Tensor>,
+    /// A stochastic sampler's noise instead of noise from the seed, in the order in which its steps take it and in the
+    /// shape of `initial_latents`; empty for noise from the seed.
+    pub step_noise: Vec<Tensor>,
     /// How to decode.
     pub decode: DecodeOptions,
     /// The noise level that a timestep-conditioned decoder is told, 0 to 1.
@@ -256,7 +265,9 @@ impl GenerateRequest {
             guidance: defaults.guidance,
             guidance_rescale: 0.0,
             timesteps: None,
+            dynamic_guidance: false,
             initial_latents: None,
+            step_noise: Vec::new(),
             decode: DecodeOptions::default(),
             decode_timestep: 0.05,
             decode_noise_scale: Some(0.025),
@@ -305,7 +316,7 @@ pub struct StepEvent<'a> {
     pub timestep: f64,
     /// The noise level that the latents now have, 0 to 1.
     pub sigma: f64,
-    /// The latents now, packed `[1, tokens, C]`, f32.
+    /// The latents now, in the shape that [`Pipeline::start`] gives, f32.
     pub latents: &'a Tensor,
     /// blake3 of the latents' little-endian bytes.
     pub hash: [u8; 32],
@@ -340,7 +351,7 @@ pub struct Generated {
     pub frames: RgbFrames,
     /// The latents that it was decoded from, normalised, `[1, C, F, H, W]`, f32, on the CPU.
     pub latents: Tensor,
-    /// blake3 of the packed latents before the first step.
+    /// blake3 of the latents before the first step.
     pub start_hash: [u8; 32],
     /// blake3 of the latents after each step, from the first on, those before a resume included.
     pub step_hashes: Vec<[u8; 32]>,

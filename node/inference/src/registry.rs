@@ -22,7 +22,7 @@ pub struct Architecture {
 }
 
 /// Every architecture. A further model is a folder under `models` and a line here.
-pub const ARCHITECTURES: &[Architecture] = &[models::ltx::ARCHITECTURE];
+pub const ARCHITECTURES: &[Architecture] = &[models::ltx::ARCHITECTURE, models::cogvideox::ARCHITECTURE];
 
 /// `model_index.json`: the pipeline's class and each component's library and class.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,9 +1,11 @@
 //! Noise schedules and the steps along them, guidance, and the state that a run can be resumed from.
 
 pub mod checkpoint;
+pub mod diffusion;
 pub mod flow_match;
 pub mod guidance;
 
+pub use diffusion::{DiffusionConfig, DiffusionSampler, DiffusionSchedule};
 pub use flow_match::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
 
 /// What is wrong with a schedule.
@@ -30,6 +32,14 @@ pub enum SamplerError {
         /// The largest.
         limit: f64,
     },
+    /// More steps than a diffusion model has levels.
+    #[error("{steps} steps are too many: the model has {limit} noise levels")]
+    TooMany {
+        /// What was asked for.
+        steps: usize,
+        /// Levels.
+        limit: usize,
+    },
     /// A schedule without steps.
     #[error("a schedule needs at least 1 step, 0 were given")]
     Empty,
@@ -42,6 +52,7 @@ impl SamplerError {
         match self {
             Self::Setting { .. } => "scheduler_setting",
             Self::Timesteps { .. } => "timesteps",
+            Self::TooMany { .. } => "too_many_steps",
             Self::Empty => "zero_steps",
         }
     }

@@ -1,11 +1,13 @@
 //! From a prompt to the numbers that a video model reads: tokenizers and text encoders.
 
+pub mod prompt;
 pub mod sentencepiece;
 pub mod t5;
 pub mod tokenizer;
 
 use std::path::PathBuf;
 
+pub use prompt::PromptEncoder;
 pub use t5::{T5Config, T5Encoder};
 pub use tokenizer::{Encoded, PromptTokenizer};
 

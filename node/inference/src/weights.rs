@@ -7,12 +7,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
 use serde::Deserialize;
+
+use crate::nn::cpu::with_shapes_only;
 
 /// What is wrong with weights.
 #[derive(Debug, thiserror::Error)]
@@ -209,6 +212,56 @@ impl Weights {
             names.push(format!("{} more", self.files.len() - SHOWN));
         }
         names.join(", ")
+    }
+}
+
+/// The names and shapes of all tensors that a module takes, with the numbers in them left out: a model of any size is
+/// listed without its files and without memory for its weights. The module that was built cannot compute.
+///
+/// # Errors
+/// What the module's loading reports.
+pub fn tensor_shapes<T>(
+    build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
+) -> candle_core::Result<BTreeMap<String, Vec<usize>>> {
+    let seen = Arc::new(Mutex::new(BTreeMap::new()));
+    let listed = Listed { seen: Arc::clone(&seen) };
+    let vb = VarBuilder::from_backend(Box::new(listed), DType::F32, Device::Cpu);
+    with_shapes_only(|| build(vb).map(drop))?;
+    let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(std::mem::take(&mut *seen))
+}
+
+/// Numbers in all tensors of a list.
+#[must_use]
+pub fn count_parameters(shapes: &BTreeMap<String, Vec<usize>>) -> u64 {
+    shapes.values().map(|shape| shape.iter().map(|&n| n as u64).product::<u64>()).sum()
+}
+
+/// Gives one zero, spread over whatever shape is asked for, and keeps a list.
+struct Listed {
+    seen: Arc<Mutex<BTreeMap<String, Vec<usize>>>>,
+}
+
+impl SimpleBackend for Listed {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: candle_nn::Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.insert(name.to_owned(), shape.dims().to_vec());
+        Tensor::zeros((), dtype, device)?.broadcast_as(shape)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        candle_core::bail!("tensor {name} was asked for without a shape")
+    }
+
+    fn contains_tensor(&self, _: &str) -> bool {
+        true
     }
 }
 

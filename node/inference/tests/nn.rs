@@ -5,6 +5,8 @@
 use candle_core::{DType, Device, Tensor};
 use kinoflock_inference::nn::attention::attention;
 use kinoflock_inference::nn::conv3d::{Conv3d, Conv3dConfig, Edge, TimePad};
+use kinoflock_inference::nn::frame_cache::FrameCache;
+use kinoflock_inference::nn::group_norm::{GroupNorm, Spatial};
 use kinoflock_inference::nn::linear::Linear;
 use kinoflock_inference::nn::norm::Norm;
 use kinoflock_inference::nn::{ops, set_generic_only, shuffle};
@@ -178,4 +180,84 @@ fn half_types_are_widened_and_come_back() {
     assert_eq!(near.dtype(), DType::F16);
     let found = (near.to_dtype(DType::F32).unwrap() - whole).unwrap().abs().unwrap().flatten_all().unwrap();
     assert!(found.max(0).unwrap().to_scalar::<f32>().unwrap() < 5e-3);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn group_norms_agree(
+        (batch, groups, per_group) in (1usize..3, 1usize..5, 1usize..6),
+        size in prop::array::uniform3(1usize..6),
+        (spatial, silu) in (any::<bool>(), any::<bool>()),
+    ) {
+        let channels = groups * per_group;
+        let shape = [batch, size[0], size[1], size[2], channels];
+        let x = ((random(&shape) * 2.0).unwrap() + 3.0).unwrap();
+        let (scale, shift) = (random(&[batch, 3, channels]), random(&[batch, 3, channels]));
+        let positions = size.iter().product::<usize>() as u32;
+        let cells: Vec<u32> = (0..positions).map(|i| i * 7 % 3).collect();
+        let modulation = Spatial { scale: &scale, shift: &shift, cells: &cells };
+        let norm = GroupNorm::new(groups, 1e-2, random(&[channels]), random(&[channels])).unwrap();
+        let found = both(|| match (spatial, silu) {
+            (true, silu) => norm.forward_spatial(&x, &modulation, silu).unwrap(),
+            (false, true) => norm.forward_silu(&x).unwrap(),
+            (false, false) => norm.forward(&x).unwrap(),
+        });
+        prop_assert!(found < 2e-4, "{found}");
+    }
+
+    #[test]
+    fn a_causal_convolution_run_by_run_is_the_one_over_the_whole(
+        (input, output, frames) in (1usize..9, 1usize..9, 1usize..9),
+        (kernel, run, edge, space) in (1usize..5, 1usize..5, edge(), edge()),
+    ) {
+        let time = TimePad::Causal(edge);
+        let config = Conv3dConfig { input, output, kernel: [kernel, 3, 1], stride: [1; 3], time, space };
+        let x = random(&[2, frames, 4, 3, input]);
+        let conv = Conv3d::new(config, random(&[output, input, kernel, 3, 1]), Some(random(&[output]))).unwrap();
+        let whole = conv.forward(&x).unwrap();
+        let mut cache = FrameCache::default();
+        let mut parts = Vec::new();
+        for start in (0..frames).step_by(run) {
+            cache.rewind();
+            let part = x.narrow(1, start, run.min(frames - start)).unwrap();
+            parts.push(cache.conv(&conv, &part).unwrap());
+        }
+        let joined = Tensor::cat(&parts, 1).unwrap();
+        prop_assert_eq!(joined.dims(), whole.dims());
+        let difference = (joined - whole).unwrap().abs().unwrap().sum_all().unwrap();
+        prop_assert!(difference.to_scalar::<f32>().unwrap() < 1e-4);
+    }
+}
+
+#[test]
+fn a_convolution_padded_after_the_end_reads_one_position_later() {
+    let config = Conv3dConfig {
+        input: 3,
+        output: 5,
+        kernel: [1, 3, 3],
+        stride: [1, 2, 2],
+        time: TimePad::Valid,
+        space: Edge::Zeros,
+    };
+    let (weight, bias) = (random(&[5, 3, 1, 3, 3]), random(&[5]));
+    for (height, width) in [(4, 6), (5, 7)] {
+        let x = random(&[2, 3, height, width, 3]);
+        let found = both(|| {
+            let conv = Conv3d::new(config, weight.clone(), Some(bias.clone())).unwrap();
+            conv.forward_padded_after(&x).unwrap()
+        });
+        assert!(found < 1e-4, "{found}");
+        let conv = Conv3d::new(config, weight.clone(), Some(bias.clone())).unwrap();
+        let ours = conv.forward_padded_after(&x).unwrap();
+        let planes = x.permute((0, 1, 4, 2, 3)).unwrap().reshape((6, 3, height, width)).unwrap();
+        let planes = planes.pad_with_zeros(2, 0, 1).unwrap().pad_with_zeros(3, 0, 1).unwrap();
+        let theirs = planes.conv2d(&weight.squeeze(2).unwrap(), 0, 2, 1, 1).unwrap();
+        let theirs = theirs.broadcast_add(&bias.reshape((1, 5, 1, 1)).unwrap()).unwrap();
+        let (_, _, h, w) = theirs.dims4().unwrap();
+        let theirs = theirs.permute((0, 2, 3, 1)).unwrap().reshape((2, 3, h, w, 5)).unwrap();
+        let worst = (ours - theirs).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(worst < 1e-4, "{worst}");
+    }
 }

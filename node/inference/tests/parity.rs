@@ -32,6 +32,21 @@ fn ltx_video_0_9_5_is_within_tolerance() {
     assert_parity("ltx-video-0.9.5", 80);
 }
 
+#[test]
+fn cogvideox_2b_is_within_tolerance() {
+    assert_parity("cogvideox-2b", 100);
+}
+
+#[test]
+fn cogvideox_5b_is_within_tolerance() {
+    assert_parity("cogvideox-5b", 110);
+}
+
+#[test]
+fn cogvideox_1_5_is_within_tolerance() {
+    assert_parity("cogvideox-1.5", 110);
+}
+
 /// A copy of the 0.9.0 folder whose manifest was changed.
 fn changed(change: impl FnOnce(&mut serde_json::Value)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();

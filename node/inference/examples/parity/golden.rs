@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use kinoflock_inference::registry::ModelIndex;
 use kinoflock_inference::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -20,6 +21,7 @@ pub(crate) struct Case {
     /// The folder's `pipeline`.
     pub(crate) pipeline: PathBuf,
     facts: BTreeMap<String, Facts>,
+    arch: Option<String>,
 }
 
 /// What this engine computed: a golden tensor's name, a label where one tensor is computed in several ways, the values.
@@ -27,6 +29,8 @@ pub(crate) type Outputs = Vec<(String, &'static str, Tensor)>;
 
 #[derive(Deserialize)]
 struct Manifest {
+    #[serde(default)]
+    arch: Option<String>,
     goldens: BTreeMap<String, Golden>,
 }
 
@@ -67,12 +71,24 @@ pub(crate) fn read_manifest(folder: &Path) -> Result<Vec<ReadCase>, String> {
                 tensors: tensors.into_iter().collect(),
                 pipeline: folder.join("pipeline"),
                 facts: golden.tensors,
+                arch: manifest.arch.clone(),
             })
         })
         .collect())
 }
 
 impl Case {
+    /// The pipeline's class, or the manifest's `arch` where the folder has no index.
+    pub(crate) fn model(&self) -> Result<String, String> {
+        let index = self.pipeline.join("model_index.json");
+        if index.exists() {
+            return Ok(ModelIndex::read(&self.pipeline).map_err(|error| error.to_string())?.class);
+        }
+        self.arch
+            .clone()
+            .ok_or_else(|| format!("{} is missing and the manifest has no arch", index.display()))
+    }
+
     /// An input.
     pub(crate) fn input(&self, name: &str) -> Result<&Tensor, String> {
         self.tensors.get(name).ok_or_else(|| format!("{name} is missing in the golden's file"))
@@ -106,7 +122,11 @@ impl Case {
 
     /// Names of everything that the reference computed, whether the manifest or the file tells of it.
     pub(crate) fn wanted(&self) -> Vec<String> {
-        let names = self.facts.keys().chain(self.tensors.keys()).filter(|name| name.starts_with("out."));
+        let names = self
+            .facts
+            .keys()
+            .chain(self.tensors.keys())
+            .filter(|name| name.starts_with("out.") || name.starts_with("f64."));
         names.cloned().collect::<std::collections::BTreeSet<_>>().into_iter().collect()
     }
 

@@ -1,15 +1,76 @@
 //! The comparison of a folder of goldens, for the example and for the ordinary test.
+//!
+//! What several models have (tokenizer, T5, flow matching) is compared in [`common`]; everything else by the model's own
+//! [`Adapter`], found by the pipeline's class.
 
-mod end_to_end;
+mod cogvideox;
+mod common;
 mod golden;
-mod network;
+mod ltx;
 mod report;
-mod text;
 
 use std::path::Path;
 
 pub(crate) use golden::{Case, Outputs, ReadCase};
 pub(crate) use report::{Report, Row};
+
+/// A model's own goldens.
+pub(crate) struct Adapter {
+    /// How the pipeline's class in `model_index.json` begins, or `arch` in the manifest where there is no such file.
+    pub(crate) names: &'static [&'static str],
+    /// Computes a golden; `None` leaves it to [`common`].
+    pub(crate) compute: fn(&Case, Kind) -> Result<Option<Outputs>, String>,
+}
+
+/// Every model's.
+const ADAPTERS: &[Adapter] = &[ltx::ADAPTER, cogvideox::ADAPTER];
+
+/// What a golden holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    EndToEnd,
+    Rope,
+    Scheduler,
+    Tokenizer,
+    TextEncoder,
+    PromptEmbeds,
+    Transformer,
+    VaeEncode,
+    VaeDecode,
+    Other,
+}
+
+impl Kind {
+    /// By the golden's name, then by what it holds.
+    fn of(case: &Case) -> Self {
+        const NAMES: &[(&str, Kind)] = &[
+            ("e2e", Kind::EndToEnd),
+            ("rope", Kind::Rope),
+            ("rotary", Kind::Rope),
+            ("scheduler", Kind::Scheduler),
+            ("tokenizer", Kind::Tokenizer),
+            ("text_encoder", Kind::TextEncoder),
+            ("prompt_embeds", Kind::PromptEmbeds),
+            ("transformer", Kind::Transformer),
+            ("vae_encode", Kind::VaeEncode),
+            ("vae_decode", Kind::VaeDecode),
+        ];
+        if case.params.contains_key("pipeline") {
+            return Self::EndToEnd;
+        }
+        if let Some((_, kind)) = NAMES.iter().find(|(name, _)| case.name.starts_with(name)) {
+            return *kind;
+        }
+        let has = |key: &str| case.tensors.contains_key(key);
+        match () {
+            () if has("in.encoder_hidden_states") => Self::Transformer,
+            () if has("in.input_ids") => Self::TextEncoder,
+            () if has("in.z") => Self::VaeDecode,
+            () if has("in.x") => Self::VaeEncode,
+            () => Self::Other,
+        }
+    }
+}
 
 /// Runs every golden of a folder's manifest and compares every tensor.
 pub(crate) fn check_folder(folder: &Path) -> Report {
@@ -38,53 +99,20 @@ fn check_case(case: ReadCase, report: &mut Report) {
             return;
         }
     };
-    let outputs = compute(&case);
-    match outputs {
+    match compute(&case) {
         Ok(outputs) => case.compare(&outputs, report),
         Err(reason) => case.fail_all(&reason, report),
     }
 }
 
-/// Which part of the engine answers a golden: by its name, then by what it holds.
+/// The model's adapter answers a golden, or what all models have.
 fn compute(case: &Case) -> Result<Outputs, String> {
-    let name = case.name.as_str();
-    let begins = |prefix: &str| name.starts_with(prefix);
-    if begins("e2e") || case.params.get("pipeline").is_some() {
-        end_to_end::run(case)
-    } else if begins("rope") {
-        network::rope(case)
-    } else if begins("scheduler") {
-        network::scheduler(case)
-    } else if begins("tokenizer") {
-        text::tokenizer(case)
-    } else if begins("text_encoder") {
-        text::encoder(case)
-    } else if begins("prompt_embeds") {
-        text::prompt_embeds(case)
-    } else if begins("transformer") {
-        network::transformer(case)
-    } else if begins("vae_encode") {
-        network::vae_encode(case)
-    } else if begins("vae_decode") {
-        network::vae_decode(case)
-    } else {
-        by_contents(case)
-    }
-}
-
-fn by_contents(case: &Case) -> Result<Outputs, String> {
-    let has = |key: &str| case.tensors.contains_key(key);
-    if has("in.encoder_hidden_states") {
-        network::transformer(case)
-    } else if has("in.input_ids") {
-        text::encoder(case)
-    } else if has("in.z") {
-        network::vae_decode(case)
-    } else if has("in.x") {
-        network::vae_encode(case)
-    } else if case.params.get("combos").is_some() {
-        network::scheduler(case)
-    } else {
-        Err("this kind of golden is not known".to_owned())
+    let kind = Kind::of(case);
+    let model = case.model()?;
+    let adapter = ADAPTERS.iter().find(|adapter| adapter.names.iter().any(|name| model.starts_with(name)));
+    let adapter = adapter.ok_or_else(|| format!("no comparison is known for {model}"))?;
+    match (adapter.compute)(case, kind)? {
+        Some(outputs) => Ok(outputs),
+        None => common::compute(case, kind),
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::cpu::{View, generic_only};
+use super::cpu::{View, generic_only, shapes_only};
 use super::norm::Norm;
 use super::pack::Packed;
 
@@ -93,7 +93,7 @@ impl Conv3dConfig {
     }
 
     /// Before, after, edge for each axis.
-    fn padding(&self) -> [(usize, usize, Edge); 3] {
+    fn padding(&self) -> Padding {
         let side = |kernel: usize| (kernel / 2, kernel / 2, self.space);
         [self.time.amounts(self.kernel[0]), side(self.kernel[1]), side(self.kernel[2])]
     }
@@ -103,7 +103,10 @@ impl Conv3dConfig {
     /// # Errors
     /// When the padded input is smaller than the kernel.
     pub fn output_size(&self, size: [usize; 3]) -> Result<[usize; 3]> {
-        let padding = self.padding();
+        self.padded_size(&self.padding(), size)
+    }
+
+    fn padded_size(&self, padding: &Padding, size: [usize; 3]) -> Result<[usize; 3]> {
         let mut out = [0; 3];
         for axis in 0..3 {
             let padded = size[axis] + padding[axis].0 + padding[axis].1;
@@ -118,6 +121,9 @@ impl Conv3dConfig {
         Ok(out)
     }
 }
+
+/// Before, after, and what lies there, for time, height and width.
+type Padding = [(usize, usize, Edge); 3];
 
 /// A convolution with its weights.
 ///
@@ -179,6 +185,9 @@ impl Conv3d {
         if bias.as_ref().is_some_and(|b| b.dims() != [config.output]) {
             candle_core::bail!("a convolution {config:?} was given a bias of another shape");
         }
+        if shapes_only() {
+            return Ok(Self { config, inner: Inner::Taps { weight, bias } });
+        }
         let tracked = weight.track_op() || bias.as_ref().is_some_and(Tensor::track_op);
         if !weight.device().is_cpu() || tracked || generic_only() {
             return Ok(Self {
@@ -218,11 +227,46 @@ impl Conv3d {
     /// # Errors
     /// As [`Conv3d::forward`].
     pub fn forward_with(&self, x: &Tensor, residual: Option<&Tensor>, norm: Option<&Norm>) -> Result<Tensor> {
+        self.run(self.config.padding(), x, residual, norm)
+    }
+
+    /// [`Conv3d::forward_with`] without padding in time: the caller has put frames before, for instance from a cache.
+    ///
+    /// # Errors
+    /// As [`Conv3d::forward`].
+    pub fn forward_unpadded(
+        &self,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        norm: Option<&Norm>,
+    ) -> Result<Tensor> {
+        let [_, rows, columns] = self.config.padding();
+        self.run([(0, 0, Edge::Zeros), rows, columns], x, residual, norm)
+    }
+
+    /// [`Conv3d::forward`] with `kernel / 2` zeros after the last row and column and none before the first, as encoders
+    /// pad that halve a picture.
+    ///
+    /// # Errors
+    /// As [`Conv3d::forward`].
+    pub fn forward_padded_after(&self, x: &Tensor) -> Result<Tensor> {
+        let [time, (rows, ..), (columns, ..)] = self.config.padding();
+        self.run([time, (0, rows, Edge::Zeros), (0, columns, Edge::Zeros)], x, None, None)
+    }
+
+    fn run(
+        &self,
+        padding: Padding,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        norm: Option<&Norm>,
+    ) -> Result<Tensor> {
         let (_, t, h, w, channels) = x.dims5()?;
-        if channels != self.config.input {
-            candle_core::bail!("a convolution of {} channels was given {:?}", self.config.input, x.shape());
+        let config = &self.config;
+        if channels != config.input {
+            candle_core::bail!("a convolution of {} channels was given {:?}", config.input, x.shape());
         }
-        let size = self.config.output_size([t, h, w])?;
+        let size = config.padded_size(&padding, [t, h, w])?;
         match &self.inner {
             Inner::Packed { weight, bias } => {
                 let tracked = x.track_op() || residual.is_some_and(Tensor::track_op);
@@ -230,10 +274,10 @@ impl Conv3d {
                     candle_core::bail!("packed weights have no gradient: load under set_generic_only(true)");
                 }
                 let bias = bias.as_ref().map(|b| b.as_slice());
-                direct::forward(&self.config, weight, bias, x, size, residual, norm)
+                direct::forward((config, &padding), weight, bias, x, size, residual, norm)
             }
             Inner::Taps { weight, bias } => {
-                let mut y = taps::forward(&self.config, weight, x, size)?;
+                let mut y = taps::forward(config, &padding, weight, x, size)?;
                 if let Some(bias) = bias {
                     y = y.broadcast_add(bias)?;
                 }

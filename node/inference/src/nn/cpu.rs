@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Result, Storage, StorageRef, Tensor};
 
 thread_local! {
     static GENERIC_ONLY: Cell<bool> = const { Cell::new(false) };
+    static SHAPES_ONLY: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Makes this thread use candle's own operations only; for tests and benches that compare the two ways.
@@ -17,6 +18,20 @@ pub fn set_generic_only(on: bool) {
 #[must_use]
 pub fn generic_only() -> bool {
     GENERIC_ONLY.with(Cell::get)
+}
+
+/// Runs `build` while this thread's layers keep their weights as they were given, without a copy in the kernels' own
+/// order: such layers cannot compute, but a whole model of them takes no memory.
+pub(crate) fn with_shapes_only<T>(build: impl FnOnce() -> T) -> T {
+    let before = SHAPES_ONLY.with(|flag| flag.replace(true));
+    let built = build();
+    SHAPES_ONLY.with(|flag| flag.set(before));
+    built
+}
+
+/// Whether [`with_shapes_only`] is running in this thread.
+pub(crate) fn shapes_only() -> bool {
+    SHAPES_ONLY.with(Cell::get)
 }
 
 /// Whether the CPU kernels may compute on these tensors: f32, on the CPU, and nobody wants a gradient.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::cpu::{View, generic_only};
+use super::cpu::{View, generic_only, shapes_only};
 use super::ops;
 use super::pack::{Epilogue, Packed, product};
 
@@ -52,7 +52,7 @@ impl Linear {
             );
         }
         let tracked = weight.track_op() || bias.as_ref().is_some_and(Tensor::track_op);
-        if !weight.device().is_cpu() || tracked || generic_only() {
+        if !weight.device().is_cpu() || tracked || generic_only() || shapes_only() {
             return Ok(Self { inner: Inner::Plain { weight, bias }, input, output });
         }
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;

@@ -92,6 +92,27 @@ fn grow(x: &Tensor, residual: Option<&Tensor>, block: [usize; 3], skip: usize) -
     Tensor::from_vec(out, (b, frames, height, width, c), x.device())
 }
 
+/// Nearest positions: `(b, t, h, w, c)` to `(b, t', h rows, w columns, c)` where each frame stands `frames` times, or the
+/// first one once where `first_alone`.
+///
+/// # Errors
+/// When the device fails.
+pub fn repeat(x: &Tensor, [frames, rows, columns]: [usize; 3], first_alone: bool) -> Result<Tensor> {
+    let (_, t, h, w, _) = x.dims5()?;
+    let times = |count: usize, factor: usize| (0..count * factor).map(move |i| (i / factor) as u32);
+    let skip = if first_alone { frames.saturating_sub(1) } else { 0 };
+    let axes: [(usize, Vec<u32>, bool); 3] = [
+        (1, times(t, frames).skip(skip).collect(), frames > 1),
+        (2, times(h, rows).collect(), rows > 1),
+        (3, times(w, columns).collect(), columns > 1),
+    ];
+    let mut x = x.contiguous()?;
+    for (axis, index, _) in axes.into_iter().filter(|(_, _, grows)| *grows) {
+        x = x.index_select(&Tensor::new(index, x.device())?, axis)?;
+    }
+    Ok(x)
+}
+
 /// `(b, t st, h sh, w sw, c)` to `(b, t, h, w, c st sh sw)`: channels are ordered with the block's position last.
 ///
 /// # Errors

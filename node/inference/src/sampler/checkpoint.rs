@@ -1,9 +1,10 @@
 //! The state between two steps, as a tensor and as bytes, so that a run goes on elsewhere bit for bit.
 //!
-//! The bytes are one safetensors file: tensor `latents` (f32), and in its metadata the steps done, the sigmas, the
-//! request's digest and the hashes of the steps before.
+//! The bytes are one safetensors file: tensor `latents` (f32), a tensor `memory.NAME` (f32) for each thing that the
+//! sampler remembers of earlier steps, and in its metadata the steps done, the sigmas, the request's digest and the
+//! hashes of the steps before.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -15,6 +16,9 @@ pub const MAX_STEPS: usize = 100_000;
 /// The most bytes of history that a checkpoint carries.
 pub const MAX_HISTORY: usize = 16 * 1024;
 
+/// The most tensors that a sampler remembers.
+pub const MAX_MEMORY: usize = 64;
+
 /// Where a run can be taken up again.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
@@ -22,8 +26,10 @@ pub struct Checkpoint {
     pub steps_done: usize,
     /// The schedule's noise levels.
     pub sigmas: Vec<f32>,
-    /// Packed latents `[1, tokens, C]`, f32, on the CPU.
+    /// The latents in the shape in which the model keeps them between steps, f32, on the CPU.
     pub latents: Tensor,
+    /// What the sampler remembers of earlier steps, f32, on the CPU; empty for one that looks at the latents alone.
+    pub memory: BTreeMap<String, Tensor>,
     /// blake3 of everything in the request that the result depends on.
     pub request_digest: [u8; 32],
     /// blake3 of the latents after each step that is done.
@@ -39,8 +45,14 @@ impl Checkpoint {
     /// # Errors
     /// When the latents cannot be read back.
     pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
-        let bytes = latents_bytes(&self.latents)?;
-        let view = TensorView::new(Dtype::F32, self.latents.dims().to_vec(), &bytes).map_err(unreadable)?;
+        let mut tensors = vec![(LATENTS.to_owned(), &self.latents)];
+        tensors.extend(self.memory.iter().map(|(name, tensor)| (format!("{MEMORY}{name}"), tensor)));
+        let bytes = tensors.iter().map(|(_, tensor)| latents_bytes(tensor)).collect::<Result<Vec<_>, _>>()?;
+        let views = tensors.iter().zip(&bytes).map(|((name, tensor), bytes)| {
+            let view = TensorView::new(Dtype::F32, tensor.dims().to_vec(), bytes).map_err(unreadable)?;
+            Ok((name.as_str(), view))
+        });
+        let views = views.collect::<Result<Vec<_>, Error>>()?;
         let sigmas: Vec<String> = self.sigmas.iter().map(|s| format!("{:08x}", s.to_bits())).collect();
         let metadata = HashMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
@@ -50,7 +62,7 @@ impl Checkpoint {
             ("hashes".to_owned(), self.step_hashes.iter().map(to_hex).collect::<Vec<_>>().join(",")),
             ("history".to_owned(), self.history.iter().map(|byte| format!("{byte:02x}")).collect()),
         ]);
-        safetensors::serialize([(LATENTS, view)], Some(metadata)).map_err(unreadable)
+        safetensors::serialize(views, Some(metadata)).map_err(unreadable)
     }
 
     /// Reads what [`Checkpoint::to_bytes`] wrote.
@@ -75,19 +87,36 @@ impl Checkpoint {
             return Err(fault("its counts of steps, sigmas and hashes do not fit"));
         }
         let tensors = SafeTensors::deserialize(bytes).map_err(unreadable)?;
-        let view = tensors.tensor(LATENTS).map_err(unreadable)?;
-        if view.dtype() != Dtype::F32 {
-            return Err(fault("its latents are not f32"));
+        let latents = tensor_of(&tensors.tensor(LATENTS).map_err(unreadable)?)?;
+        if tensors.len() > 1 + MAX_MEMORY {
+            return Err(fault(&format!(
+                "it holds {} tensors, the limit is {}",
+                tensors.len(),
+                1 + MAX_MEMORY
+            )));
         }
-        let latents = Tensor::from_raw_buffer(view.data(), DType::F32, view.shape(), &Device::Cpu)?;
+        let mut memory = BTreeMap::new();
+        for (name, view) in tensors.tensors() {
+            if let Some(name) = name.strip_prefix(MEMORY) {
+                memory.insert(name.to_owned(), tensor_of(&view)?);
+            }
+        }
         let history = bytes_of_hex(field("history")?)?;
         let request_digest = from_hex(field("request")?)?;
-        Ok(Self { steps_done, sigmas, latents, request_digest, step_hashes, history })
+        Ok(Self { steps_done, sigmas, latents, memory, request_digest, step_hashes, history })
     }
 }
 
 const FORMAT: &str = "kinoflock-checkpoint-1";
 const LATENTS: &str = "latents";
+const MEMORY: &str = "memory.";
+
+fn tensor_of(view: &TensorView<'_>) -> Result<Tensor, Error> {
+    if view.dtype() != Dtype::F32 {
+        return Err(fault("a tensor in it is not f32"));
+    }
+    Ok(Tensor::from_raw_buffer(view.data(), DType::F32, view.shape(), &Device::Cpu)?)
+}
 
 /// The little-endian f32 bytes of a tensor, in its order: what a step hash is taken over.
 ///
@@ -143,6 +172,10 @@ mod tests {
             steps_done: 1,
             sigmas: vec![1.0, 0.3, 0.0],
             latents: Tensor::new(&[[[1.5f32, f32::MIN_POSITIVE]]], &Device::Cpu).unwrap(),
+            memory: BTreeMap::from([(
+                "x0".to_owned(),
+                Tensor::new(&[[0.1f32], [-7.0]], &Device::Cpu).unwrap(),
+            )]),
             request_digest: [7; 32],
             step_hashes: vec![[9; 32]],
             history: vec![0, 17, 255],
@@ -155,6 +188,9 @@ mod tests {
         let back = Checkpoint::from_bytes(&bytes).unwrap();
         assert_eq!(latents_bytes(&back.latents).unwrap(), latents_bytes(&sample().latents).unwrap());
         assert_eq!(back.sigmas, sample().sigmas);
+        assert_eq!(back.memory.keys().collect::<Vec<_>>(), ["x0"]);
+        let values = |state: &Checkpoint| state.memory["x0"].to_vec2::<f32>().unwrap();
+        assert_eq!(values(&back), values(&sample()));
         assert_eq!((back.steps_done, back.request_digest, back.step_hashes), (1, [7; 32], vec![[9; 32]]));
         assert_eq!(back.history, [0, 17, 255]);
     }

@@ -4,39 +4,33 @@
 //! (cells; pixels and seconds with the first frame counted once), in the step's rule (by index; by timestep), and in
 //! the text encoder's attention (to the filling too; to the prompt alone).
 
-mod audit;
-mod latents;
-mod run;
+mod parts;
 
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use serde::Deserialize;
 
 use super::config::TransformerConfig;
 use super::transformer::LtxTransformer;
 use super::vae::{LtxVae, LtxVaeConfig};
-use crate::audit::{Commitment, Transition};
 use crate::error::Error;
-use crate::frames::RgbFrames;
+use crate::folder::{Extras, load_flow_match, open_weights};
+pub use crate::folder::{TEXT_STEM, WEIGHTS_STEM};
+use crate::pipeline::latents::LatentRgb;
+pub use crate::pipeline::latents::{pack, unpack};
+use crate::pipeline::run::VideoModel;
 use crate::pipeline::{
-    Defaults, FrameRule, GenerateRequest, Generated, LoadOptions, Observer, Pipeline, PipelineInfo,
-    WorkConfig, config_error, read_json,
+    Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
+    read_json,
 };
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
-use crate::text::{PromptTokenizer, T5Config, T5Encoder};
-use crate::weights::Weights;
-pub use latents::{LatentRgb, pack, unpack};
+use crate::text::PromptEncoder;
 
 /// The architecture's name.
 pub const NAME: &str = "ltx-video";
 /// The pipeline classes that this module computes.
 pub const CLASSES: &[&str] = &["LTXPipeline", "LTXConditionPipeline"];
-/// Stem of the transformer's and the VAE's weight files.
-pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
-/// Stem of the text encoder's weight files.
-pub const TEXT_STEM: &str = "model";
 /// What the reference makes when it is told nothing.
 pub const DEFAULTS: Defaults =
     Defaults { width: 704, height: 512, frames: 161, fps: 25.0, steps: 50, guidance: 3.0 };
@@ -76,21 +70,12 @@ pub struct LtxPipeline {
     info: PipelineInfo,
     class: LtxClass,
     scheduler: FlowMatchConfig,
-    tokenizer: PromptTokenizer,
-    text_encoder: T5Encoder,
+    text: PromptEncoder,
     transformer: LtxTransformer,
     vae: LtxVae,
     latent_rgb: LatentRgb,
     device: Device,
     dtype: DType,
-}
-
-/// `kinoflock.json`: what the published layout has no place for.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct Extras {
-    defaults: Option<Defaults>,
-    latent_rgb: Option<LatentRgb>,
 }
 
 impl LtxPipeline {
@@ -112,18 +97,15 @@ impl LtxPipeline {
         index.expect(folder, "text_encoder", &["T5EncoderModel"])?;
         index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
         index.expect(folder, "scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
-        let scheduler = load_scheduler(folder)?;
-        let tokenizer = PromptTokenizer::load(&folder.join("tokenizer"))?;
-        let extras = Extras::read(folder)?;
-        let (text_encoder, text_parameters) = load_text_encoder(folder, options)?;
+        let scheduler = load_flow_match(folder)?;
+        let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens())?;
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
-        let most = class.text_tokens();
-        let token_limit = tokenizer.max_length.map_or(most, |limit| limit.min(most));
+        let token_limit = text.limit();
         let work = work_config(transformer.config(), &vae, token_limit, parameters);
+        let extras = Extras::read(folder, work.latent_channels)?;
         let latent_rgb = extras.latent_rgb.unwrap_or_default();
-        latent_rgb.check(&folder.join("kinoflock.json"), work.latent_channels)?;
         let defaults = extras.defaults.unwrap_or(DEFAULTS);
         let info = PipelineInfo {
             architecture: NAME.to_owned(),
@@ -134,18 +116,7 @@ impl LtxPipeline {
             work,
         };
         let device = options.device.clone();
-        Ok(Self {
-            info,
-            class,
-            scheduler,
-            tokenizer,
-            text_encoder,
-            transformer,
-            vae,
-            latent_rgb,
-            device,
-            dtype: options.dtype,
-        })
+        Ok(Self { info, class, scheduler, text, transformer, vae, latent_rgb, device, dtype: options.dtype })
     }
 
     /// Computes as the other pipeline class from now on.
@@ -161,6 +132,7 @@ impl LtxPipeline {
     /// Reads more or fewer text tokens from now on.
     pub fn set_token_limit(&mut self, limit: usize) {
         self.info.token_limit = limit;
+        self.text.set_limit(limit);
     }
 
     /// The points that a request's run goes through.
@@ -168,7 +140,7 @@ impl LtxPipeline {
     /// # Errors
     /// When its timesteps do not fall or it has no steps.
     pub fn schedule(&self, request: &GenerateRequest) -> Result<Schedule, Error> {
-        run::schedule(self, request)
+        parts::schedule(self, request)
     }
 
     /// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1, as a request says.
@@ -181,7 +153,7 @@ impl LtxPipeline {
         request: &GenerateRequest,
         observer: &dyn Observer,
     ) -> Result<Tensor, Error> {
-        run::decode(self, request, latents, observer)
+        self.decode(request, latents, observer)
     }
 
     /// The embeddings `[1, tokens, width]` of a prompt and their mask `[1, tokens]` (u8).
@@ -189,76 +161,8 @@ impl LtxPipeline {
     /// # Errors
     /// [`Error::PromptTooLong`] where it is and `truncate` is false, or what the device reports.
     pub fn encode_prompt(&self, prompt: &str, truncate: bool) -> Result<(Tensor, Tensor), Error> {
-        let limit = self.info.token_limit;
-        let encoded = self.tokenizer.encode(prompt, limit)?;
-        if let Some(cut_text) = encoded.cut_text.filter(|_| !truncate) {
-            return Err(Error::PromptTooLong { tokens: encoded.tokens, limit, cut_text });
-        }
-        let ids = Tensor::from_vec(encoded.ids, (1, limit), &self.device)?;
-        let mask = Tensor::from_vec(encoded.mask, (1, limit), &self.device)?;
-        let seen = (self.class == LtxClass::Condition).then_some(&mask);
-        Ok((self.text_encoder.forward(&ids, seen)?, mask))
+        self.text.encode(prompt, truncate, self.class == LtxClass::Condition)
     }
-}
-
-impl Pipeline for LtxPipeline {
-    fn info(&self) -> &PipelineInfo {
-        &self.info
-    }
-
-    fn count_tokens(&self, prompt: &str) -> Result<usize, Error> {
-        Ok(self.tokenizer.ids(prompt)?.len())
-    }
-
-    fn check(&self, request: &GenerateRequest) -> Result<(), Error> {
-        run::check(self, request)
-    }
-
-    fn generate(
-        &mut self,
-        request: &GenerateRequest,
-        observer: &mut dyn Observer,
-    ) -> Result<Generated, Error> {
-        run::generate(self, request, observer)
-    }
-
-    fn commitment(&self, request: &GenerateRequest) -> Result<Commitment, Error> {
-        audit::commitment(self, request)
-    }
-
-    fn start(&self, request: &GenerateRequest) -> Result<Tensor, Error> {
-        audit::start(self, request)
-    }
-
-    fn transition(
-        &mut self,
-        request: &GenerateRequest,
-        index: usize,
-        latents: &Tensor,
-    ) -> Result<Transition, Error> {
-        audit::transition(self, request, index, latents)
-    }
-
-    fn frames(&self, request: &GenerateRequest, latents: &Tensor) -> Result<RgbFrames, Error> {
-        audit::frames(self, request, latents)
-    }
-}
-
-impl Extras {
-    fn read(folder: &Path) -> Result<Self, Error> {
-        let file = folder.join("kinoflock.json");
-        if file.exists() { read_json(&file) } else { Ok(Self::default()) }
-    }
-}
-
-/// A folder's scheduler configuration, checked.
-///
-/// # Errors
-/// When it cannot be read or holds a setting that is not computed here.
-pub fn load_scheduler(folder: &Path) -> Result<FlowMatchConfig, Error> {
-    let scheduler: FlowMatchConfig = read_json(&folder.join("scheduler").join("scheduler_config.json"))?;
-    scheduler.check()?;
-    Ok(scheduler)
 }
 
 /// A folder's transformer, and how many parameters it has.
@@ -268,24 +172,9 @@ pub fn load_scheduler(folder: &Path) -> Result<FlowMatchConfig, Error> {
 pub fn load_transformer(folder: &Path, options: &LoadOptions) -> Result<(LtxTransformer, u64), Error> {
     let part = folder.join("transformer");
     let config = TransformerConfig::read(&part.join("config.json"))?;
-    let weights = open(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
     let transformer = weights.build(|vb| LtxTransformer::load(&config, &vb))?;
     Ok((transformer, weights.parameters()))
-}
-
-/// A folder's text encoder, and how many parameters it has. T5 overflows in f16: it is bf16 there.
-///
-/// # Errors
-/// See [`crate::load`].
-pub fn load_text_encoder(folder: &Path, options: &LoadOptions) -> Result<(T5Encoder, u64), Error> {
-    let part = folder.join("text_encoder");
-    let file = part.join("config.json");
-    let config: T5Config = read_json(&file)?;
-    config.check(&file)?;
-    let dtype = if options.dtype == DType::F16 { DType::BF16 } else { options.dtype };
-    let weights = open(&part, TEXT_STEM, options, dtype)?;
-    let encoder = weights.build(|vb| T5Encoder::load(&config, &vb))?;
-    Ok((encoder, weights.parameters()))
 }
 
 /// A folder's VAE, with its encoder where asked for, and how many parameters its files hold.
@@ -297,14 +186,10 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
     let file = part.join("config.json");
     let config = LtxVaeConfig::from_value(&read_json(&file)?)
         .map_err(|error| config_error(&file, &error.key, &error.value, &error.reason))?;
-    let weights = open(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
     let load = if encoder { LtxVae::load } else { LtxVae::load_decoder };
     let vae = weights.build(|vb| load(&config, vb))?;
     Ok((vae, weights.parameters()))
-}
-
-fn open(part: &Path, stem: &str, options: &LoadOptions, dtype: DType) -> Result<Weights, Error> {
-    Ok(Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?)
 }
 
 /// Latent frames come in whole tokens, and the first one is a single picture.

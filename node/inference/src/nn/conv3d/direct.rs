@@ -2,14 +2,14 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{Conv3dConfig, Edge};
+use super::{Conv3dConfig, Edge, Padding};
 use crate::nn::cpu::View;
 use crate::nn::norm::Norm;
 use crate::nn::pack::{Epilogue, Packed, TILE, ZERO, product};
 
 /// `(batch, time, height, width, input)` to the result of `size`, with bias, residual and norm.
 pub(super) fn forward(
-    config: &Conv3dConfig,
+    (config, padding): (&Conv3dConfig, &Padding),
     weight: &Packed,
     bias: Option<&[f32]>,
     x: &Tensor,
@@ -29,7 +29,7 @@ pub(super) fn forward(
     };
     let residual = residual.as_ref().map(View::new).transpose()?;
     let view = View::new(&source)?;
-    let tables = Tables::new(config, [t, h, w], size, channels);
+    let tables = Tables::new(config, padding, [t, h, w], size, channels);
     let pixels = size.iter().product::<usize>();
     let held = match norm {
         Some(norm) => Some(norm.hold(batch, config.output)?),
@@ -64,9 +64,14 @@ struct Tables {
 }
 
 impl Tables {
-    fn new(config: &Conv3dConfig, size: [usize; 3], out: [usize; 3], channels: usize) -> Self {
+    fn new(
+        config: &Conv3dConfig,
+        padding: &Padding,
+        size: [usize; 3],
+        out: [usize; 3],
+        channels: usize,
+    ) -> Self {
         let strides = [size[1] * size[2] * channels, size[2] * channels, channels];
-        let padding = config.padding();
         let axes = std::array::from_fn(|axis| {
             let (before, _, edge) = padding[axis];
             let mut table = Vec::with_capacity(out[axis] * config.kernel[axis]);

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Conv3dConfig, Edge};
+use super::{Conv3dConfig, Edge, Padding};
 
 /// `(output, input, time, height, width)` to `(time * height, width * input, output)`.
 pub(super) fn weights(config: &Conv3dConfig, weight: &Tensor) -> Result<Tensor> {
@@ -13,13 +13,14 @@ pub(super) fn weights(config: &Conv3dConfig, weight: &Tensor) -> Result<Tensor> 
 /// `(batch, time, height, width, input)` to the result of `size` without a bias.
 pub(super) fn forward(
     config: &Conv3dConfig,
+    padding: &Padding,
     weight: &Tensor,
     x: &Tensor,
     size: [usize; 3],
 ) -> Result<Tensor> {
     let batch = x.dim(0)?;
     let mut padded = x.clone();
-    for (axis, (before, after, edge)) in config.padding().into_iter().enumerate() {
+    for (axis, (before, after, edge)) in padding.iter().copied().enumerate() {
         if before + after > 0 {
             padded = match edge {
                 Edge::Zeros => padded.pad_with_zeros(axis + 1, before, after)?,

@@ -60,7 +60,11 @@ pub struct LatentRgb {
 }
 
 impl LatentRgb {
-    pub(super) fn check(&self, file: &Path, channels: usize) -> std::result::Result<(), Error> {
+    /// Checks that there are no factors or a row for each channel; `file` is where they stand.
+    ///
+    /// # Errors
+    /// Another number of rows.
+    pub fn check(&self, file: &Path, channels: usize) -> std::result::Result<(), Error> {
         let rows = self.factors.len();
         if rows == 0 || rows == channels {
             return Ok(());

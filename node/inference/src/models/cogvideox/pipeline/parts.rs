@@ -1,0 +1,239 @@
+//! CogVideoX's parts of a run: its schedule and sizes, the guided prediction, its step, its decode.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::CogVideoXPipeline;
+use crate::error::Error;
+use crate::frames::RgbFrames;
+use crate::models::cogvideox::transformer::Positions;
+use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::rng::{Stream, normal_tensor};
+use crate::sampler::guidance::{guide, rescale};
+use crate::sampler::{DiffusionSampler, DiffusionSchedule};
+
+/// What the sampler of second order remembers: the clean latents that the step before predicted.
+const EARLIER: &str = "earlier";
+
+/// What follows from a request without the network.
+pub struct Plan {
+    sampler: DiffusionSampler,
+    schedule: DiffusionSchedule,
+    /// Latent frames, rows and columns, with those that fill up the first token.
+    cells: [usize; 3],
+    channels: usize,
+    /// Latent frames at the beginning that are dropped before the decode.
+    dropped: usize,
+}
+
+impl Plan {
+    fn volume(&self) -> [usize; 5] {
+        let [frames, rows, columns] = self.cells;
+        [1, self.channels, frames, rows, columns]
+    }
+
+    fn shape(&self) -> [usize; 5] {
+        let [frames, rows, columns] = self.cells;
+        [1, frames, self.channels, rows, columns]
+    }
+}
+
+/// What stays the same over all steps.
+pub struct Context {
+    /// Negative prompt first where there is one, `[1 or 2, tokens, width]`.
+    text: Tensor,
+    positions: Positions,
+}
+
+impl VideoModel for CogVideoXPipeline {
+    type Plan = Plan;
+    type Context = Context;
+
+    fn facts(&self) -> &PipelineInfo {
+        &self.info
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
+        self.text.tokens(prompt)
+    }
+
+    fn prompt_fits(&self, prompt: &str, truncate: bool) -> Result<(), Error> {
+        self.text.check(prompt, truncate)
+    }
+
+    fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
+        if let Some(timesteps) = &request.timesteps {
+            let given = timesteps.len() as f64;
+            let rule = "this model's sampler has its own timesteps: say how many steps instead";
+            return Err(Error::Number { field: "number of timesteps", given, rule });
+        }
+        let work = &self.info.work;
+        let frames = (request.frames - 1) / work.temporal_ratio + 1;
+        let dropped = frames.next_multiple_of(work.patch[0]) - frames;
+        let cells =
+            [frames + dropped, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
+        check_grid(self, request, cells)?;
+        let schedule = self.schedule(request)?;
+        let plan = Plan { sampler: self.sampler, schedule, cells, channels: work.latent_channels, dropped };
+        check_noise(request, &plan)?;
+        Ok(plan)
+    }
+
+    fn course<'a>(&self, plan: &'a Plan) -> Course<'a> {
+        let sampler = match plan.sampler {
+            DiffusionSampler::Ddim => "diffusion-ddim",
+            DiffusionSampler::Dpm => "diffusion-dpm",
+        };
+        Course { sampler, sigmas: &plan.schedule.sigmas, timesteps: &plan.schedule.timesteps }
+    }
+
+    fn latents_shape(&self, plan: &Plan, _done: usize) -> Vec<usize> {
+        plan.shape().to_vec()
+    }
+
+    fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
+        initial(request, &plan.volume(), &plan.shape(), |noise| noise.transpose(1, 2)?.contiguous())
+    }
+
+    fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
+        let mut text = self.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        if self.is_guided(request) {
+            let negative = self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?;
+            text = Tensor::cat(&[negative, text], 0)?;
+        }
+        let positions = self.transformer.positions(plan.cells, text.dim(1)?, &self.device)?;
+        Ok(Context { text: self.transformer.project_text(&text)?, positions })
+    }
+
+    fn output(
+        &self,
+        request: &GenerateRequest,
+        plan: &Plan,
+        context: &Context,
+        index: usize,
+        state: &State,
+    ) -> Result<Tensor, Error> {
+        let batch = context.text.dim(0)?;
+        let input = Tensor::cat(&vec![&state.latents; batch], 0)?;
+        let timestep = plan.schedule.timesteps[index];
+        let timesteps = Tensor::from_vec(vec![timestep; batch], batch, &self.device)?;
+        let output = self.transformer.forward(&input, &timesteps, &context.text, &context.positions)?;
+        let output = output.to_dtype(DType::F32)?;
+        if batch == 1 {
+            return Ok(output);
+        }
+        let (negative, positive) = (output.narrow(0, 0, 1)?, output.narrow(0, 1, 1)?);
+        let guided = guide(&negative, &positive, guidance(request, f64::from(timestep)))?;
+        if request.guidance_rescale > 0.0 {
+            return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
+        }
+        Ok(guided)
+    }
+
+    fn advance(
+        &self,
+        request: &GenerateRequest,
+        plan: &Plan,
+        index: usize,
+        state: &mut State,
+        output: &Tensor,
+    ) -> Result<Tensor, Error> {
+        let schedule = &plan.schedule;
+        let step = match plan.sampler {
+            DiffusionSampler::Ddim => schedule.ddim(index, &state.latents, output)?,
+            DiffusionSampler::Dpm => {
+                let noise = step_noise(request, plan, index)?.to_device(&self.device)?;
+                let earlier = state.memory.get(EARLIER);
+                schedule.dpm(index, &state.latents, output, earlier, &noise)?
+            }
+        };
+        state.latents = step.sample;
+        if plan.sampler == DiffusionSampler::Dpm {
+            state.memory.insert(EARLIER.to_owned(), step.predicted.clone());
+        }
+        Ok(step.predicted)
+    }
+
+    fn preview(&self, plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
+        Ok(self.latent_rgb.project(&self.volume(plan, predicted)?)?)
+    }
+
+    fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
+        let kept = latents.narrow(1, plan.dropped, plan.cells[0] - plan.dropped)?;
+        Ok(kept.transpose(1, 2)?.contiguous()?)
+    }
+
+    fn decode(
+        &self,
+        request: &GenerateRequest,
+        volume: &Tensor,
+        observer: &dyn Observer,
+    ) -> Result<Tensor, Error> {
+        let z = self.vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
+        let video = watched(observer, |watch| self.vae.decode(&z, request.decode.tile, watch, None))?;
+        let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
+        Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+    }
+}
+
+/// Tokens that span several latent frames have positions up to the trained grid's end alone.
+fn check_grid(model: &CogVideoXPipeline, request: &GenerateRequest, cells: [usize; 3]) -> Result<(), Error> {
+    let config = model.transformer.config();
+    if !config.use_rotary_positional_embeddings || config.patch_size_t.is_none() {
+        return Ok(());
+    }
+    let sides = [
+        ("height", request.height, cells[1], config.sample_height),
+        ("width", request.width, cells[2], config.sample_width),
+    ];
+    match sides.into_iter().find(|(_, _, cells, most)| cells > most) {
+        Some((field, given, ..)) => {
+            let rule = "the model has no positions for so large a picture";
+            Err(Error::Number { field, given: given as f64, rule })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Given noise is of the latents' shape and as much as the steps take.
+fn check_noise(request: &GenerateRequest, plan: &Plan) -> Result<(), Error> {
+    let given = &request.step_noise;
+    if given.is_empty() || plan.sampler == DiffusionSampler::Ddim {
+        return Ok(());
+    }
+    let needed = plan.schedule.reference_draw(plan.schedule.steps() - 1) + 1;
+    if given.len() < needed {
+        let rule = "the steps draw more noise than that";
+        return Err(Error::Number { field: "number of step_noise", given: given.len() as f64, rule });
+    }
+    match given.iter().find(|noise| noise.dims() != plan.shape()) {
+        Some(noise) => {
+            let (given, needed) = (noise.dims().to_vec(), plan.shape().to_vec());
+            Err(Error::LatentShape { what: "step_noise", given, needed })
+        }
+        None => Ok(()),
+    }
+}
+
+/// The noise of a step: the request's, or its own stream of the seed, so that it does not matter where a run began.
+fn step_noise(request: &GenerateRequest, plan: &Plan, index: usize) -> Result<Tensor, Error> {
+    match request.step_noise.get(plan.schedule.reference_draw(index)) {
+        Some(noise) => Ok(noise.to_dtype(DType::F32)?),
+        None => Ok(normal_tensor(request.seed, Stream::Step(index as u32), &plan.shape()[..], &Device::Cpu)?),
+    }
+}
+
+/// The guidance at a timestep. Where it is dynamic it follows the reference, whose formula takes the timestep (999 to 0)
+/// where one would expect the step's number.
+fn guidance(request: &GenerateRequest, timestep: f64) -> f64 {
+    if !request.dynamic_guidance {
+        return request.guidance;
+    }
+    let steps = request.steps as f64;
+    let angle = std::f64::consts::PI * ((steps - timestep) / steps).powf(5.0);
+    1.0 + request.guidance * ((1.0 - angle.cos()) / 2.0)
+}

@@ -1,0 +1,190 @@
+//! CogVideoX's variational autoencoder (diffusers' `AutoencoderKLCogVideoX`): causal 3D convolutions, group norms, 8x in
+//! space and 4x in time.
+//!
+//! Clips go through in runs of frames: eight of a video, two of latents, and what is left over together with the first
+//! run. Causal convolutions remember the frames before a run ([`FrameCache`]); the group norms look at a run alone, so
+//! the runs' length is a part of the model. The decoder's norms are modulated by the latents themselves. Inside,
+//! activations are `(batch, time, height, width, channels)`; at the interface videos and latents are
+//! `(batch, channels, time, height, width)`.
+
+mod blocks;
+mod tiles;
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::config::VaeConfig;
+use crate::nn::frame_cache::FrameCache;
+use blocks::{Decoder, Encoder};
+
+/// Frames of a video in a run of the encoder.
+const ENCODE_RUN: usize = 8;
+/// Latent frames in a run of the decoder.
+const DECODE_RUN: usize = 2;
+
+/// Sees each block's result in a run by the name that the reference gives the block, such as `decoder.mid_block.0`, as
+/// `(batch, channels, time, height, width)`.
+pub type Trace<'a> = &'a mut dyn FnMut(&str, &Tensor) -> Result<()>;
+
+/// Shows a channels-last activation to whoever looks.
+fn show(trace: &mut Option<Trace<'_>>, name: &str, x: &Tensor) -> Result<()> {
+    match trace {
+        Some(trace) => trace(name, &channels_first(x)?),
+        None => Ok(()),
+    }
+}
+
+fn channels_first(x: &Tensor) -> Result<Tensor> {
+    x.permute((0, 4, 1, 2, 3))?.contiguous()
+}
+
+fn channels_last(x: &Tensor) -> Result<Tensor> {
+    x.permute((0, 2, 3, 4, 1))?.contiguous()
+}
+
+/// What an encoder says of a video: a normal distribution over latents, `(batch, channels, time, height, width)`.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    /// The mean, which is also the mode.
+    pub mean: Tensor,
+    /// The logarithm of the variance, within -30 to 20.
+    pub logvar: Tensor,
+}
+
+/// The autoencoder.
+#[derive(Debug)]
+pub struct CogVideoXVae {
+    config: VaeConfig,
+    encoder: Option<Encoder>,
+    decoder: Decoder,
+}
+
+impl CogVideoXVae {
+    /// Loads encoder and decoder.
+    ///
+    /// # Errors
+    /// When a tensor is missing or of another shape.
+    pub fn load(config: &VaeConfig, vb: VarBuilder) -> Result<Self> {
+        let encoder = Some(Encoder::load(config, &vb.pp("encoder"))?);
+        Ok(Self { encoder, ..Self::load_decoder(config, vb)? })
+    }
+
+    /// Loads the decoder alone, which is all that text to video needs.
+    ///
+    /// # Errors
+    /// When a tensor is missing or of another shape.
+    pub fn load_decoder(config: &VaeConfig, vb: VarBuilder) -> Result<Self> {
+        let decoder = Decoder::load(config, &vb.pp("decoder"))?;
+        Ok(Self { config: config.clone(), encoder: None, decoder })
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config(&self) -> &VaeConfig {
+        &self.config
+    }
+
+    /// Latents as the transformer gives them to latents as the decoder takes them.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn denormalize(&self, z: &Tensor) -> Result<Tensor> {
+        z * (1.0 / self.config.scaling_factor)
+    }
+
+    /// Denormalised latents to a video `(batch, 3, frames, height, width)` of about -1 to 1; `watch` is asked before
+    /// every run and ends the decode with its error.
+    ///
+    /// With `tile`, pictures are decoded in overlapping squares of about that many pixels, and overlaps are blended, as
+    /// the reference does. The group norms then look at a tile alone: a tiled decode is near the whole one, not the same.
+    ///
+    /// # Errors
+    /// When shapes do not fit, the device fails, or `watch` says so.
+    pub fn decode(
+        &self,
+        z: &Tensor,
+        tile: Option<usize>,
+        watch: &mut dyn FnMut() -> Result<()>,
+        mut trace: Option<Trace<'_>>,
+    ) -> Result<Tensor> {
+        let (_, channels, _, height, width) = z.dims5()?;
+        if channels != self.config.latent_channels {
+            candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.latent_channels);
+        }
+        let ratio = self.config.spatial_ratio();
+        match tile.map(|pixels| (pixels / ratio).max(tiles::LEAST)) {
+            Some(cells) if height > cells || width > cells => {
+                tiles::decode(z, cells, ratio, &mut |tile| self.decode_runs(tile, watch, &mut None))
+            }
+            _ => self.decode_runs(z, watch, &mut trace),
+        }
+    }
+
+    fn decode_runs(
+        &self,
+        z: &Tensor,
+        watch: &mut dyn FnMut() -> Result<()>,
+        trace: &mut Option<Trace<'_>>,
+    ) -> Result<Tensor> {
+        let mut cache = FrameCache::default();
+        let parts = runs(z.dim(2)?, DECODE_RUN).into_iter().map(|(start, len)| {
+            watch()?;
+            cache.rewind();
+            let run = channels_last(&z.narrow(2, start, len)?)?;
+            channels_first(&self.decoder.forward(&run, &mut cache, trace)?)
+        });
+        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 2)
+    }
+
+    /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not scaled.
+    ///
+    /// # Errors
+    /// When the encoder was not loaded, the video's sides are no multiples, or the device fails.
+    pub fn encode(&self, video: &Tensor, mut trace: Option<Trace<'_>>) -> Result<Moments> {
+        let Some(encoder) = &self.encoder else {
+            candle_core::bail!("this VAE was loaded without its encoder")
+        };
+        let (_, _, frames, height, width) = video.dims5()?;
+        let ratio = self.config.spatial_ratio();
+        if !(height.is_multiple_of(ratio) && width.is_multiple_of(ratio)) {
+            candle_core::bail!(
+                "a video of {height}x{width} cannot be encoded: sides must be multiples of {ratio}"
+            );
+        }
+        let mut cache = FrameCache::default();
+        let parts = runs(frames, ENCODE_RUN).into_iter().map(|(start, len)| {
+            cache.rewind();
+            let run = channels_last(&video.narrow(2, start, len)?)?;
+            channels_first(&encoder.forward(&run, &mut cache, &mut trace)?)
+        });
+        let moments = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 2)?;
+        let channels = self.config.latent_channels;
+        Ok(Moments {
+            mean: moments.narrow(1, 0, channels)?.contiguous()?,
+            logvar: moments.narrow(1, channels, channels)?.clamp(-30f32, 20f32)?,
+        })
+    }
+}
+
+/// Starts and lengths of runs of `len` frames; the first has what is left over as well.
+fn runs(frames: usize, len: usize) -> Vec<(usize, usize)> {
+    let rest = if frames < len { 0 } else { frames % len };
+    let first = (len + rest).min(frames);
+    std::iter::once((0, first)).chain((first..frames).step_by(len).map(|start| (start, len))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_cover_a_clip_and_the_first_takes_the_rest() {
+        assert_eq!(runs(1, 2), [(0, 1)]);
+        assert_eq!(runs(2, 2), [(0, 2)]);
+        assert_eq!(runs(3, 2), [(0, 3)]);
+        assert_eq!(runs(13, 2)[..3], [(0, 3), (3, 2), (5, 2)]);
+        assert_eq!(runs(9, 8), [(0, 9)]);
+        assert_eq!(runs(17, 8), [(0, 9), (9, 8)]);
+        assert_eq!(runs(5, 8), [(0, 5)]);
+    }
+}

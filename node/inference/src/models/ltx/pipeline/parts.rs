@@ -1,0 +1,317 @@
+//! LTX-Video's parts of a run: its schedule and positions, the guided velocity, its step, its decode.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{LtxClass, LtxPipeline, pack, unpack};
+use crate::error::Error;
+use crate::frames::RgbFrames;
+use crate::models::ltx::rope::{Positions, RopeTables};
+use crate::models::ltx::transformer::TextContext;
+use crate::models::ltx::vae::{DecodeSettings, Noise};
+use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::rng::{Stream, normal_tensor};
+use crate::sampler::guidance::{guide, rescale};
+use crate::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
+use crate::tiling::Tiling;
+
+/// Where the condition pipeline's schedule turns from linear to quadratic.
+const LINEAR_THRESHOLD: f64 = 0.025;
+
+/// What follows from a request without the network.
+pub struct Plan {
+    schedule: Schedule,
+    volume: Volume,
+    class: LtxClass,
+}
+
+impl VideoModel for LtxPipeline {
+    type Plan = Plan;
+    type Context = Context;
+
+    fn facts(&self) -> &PipelineInfo {
+        &self.info
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
+        self.text.tokens(prompt)
+    }
+
+    fn prompt_fits(&self, prompt: &str, truncate: bool) -> Result<(), Error> {
+        self.text.check(prompt, truncate)
+    }
+
+    fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
+        let (schedule, volume) = (schedule(self, request)?, Volume::of(self, request));
+        Ok(Plan { schedule, volume, class: self.class })
+    }
+
+    fn course<'a>(&self, plan: &'a Plan) -> Course<'a> {
+        let sampler = match plan.class {
+            LtxClass::Text => "flow-match-euler\0text",
+            LtxClass::Condition => "flow-match-euler\0cond",
+        };
+        Course { sampler, sigmas: &plan.schedule.sigmas, timesteps: &plan.schedule.timesteps }
+    }
+
+    fn latents_shape(&self, plan: &Plan, _done: usize) -> Vec<usize> {
+        plan.volume.packed_shape()
+    }
+
+    fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
+        let volume = &plan.volume;
+        initial(request, &volume.shape(), &volume.packed_shape(), |noise| pack(noise, volume.patch))
+    }
+
+    fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
+        Context::new(self, request, &plan.volume)
+    }
+
+    fn output(
+        &self,
+        request: &GenerateRequest,
+        plan: &Plan,
+        context: &Context,
+        index: usize,
+        state: &State,
+    ) -> Result<Tensor, Error> {
+        velocity(self, request, &plan.schedule, context, index, &state.latents)
+    }
+
+    fn advance(
+        &self,
+        _request: &GenerateRequest,
+        plan: &Plan,
+        index: usize,
+        state: &mut State,
+        output: &Tensor,
+    ) -> Result<Tensor, Error> {
+        let sigma = f64::from(plan.schedule.sigmas[index]);
+        let predicted = (&state.latents - (output * sigma)?)?;
+        state.latents = match plan.class {
+            LtxClass::Text => plan.schedule.step(index, &state.latents, output)?,
+            LtxClass::Condition => plan.schedule.step_from_timestep(index, &state.latents, output)?,
+        };
+        Ok(predicted)
+    }
+
+    fn change(&self, plan: &Plan, index: usize) -> Option<f32> {
+        Some(match plan.class {
+            LtxClass::Text => plan.schedule.change(index),
+            LtxClass::Condition => plan.schedule.change_from_timestep(index),
+        })
+    }
+
+    fn preview(&self, plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
+        Ok(self.latent_rgb.project(&self.volume(plan, predicted)?)?)
+    }
+
+    fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
+        Ok(unpack(latents, plan.volume.cells, plan.volume.patch)?)
+    }
+
+    fn decode(
+        &self,
+        request: &GenerateRequest,
+        volume: &Tensor,
+        observer: &dyn Observer,
+    ) -> Result<Tensor, Error> {
+        decode(self, request, volume, observer)
+    }
+}
+
+/// The clip in latent cells.
+struct Volume {
+    /// Frames, height, width.
+    cells: [usize; 3],
+    patch: [usize; 3],
+    channels: usize,
+}
+
+impl Volume {
+    fn of(model: &LtxPipeline, request: &GenerateRequest) -> Self {
+        let work = &model.info.work;
+        let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
+        let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
+        Self { cells, patch: work.patch, channels: work.latent_channels }
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        let [frames, height, width] = self.cells;
+        vec![1, self.channels, frames, height, width]
+    }
+
+    fn grid(&self) -> [usize; 3] {
+        std::array::from_fn(|axis| self.cells[axis] / self.patch[axis])
+    }
+
+    fn packed_shape(&self) -> Vec<usize> {
+        vec![1, self.grid().iter().product(), self.channels * self.patch.iter().product::<usize>()]
+    }
+}
+
+/// The points of a request's run.
+pub(super) fn schedule(model: &LtxPipeline, request: &GenerateRequest) -> Result<Schedule, Error> {
+    let given = request.timesteps.as_ref().map(|t| t.iter().map(|&t| t as f32).collect::<Vec<f32>>());
+    let config = &model.scheduler;
+    match model.class {
+        LtxClass::Text => {
+            let volume = Volume::of(model, request);
+            let mu = calculate_shift(config, volume.cells.iter().product());
+            let points = given.map_or(ScheduleRequest::Steps(request.steps), ScheduleRequest::Timesteps);
+            Ok(Schedule::new(config, &points, mu)?)
+        }
+        LtxClass::Condition => {
+            let scale = config.num_train_timesteps as f32;
+            let points = given.unwrap_or_else(|| {
+                linear_quadratic(request.steps, LINEAR_THRESHOLD)
+                    .into_iter()
+                    .map(|sigma| sigma * scale)
+                    .collect()
+            });
+            Ok(Schedule::new(&unshifted(config), &ScheduleRequest::Timesteps(points), 0.0)?)
+        }
+    }
+}
+
+/// The condition pipeline gives its timesteps itself and no `mu`: the reference refuses a scheduler with dynamic
+/// shifting there, and such models are run with one that shifts nothing.
+fn unshifted(config: &FlowMatchConfig) -> FlowMatchConfig {
+    if !config.use_dynamic_shifting {
+        return config.clone();
+    }
+    FlowMatchConfig { use_dynamic_shifting: false, shift: 1.0, shift_terminal: None, ..config.clone() }
+}
+
+/// What stays the same over all steps.
+pub struct Context {
+    text: TextContext,
+    rope: RopeTables,
+    guided: bool,
+}
+
+impl Context {
+    fn new(model: &LtxPipeline, request: &GenerateRequest, volume: &Volume) -> Result<Self, Error> {
+        let guided = model.is_guided(request);
+        let (mut text, mut mask) = model.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        if guided {
+            let (negative, its_mask) =
+                model.encode_prompt(&request.negative_prompt, request.truncate_prompt)?;
+            text = Tensor::cat(&[negative, text], 0)?;
+            mask = Tensor::cat(&[its_mask, mask], 0)?;
+        }
+        let text = model.transformer.text_context(&text, Some(&mask))?;
+        Ok(Self { text, rope: rope(model, request, volume)?, guided })
+    }
+}
+
+fn rope(model: &LtxPipeline, request: &GenerateRequest, volume: &Volume) -> Result<RopeTables, Error> {
+    let work = &model.info.work;
+    let (time, space) = (work.temporal_ratio as f64, work.spatial_ratio as f64);
+    let rope = model.transformer.rope();
+    let tables = match model.class {
+        LtxClass::Text => {
+            let scale = Some([time / request.fps, space, space]);
+            rope.tables(Positions::Grid { size: volume.grid(), scale }, &model.device)?
+        }
+        LtxClass::Condition => {
+            let coordinates = coordinates(volume, work.temporal_ratio, work.spatial_ratio, request.fps)?;
+            rope.tables(Positions::Coordinates(&coordinates), &model.device)?
+        }
+    };
+    Ok(tables)
+}
+
+/// `[1, 3, tokens]`: seconds at a cell's first frame, with the first latent frame a single picture, and pixels.
+fn coordinates(volume: &Volume, temporal: usize, spatial: usize, fps: f64) -> Result<Tensor, Error> {
+    let [frames, rows, columns] = volume.grid();
+    let [pt, ph, pw] = volume.patch;
+    let second = (1.0 / fps) as f32;
+    let tokens = frames * rows * columns;
+    let mut axes: [Vec<f32>; 3] = std::array::from_fn(|_| Vec::with_capacity(tokens));
+    for frame in 0..frames {
+        for row in 0..rows {
+            for column in 0..columns {
+                let picture = (frame * pt * temporal + 1).saturating_sub(temporal);
+                axes[0].push(picture as f32 * second);
+                axes[1].push((row * ph * spatial) as f32);
+                axes[2].push((column * pw * spatial) as f32);
+            }
+        }
+    }
+    Ok(Tensor::from_vec(axes.concat(), (1, 3, tokens), &Device::Cpu)?)
+}
+
+/// The guided model output at a step, from packed latents on the model's device; f32.
+fn velocity(
+    model: &LtxPipeline,
+    request: &GenerateRequest,
+    schedule: &Schedule,
+    context: &Context,
+    index: usize,
+    latents: &Tensor,
+) -> Result<Tensor, Error> {
+    let batch = if context.guided { 2 } else { 1 };
+    let input = if context.guided { Tensor::cat(&[latents, latents], 0)? } else { latents.clone() };
+    let timesteps = Tensor::from_vec(vec![schedule.timesteps[index]; batch], (batch, 1), &model.device)?;
+    let velocity = model.transformer.forward(&input, &timesteps, &context.text, &context.rope)?;
+    let velocity = velocity.to_dtype(DType::F32)?;
+    if !context.guided {
+        return Ok(velocity);
+    }
+    let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
+    let guided = guide(&negative, &positive, request.guidance)?;
+    if request.guidance_rescale > 0.0 {
+        return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
+    }
+    Ok(guided)
+}
+
+/// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1.
+fn decode(
+    model: &LtxPipeline,
+    request: &GenerateRequest,
+    latents: &Tensor,
+    observer: &dyn Observer,
+) -> Result<Tensor, Error> {
+    let conditioned = model.vae.config().decoder.timestep_conditioning;
+    let mut given = request.decode_noise.as_slice();
+    let mut z = model.vae.denormalize(&latents.to_device(&model.device)?)?;
+    let mut timestep = None;
+    if conditioned {
+        let noise = match given.split_first() {
+            Some((first, rest)) => {
+                given = rest;
+                decode_noise(first, &z)?
+            }
+            None => normal_tensor(request.seed, Stream::Decode, z.dims(), &model.device)?,
+        };
+        let scale = request.decode_noise_scale.unwrap_or(request.decode_timestep);
+        z = ((z * (1.0 - scale))? + (noise * scale)?)?;
+        timestep = Some(Tensor::new(&[request.decode_timestep as f32], &model.device)?);
+    }
+    let noise = if given.is_empty() { Noise::Seed(request.seed) } else { Noise::Given(given) };
+    let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
+    let settings = DecodeSettings { timestep: timestep.as_ref(), noise, tiling };
+    let z = z.to_dtype(model.dtype)?;
+    // Only a decode in pieces is watched: showing a block's result copies it.
+    let video = if tiling == Tiling::default() {
+        model.vae.decode(&z, &settings, None)?
+    } else {
+        watched(observer, |watch| model.vae.decode(&z, &settings, Some(&mut |_, _| watch())))?
+    };
+    let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
+    Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+}
+
+fn decode_noise(given: &Tensor, z: &Tensor) -> Result<Tensor, Error> {
+    if given.dims() != z.dims() {
+        let (given, needed) = (given.dims().to_vec(), z.dims().to_vec());
+        return Err(Error::LatentShape { what: "decode_noise", given, needed });
+    }
+    Ok(given.to_dtype(DType::F32)?.to_device(z.device())?)
+}

@@ -1,0 +1,436 @@
+//! One run, the same for every model: the request is checked, the text encoded, the latents denoised step by step, and
+//! decoded, while an observer looks on.
+//!
+//! A model supplies the parts as a [`VideoModel`] and is a [`Pipeline`](super::Pipeline) by that alone. Between two steps a run is a
+//! [`State`]: the latents, and what a sampler of several steps remembers, as named tensors; both go into checkpoints, so
+//! a run that is resumed goes on bit for bit. Everything else that a step depends on follows from the request.
+
+mod audit;
+mod check;
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+pub use check::check_prompt;
+
+use super::{
+    Checkpoint, Commitment, GenerateRequest, Generated, Observer, Phase, Pipeline, PipelineInfo, StepEvent,
+    Transition,
+};
+use crate::error::Error;
+use crate::frames::RgbFrames;
+use crate::rng::{Stream, normal_tensor};
+use crate::sampler::checkpoint::latents_bytes;
+
+/// The points that a run goes through.
+#[derive(Debug, Clone, Copy)]
+pub struct Course<'a> {
+    /// The sampler's name with whatever of its rule the points do not tell; part of what a run commits to.
+    pub sampler: &'a str,
+    /// Noise levels before the first step and after each, so one more than there are steps.
+    pub sigmas: &'a [f32],
+    /// What the model is told at each step.
+    pub timesteps: &'a [f32],
+}
+
+impl Course<'_> {
+    /// Steps of the run.
+    #[must_use]
+    pub fn steps(&self) -> usize {
+        self.timesteps.len()
+    }
+}
+
+/// A run between two steps.
+#[derive(Debug, Clone)]
+pub struct State {
+    /// The latents in the shape in which the model keeps them, f32, on the model's device.
+    pub latents: Tensor,
+    /// What the sampler remembers of earlier steps, f32, on the model's device.
+    pub memory: BTreeMap<String, Tensor>,
+}
+
+/// The parts of a video model from which a run is made, in the order in which they are used.
+pub trait VideoModel: Send {
+    /// What follows from a request without the network: its schedule and sizes.
+    type Plan;
+    /// What is computed once before the steps: the text's embeddings, tables of positions.
+    type Context;
+
+    /// Facts about the model.
+    fn facts(&self) -> &PipelineInfo;
+
+    /// Where it computes.
+    fn device(&self) -> &Device;
+
+    /// How many tokens a prompt has, with the end mark.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error>;
+
+    /// Refuses a prompt that does not fit, unless it may be cut; [`check_prompt`] does so for one tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`].
+    fn prompt_fits(&self, prompt: &str, truncate: bool) -> Result<(), Error>;
+
+    /// Whether the negative prompt is used.
+    fn is_guided(&self, request: &GenerateRequest) -> bool {
+        request.guidance > 1.0
+    }
+
+    /// The schedule and the sizes of a request that has passed every other check.
+    ///
+    /// # Errors
+    /// What this model cannot make, beside what sizes, frame counts and numbers tell.
+    fn plan(&self, request: &GenerateRequest) -> Result<Self::Plan, Error>;
+
+    /// The plan's points.
+    fn course<'a>(&self, plan: &'a Self::Plan) -> Course<'a>;
+
+    /// The latents' shape after `done` steps, as the model keeps them.
+    fn latents_shape(&self, plan: &Self::Plan, done: usize) -> Vec<usize>;
+
+    /// The latents that a run begins with, f32, on the CPU; [`initial`] makes them for most models.
+    ///
+    /// # Errors
+    /// [`Error::LatentShape`] for given latents of another shape.
+    fn begin(&self, request: &GenerateRequest, plan: &Self::Plan) -> Result<Tensor, Error>;
+
+    /// Encodes the text and computes what stays the same over all steps.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn context(&self, request: &GenerateRequest, plan: &Self::Plan) -> Result<Self::Context, Error>;
+
+    /// The network's output at step `index` with guidance applied, f32, in the latents' shape.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn output(
+        &self,
+        request: &GenerateRequest,
+        plan: &Self::Plan,
+        context: &Self::Context,
+        index: usize,
+        state: &State,
+    ) -> Result<Tensor, Error>;
+
+    /// Goes step `index` with that output, and gives the clean latents that it predicts, for a preview.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn advance(
+        &self,
+        request: &GenerateRequest,
+        plan: &Self::Plan,
+        index: usize,
+        state: &mut State,
+        output: &Tensor,
+    ) -> Result<Tensor, Error>;
+
+    /// `change` where step `index` is `after = before + change * output`: such a step can be audited alone.
+    fn change(&self, _plan: &Self::Plan, _index: usize) -> Option<f32> {
+        None
+    }
+
+    /// A rough picture of predicted clean latents.
+    ///
+    /// # Errors
+    /// When they cannot be read back from their device.
+    fn preview(&self, plan: &Self::Plan, predicted: &Tensor) -> Result<RgbFrames, Error>;
+
+    /// The latents after the last step as a volume `[1, C, F, H, W]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    fn volume(&self, plan: &Self::Plan, latents: &Tensor) -> Result<Tensor, Error>;
+
+    /// That volume as pictures `[F, 3, H, W]` with values in 0 to 1.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] with any counts between the pieces of a decode, or what the device reports.
+    fn decode(
+        &self,
+        request: &GenerateRequest,
+        volume: &Tensor,
+        observer: &dyn Observer,
+    ) -> Result<Tensor, Error>;
+}
+
+impl<M: VideoModel> Pipeline for M {
+    fn info(&self) -> &PipelineInfo {
+        self.facts()
+    }
+
+    fn count_tokens(&self, prompt: &str) -> Result<usize, Error> {
+        self.prompt_tokens(prompt)
+    }
+
+    fn check(&self, request: &GenerateRequest) -> Result<(), Error> {
+        check::check(self, request).map(|_| ())
+    }
+
+    fn generate(
+        &mut self,
+        request: &GenerateRequest,
+        observer: &mut dyn Observer,
+    ) -> Result<Generated, Error> {
+        generate(self, request, observer)
+    }
+
+    fn commitment(&self, request: &GenerateRequest) -> Result<Commitment, Error> {
+        audit::commitment(self, request)
+    }
+
+    fn start(&self, request: &GenerateRequest) -> Result<Tensor, Error> {
+        self.begin(request, &check::check(self, request)?)
+    }
+
+    fn transition(
+        &mut self,
+        request: &GenerateRequest,
+        index: usize,
+        latents: &Tensor,
+    ) -> Result<Transition, Error> {
+        audit::transition(self, request, index, latents)
+    }
+
+    fn frames(&self, request: &GenerateRequest, latents: &Tensor) -> Result<RgbFrames, Error> {
+        audit::frames(self, request, latents)
+    }
+}
+
+/// The latents that a run begins with: noise from the seed as a volume `[1, C, F, H, W]`, or the request's, given as
+/// that volume or in the model's own shape. `own` brings a volume into that shape.
+///
+/// # Errors
+/// [`Error::LatentShape`] for given latents of another shape.
+pub fn initial(
+    request: &GenerateRequest,
+    volume: &[usize],
+    own_shape: &[usize],
+    own: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+) -> Result<Tensor, Error> {
+    match &request.initial_latents {
+        None => {
+            let noise = normal_tensor(request.seed, Stream::Initial, volume, &Device::Cpu)?;
+            Ok(own(&noise)?)
+        }
+        Some(given) if given.dims() == own_shape => Ok(given.to_dtype(DType::F32)?.contiguous()?),
+        Some(given) if given.dims() == volume => Ok(own(&given.to_dtype(DType::F32)?)?),
+        Some(given) => {
+            let (given, needed) = (given.dims().to_vec(), volume.to_vec());
+            Err(Error::LatentShape { what: "initial_latents", given, needed })
+        }
+    }
+}
+
+/// Runs a decode in pieces: `decode` is given a function to call between pieces, which fails once the observer wants to
+/// stop; that failure becomes [`Error::Cancelled`].
+///
+/// # Errors
+/// What `decode` reports, or a cancel.
+pub fn watched<T>(
+    observer: &dyn Observer,
+    decode: impl FnOnce(&mut dyn FnMut() -> candle_core::Result<()>) -> candle_core::Result<T>,
+) -> Result<T, Error> {
+    let mut stopped = false;
+    let mut watch = || {
+        stopped = stopped || observer.cancelled();
+        if stopped { candle_core::bail!("cancelled") } else { Ok(()) }
+    };
+    let decoded = decode(&mut watch);
+    match decoded {
+        Err(_) if stopped => Err(Error::Cancelled { steps_done: 0, steps: 0 }),
+        other => Ok(other?),
+    }
+}
+
+/// Makes the clip.
+fn generate<M: VideoModel>(
+    model: &M,
+    request: &GenerateRequest,
+    observer: &mut dyn Observer,
+) -> Result<Generated, Error> {
+    let plan = check::check(model, request)?;
+    let course = model.course(&plan);
+    let mut run = Run::begin(model, request, &plan)?;
+    let steps = course.steps();
+    observer.phase(Phase::Text);
+    if observer.cancelled() {
+        return Err(Error::Cancelled { steps_done: run.done, steps });
+    }
+    let context = model.context(request, &plan).map_err(|error| during(error, "encoding the text"))?;
+    observer.phase(Phase::Step);
+    let first = run.done;
+    while run.done < steps {
+        if observer.cancelled() {
+            return Err(Error::Cancelled { steps_done: run.done, steps });
+        }
+        let predicted = run.step(&context).map_err(|error| during(error, "computing a step"))?;
+        run.tell(&predicted, observer)?;
+    }
+    let latents = model.volume(&plan, &run.state.latents)?;
+    let frames = if request.decode.skip {
+        RgbFrames { width: request.width, height: request.height, count: 0, data: Vec::new() }
+    } else {
+        observer.phase(Phase::Decode);
+        if observer.cancelled() {
+            return Err(Error::Cancelled { steps_done: steps, steps });
+        }
+        let video = model.decode(request, &latents, observer).map_err(|error| match error {
+            Error::Cancelled { .. } => Error::Cancelled { steps_done: steps, steps },
+            other => during(other, "decoding"),
+        })?;
+        RgbFrames::from_unit(&video)?
+    };
+    let latents = latents.to_device(&Device::Cpu)?;
+    let start_hash = *blake3::hash(&latents_bytes(&model.begin(request, &plan)?)?).as_bytes();
+    Ok(Generated { frames, latents, start_hash, step_hashes: run.hashes, steps_done: steps - first })
+}
+
+fn during(error: Error, phase: &'static str) -> Error {
+    match error {
+        Error::OutOfMemory { detail, .. } => Error::OutOfMemory { during: phase, detail },
+        other => other,
+    }
+}
+
+/// A run on its way.
+struct Run<'a, M: VideoModel> {
+    model: &'a M,
+    request: &'a GenerateRequest,
+    plan: &'a M::Plan,
+    course: Course<'a>,
+    state: State,
+    done: usize,
+    hashes: Vec<[u8; 32]>,
+    digest: [u8; 32],
+    history: Vec<u8>,
+}
+
+impl<'a, M: VideoModel> Run<'a, M> {
+    fn begin(model: &'a M, request: &'a GenerateRequest, plan: &'a M::Plan) -> Result<Self, Error> {
+        let course = model.course(plan);
+        let digest = digest(request, &course)?;
+        let (state, done, hashes, history) = match &request.resume {
+            Some(checkpoint) => (
+                resumed(model, checkpoint, plan, digest)?,
+                checkpoint.steps_done,
+                checkpoint.step_hashes.clone(),
+                checkpoint.history.clone(),
+            ),
+            None => {
+                let latents = model.begin(request, plan)?.to_device(model.device())?;
+                (State { latents, memory: BTreeMap::new() }, 0, Vec::new(), Vec::new())
+            }
+        };
+        Ok(Self { model, request, plan, course, state, done, hashes, digest, history })
+    }
+
+    /// Goes one step and gives the clean latents that the model predicted before it.
+    fn step(&mut self, context: &M::Context) -> Result<Tensor, Error> {
+        let (model, request, plan) = (self.model, self.request, self.plan);
+        let output = model.output(request, plan, context, self.done, &self.state)?;
+        let predicted = model.advance(request, plan, self.done, &mut self.state, &output)?;
+        self.done += 1;
+        Ok(predicted)
+    }
+
+    /// Hashes the latents and tells the observer.
+    fn tell(&mut self, predicted: &Tensor, observer: &mut dyn Observer) -> Result<(), Error> {
+        let bytes = latents_bytes(&self.state.latents)?;
+        let finite =
+            |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().all(|word| f32::from_le_bytes(*word).is_finite());
+        if !finite(&bytes) {
+            return Err(Error::NotFinite { step: self.done });
+        }
+        let hash = *blake3::hash(&bytes).as_bytes();
+        self.hashes.push(hash);
+        observer.step(&StepEvent {
+            index: self.done - 1,
+            total: self.course.steps(),
+            timestep: f64::from(self.course.timesteps[self.done - 1]),
+            sigma: f64::from(self.course.sigmas[self.done]),
+            latents: &self.state.latents,
+            hash,
+        });
+        let due = |every: usize| every > 0 && self.done.is_multiple_of(every);
+        if due(self.request.preview_every) {
+            observer.preview(&self.model.preview(self.plan, predicted)?);
+        }
+        if due(self.request.checkpoint_every) && self.done < self.course.steps() {
+            observer.checkpoint(&self.checkpoint()?);
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&self) -> Result<Checkpoint, Error> {
+        let home = |tensor: &Tensor| tensor.to_device(&Device::Cpu);
+        let memory = self.state.memory.iter().map(|(name, tensor)| Ok((name.clone(), home(tensor)?)));
+        Ok(Checkpoint {
+            steps_done: self.done,
+            sigmas: self.course.sigmas.to_vec(),
+            latents: home(&self.state.latents)?,
+            memory: memory.collect::<candle_core::Result<_>>()?,
+            request_digest: self.digest,
+            step_hashes: self.hashes.clone(),
+            history: self.history.clone(),
+        })
+    }
+}
+
+fn resumed<M: VideoModel>(
+    model: &M,
+    checkpoint: &Checkpoint,
+    plan: &M::Plan,
+    digest: [u8; 32],
+) -> Result<State, Error> {
+    let fault = |reason: &str| Err(Error::Checkpoint { reason: reason.to_owned() });
+    let course = model.course(plan);
+    if checkpoint.request_digest != digest {
+        return fault("it belongs to another request");
+    }
+    if checkpoint.sigmas != course.sigmas || checkpoint.steps_done > course.steps() {
+        return fault("its schedule is another one");
+    }
+    let needed = model.latents_shape(plan, checkpoint.steps_done);
+    if checkpoint.latents.dims() != needed {
+        let given = checkpoint.latents.dims().to_vec();
+        return Err(Error::LatentShape { what: "the checkpoint's latents", given, needed });
+    }
+    let here = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.to_device(model.device());
+    let memory = checkpoint.memory.iter().map(|(name, tensor)| Ok((name.clone(), here(tensor)?)));
+    Ok(State { latents: here(&checkpoint.latents)?, memory: memory.collect::<candle_core::Result<_>>()? })
+}
+
+/// blake3 of everything that the latents depend on, the model aside.
+fn digest(request: &GenerateRequest, course: &Course<'_>) -> Result<[u8; 32], Error> {
+    let mut hasher = blake3::Hasher::new();
+    for text in [&request.prompt, &request.negative_prompt] {
+        hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+    }
+    let counts = [request.seed, request.frames as u64, request.width as u64, request.height as u64];
+    counts.iter().for_each(|count| {
+        hasher.update(&count.to_le_bytes());
+    });
+    [request.fps, request.guidance, request.guidance_rescale].iter().for_each(|number| {
+        hasher.update(&number.to_bits().to_le_bytes());
+    });
+    course.sigmas.iter().chain(course.timesteps).for_each(|point| {
+        hasher.update(&point.to_bits().to_le_bytes());
+    });
+    if let Some(latents) = &request.initial_latents {
+        hasher.update(&latents_bytes(latents)?);
+    }
+    if request.dynamic_guidance {
+        hasher.update(b"dynamic guidance");
+    }
+    for noise in &request.step_noise {
+        hasher.update(b"step noise").update(&latents_bytes(noise)?);
+    }
+    Ok(*hasher.finalize().as_bytes())
+}

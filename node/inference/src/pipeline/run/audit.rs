@@ -1,0 +1,66 @@
+//! What a run commits to, and one step of it computed anew.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::check::check;
+use super::{State, VideoModel, digest};
+use crate::audit::{Commitment, Transition};
+use crate::error::Error;
+use crate::frames::RgbFrames;
+use crate::pipeline::{GenerateRequest, Silent};
+
+pub(super) fn commitment<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<Commitment, Error> {
+    let plan = check(model, request)?;
+    let course = model.course(&plan);
+    let points = course.sigmas.iter().chain(course.timesteps).flat_map(|point| point.to_le_bytes());
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(course.sampler.as_bytes()).update(&points.collect::<Vec<_>>());
+    let sampler = |index: usize| {
+        let mut place = hasher.clone();
+        *place.update(&(index as u64).to_le_bytes()).finalize().as_bytes()
+    };
+    let samplers = (0..=course.steps()).map(sampler).collect();
+    Ok(Commitment { conditioning: digest(request, &course)?, samplers })
+}
+
+pub(super) fn transition<M: VideoModel>(
+    model: &M,
+    request: &GenerateRequest,
+    index: usize,
+    latents: &Tensor,
+) -> Result<Transition, Error> {
+    let plan = check(model, request)?;
+    if index >= model.course(&plan).steps() {
+        let rule = "it must be below the number of steps";
+        return Err(Error::Number { field: "audited step", given: index as f64, rule });
+    }
+    let Some(change) = model.change(&plan, index) else {
+        return Err(Error::NotAuditable { architecture: model.facts().architecture.clone() });
+    };
+    let latents = checked(latents, model.latents_shape(&plan, index))?.to_device(model.device())?;
+    let context = model.context(request, &plan)?;
+    let state = State { latents, memory: BTreeMap::new() };
+    let output = model.output(request, &plan, &context, index, &state)?;
+    Ok(Transition { output: output.to_device(&Device::Cpu)?, change })
+}
+
+pub(super) fn frames<M: VideoModel>(
+    model: &M,
+    request: &GenerateRequest,
+    latents: &Tensor,
+) -> Result<RgbFrames, Error> {
+    let plan = check(model, request)?;
+    let latents = checked(latents, model.latents_shape(&plan, model.course(&plan).steps()))?;
+    let volume = model.volume(&plan, &latents)?;
+    Ok(RgbFrames::from_unit(&model.decode(request, &volume, &Silent)?)?)
+}
+
+fn checked(latents: &Tensor, needed: Vec<usize>) -> Result<Tensor, Error> {
+    if latents.dims() != needed {
+        let given = latents.dims().to_vec();
+        return Err(Error::LatentShape { what: "the audited latents", given, needed });
+    }
+    Ok(latents.to_dtype(DType::F32)?.contiguous()?)
+}

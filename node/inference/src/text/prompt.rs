@@ -1,0 +1,82 @@
+//! A tokenizer and a T5 encoder together: from a prompt to the embeddings that a video model reads.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+
+use super::{PromptTokenizer, T5Encoder};
+use crate::error::Error;
+use crate::folder::load_t5;
+use crate::pipeline::LoadOptions;
+use crate::pipeline::run::check_prompt;
+
+/// What a model reads prompts with.
+pub struct PromptEncoder {
+    tokenizer: PromptTokenizer,
+    encoder: T5Encoder,
+    limit: usize,
+    device: Device,
+}
+
+impl PromptEncoder {
+    /// Reads a folder's `tokenizer` and `text_encoder`, and says how many parameters the latter has. A prompt has at most
+    /// `most` tokens, or as many as the tokenizer's own limit where that is less.
+    ///
+    /// # Errors
+    /// See [`crate::load`].
+    pub fn load(folder: &Path, options: &LoadOptions, most: usize) -> Result<(Self, u64), Error> {
+        let tokenizer = PromptTokenizer::load(&folder.join("tokenizer"))?;
+        let limit = tokenizer.max_length.map_or(most, |limit| limit.min(most));
+        let (encoder, parameters) = load_t5(&folder.join("text_encoder"), options)?;
+        Ok((Self { tokenizer, encoder, limit, device: options.device.clone() }, parameters))
+    }
+
+    /// Tokens that are read of a prompt, with the end mark.
+    #[must_use]
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Reads more or fewer tokens from now on.
+    pub fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
+    /// The encoder.
+    #[must_use]
+    pub fn encoder(&self) -> &T5Encoder {
+        &self.encoder
+    }
+
+    /// How many tokens a prompt has, with the end mark.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn tokens(&self, prompt: &str) -> Result<usize, Error> {
+        Ok(self.tokenizer.ids(prompt)?.len())
+    }
+
+    /// Refuses a prompt that does not fit, unless it may be cut.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`], or when the tokenizer fails.
+    pub fn check(&self, prompt: &str, truncate: bool) -> Result<(), Error> {
+        check_prompt(&self.tokenizer, prompt, self.limit, truncate)
+    }
+
+    /// The embeddings `[1, limit, width]` of a prompt, filled up, and their mask `[1, limit]` (u8). Where `masked` is
+    /// false, the encoder attends to the filling too, as some references do.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] where it is and `truncate` is false, or what the device reports.
+    pub fn encode(&self, prompt: &str, truncate: bool, masked: bool) -> Result<(Tensor, Tensor), Error> {
+        let limit = self.limit;
+        let encoded = self.tokenizer.encode(prompt, limit)?;
+        if let Some(cut_text) = encoded.cut_text.filter(|_| !truncate) {
+            return Err(Error::PromptTooLong { tokens: encoded.tokens, limit, cut_text });
+        }
+        let ids = Tensor::from_vec(encoded.ids, (1, limit), &self.device)?;
+        let mask = Tensor::from_vec(encoded.mask, (1, limit), &self.device)?;
+        Ok((self.encoder.forward(&ids, masked.then_some(&mask))?, mask))
+    }
+}

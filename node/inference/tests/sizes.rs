@@ -1,0 +1,92 @@
+//! The published full-size configurations: every tensor that the engine takes, and how many numbers there are in all,
+//! without a weight file.
+#![allow(clippy::unwrap_used)]
+
+use kinoflock_inference::models::cogvideox::config::{
+    TransformerConfig as CogVideoXConfig, VaeConfig as CogVideoXVaeConfig,
+};
+use kinoflock_inference::models::cogvideox::transformer::CogVideoXTransformer;
+use kinoflock_inference::models::cogvideox::vae::CogVideoXVae;
+use kinoflock_inference::models::ltx::config::TransformerConfig;
+use kinoflock_inference::models::ltx::transformer::LtxTransformer;
+use kinoflock_inference::text::{T5Config, T5Encoder};
+use kinoflock_inference::weights::{count_parameters, tensor_shapes};
+
+/// A class's defaults with some keys changed.
+fn config<T: serde::de::DeserializeOwned>(value: serde_json::Value) -> T {
+    serde_json::from_value(value).unwrap()
+}
+
+fn rounded(count: u64, unit: u64) -> u64 {
+    (count + unit / 2) / unit
+}
+
+#[test]
+fn ltx_video_2b() {
+    let config: TransformerConfig = config(serde_json::json!({}));
+    let shapes = tensor_shapes(|vb| LtxTransformer::load(&config, &vb)).unwrap();
+    assert_eq!(shapes["transformer_blocks.27.attn2.to_k.weight"], [2048, 2048]);
+    assert_eq!(shapes["caption_projection.linear_1.weight"], [2048, 4096]);
+    assert_eq!(count_parameters(&shapes) / 1_000_000, 1_923);
+}
+
+#[test]
+fn t5_xxl() {
+    let config: T5Config = config(serde_json::json!({
+        "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
+    }));
+    let shapes = tensor_shapes(|vb| T5Encoder::load(&config, &vb)).unwrap();
+    assert_eq!(shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"], [32, 64]);
+    assert!(!shapes.contains_key("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"));
+    assert_eq!(count_parameters(&shapes) / 1_000_000, 4_762);
+}
+
+/// The transformer of a published CogVideoX, and how many million parameters it has.
+fn cogvideox(value: serde_json::Value) -> (std::collections::BTreeMap<String, Vec<usize>>, u64) {
+    let config: CogVideoXConfig = config(value);
+    let shapes = tensor_shapes(|vb| CogVideoXTransformer::load(&config, &vb)).unwrap();
+    let count = rounded(count_parameters(&shapes), 1_000_000);
+    (shapes, count)
+}
+
+#[test]
+fn cogvideox_2b() {
+    let (shapes, count) = cogvideox(serde_json::json!({}));
+    assert_eq!(shapes["patch_embed.proj.weight"], [1920, 16, 2, 2]);
+    assert_eq!(shapes["transformer_blocks.29.norm2.linear.weight"], [11520, 512]);
+    assert_eq!(shapes["transformer_blocks.0.attn1.norm_q.weight"], [64]);
+    assert_eq!(shapes["proj_out.weight"], [64, 1920]);
+    assert_eq!(count, 1_694);
+}
+
+#[test]
+fn cogvideox_5b_and_1_5() {
+    let large = serde_json::json!({
+        "num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": true,
+    });
+    let (shapes, count) = cogvideox(large.clone());
+    assert_eq!(shapes["patch_embed.text_proj.weight"], [3072, 4096]);
+    assert_eq!(shapes["transformer_blocks.41.ff.net.0.proj.weight"], [12288, 3072]);
+    assert_eq!(count, 5_570);
+    let mut longer = large;
+    longer["patch_size_t"] = 2.into();
+    longer["patch_bias"] = false.into();
+    let (shapes, count) = cogvideox(longer);
+    assert_eq!(shapes["patch_embed.proj.weight"], [3072, 128]);
+    assert_eq!(shapes["proj_out.weight"], [128, 3072]);
+    assert_eq!(count, 5_571);
+}
+
+#[test]
+fn cogvideox_vae() {
+    let config: CogVideoXVaeConfig = config(serde_json::json!({}));
+    let both = tensor_shapes(|vb| CogVideoXVae::load(&config, vb)).unwrap();
+    let decoder = tensor_shapes(|vb| CogVideoXVae::load_decoder(&config, vb)).unwrap();
+    assert_eq!(both["encoder.down_blocks.1.resnets.0.conv_shortcut.weight"], [256, 128, 1, 1, 1]);
+    assert_eq!(both["decoder.up_blocks.3.resnets.3.norm2.conv_y.conv.weight"], [128, 16, 1, 1, 1]);
+    assert!(!both.contains_key("decoder.up_blocks.3.upsamplers.0.conv.weight"));
+    let decoder = count_parameters(&decoder);
+    assert_eq!(rounded(decoder, 100_000), 1_234);
+    assert_eq!(rounded(count_parameters(&both) - decoder, 100_000), 922);
+}

@@ -97,12 +97,6 @@ pub struct T5Encoder {
 }
 
 impl T5Encoder {
-    /// Channels of an embedding.
-    #[must_use]
-    pub fn width(&self) -> usize {
-        self.config.d_model
-    }
-
     /// Reads the weights.
     ///
     /// # Errors

@@ -18,10 +18,11 @@ use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{
     Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
+    read_json,
 };
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
-use crate::text::PromptEncoder;
+use crate::text::{PromptEncoder, T5Config};
 
 /// The architecture's name.
 pub const NAME: &str = "mochi";
@@ -62,11 +63,11 @@ impl MochiPipeline {
         index.expect(folder, "scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
         let empty_is_nothing = index.flag(folder, "force_zeros_for_empty_prompt")?.unwrap_or(false);
         let scheduler = load_scheduler(folder)?;
+        check_fit(folder)?;
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
         let most = transformer.config().max_sequence_length;
         let (text, text_parameters) = PromptEncoder::load(folder, options, most)?;
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
-        check_fit(folder, transformer.config(), vae.config(), &text)?;
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
         let work = work_config(transformer.config(), vae.config(), text.limit(), parameters);
         let extras = Extras::read(folder, work.latent_channels)?;
@@ -163,24 +164,22 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
     Ok((vae, weights.parameters()))
 }
 
-/// Whether what one part gives is what the next takes.
-fn check_fit(
-    folder: &Path,
-    transformer: &TransformerConfig,
-    vae: &MochiVaeConfig,
-    text: &PromptEncoder,
-) -> Result<(), Error> {
+/// Whether what one part gives is what the next takes, as their configurations say.
+fn check_fit(folder: &Path) -> Result<(), Error> {
     let file = folder.join("transformer").join("config.json");
-    if transformer.in_channels != vae.latent_channels {
-        let reason = format!("the VAE's latents have {} channels", vae.latent_channels);
-        return Err(config_error(file, "in_channels", transformer.in_channels, reason));
+    let transformer = TransformerConfig::read(&file)?;
+    let vae = MochiVaeConfig::read(&folder.join("vae").join("config.json"))?;
+    let text: T5Config = read_json(&folder.join("text_encoder").join("config.json"))?;
+    let parts = [
+        ("in_channels", transformer.in_channels, vae.latent_channels, "the VAE's latents have"),
+        ("text_embed_dim", transformer.text_embed_dim, text.d_model, "the text encoder's embeddings have"),
+    ];
+    match parts.into_iter().find(|(_, given, needed, _)| given != needed) {
+        Some((key, given, needed, who)) => {
+            Err(config_error(file, key, given, format!("{who} {needed} channels")))
+        }
+        None => Ok(()),
     }
-    let width = text.encoder().width();
-    if transformer.text_embed_dim != width {
-        let reason = format!("the text encoder's output has {width} channels");
-        return Err(config_error(file, "text_embed_dim", transformer.text_embed_dim, reason));
-    }
-    Ok(())
 }
 
 fn work_config(

@@ -157,7 +157,8 @@ fn load_out(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linear> {
         .flat_map(|channel| (0..cells).map(move |cell| (cell * channels + channel) as u32))
         .collect();
     let order = Tensor::new(order, weight.device())?;
-    Linear::new(weight.index_select(&order, 0)?, Some(bias.index_select(&order, 0)?))
+    let ordered = |tensor: &Tensor| tensor.contiguous()?.index_select(&order, 0);
+    Linear::new(ordered(&weight)?, Some(ordered(&bias)?))
 }
 
 struct Block {

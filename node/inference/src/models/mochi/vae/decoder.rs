@@ -142,7 +142,8 @@ impl Up {
         let grown = output * cells;
         let (weight, bias) = (vb.get((grown, input), "proj.weight")?, vb.get(grown, "proj.bias")?);
         let order = Tensor::new(block_first(grown, cells), weight.device())?;
-        let grow = Linear::new(weight.index_select(&order, 0)?, Some(bias.index_select(&order, 0)?))?;
+        let ordered = |tensor: &Tensor| tensor.contiguous()?.index_select(&order, 0);
+        let grow = Linear::new(ordered(&weight)?, Some(ordered(&bias)?))?;
         Ok(Self { resnets: Resnets::load(input, layers, vb)?, grow, block })
     }
 

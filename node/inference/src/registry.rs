@@ -22,7 +22,8 @@ pub struct Architecture {
 }
 
 /// Every architecture. A further model is a folder under `models` and a line here.
-pub const ARCHITECTURES: &[Architecture] = &[models::ltx::ARCHITECTURE, models::cogvideox::ARCHITECTURE];
+pub const ARCHITECTURES: &[Architecture] =
+    &[models::ltx::ARCHITECTURE, models::cogvideox::ARCHITECTURE, models::mochi::ARCHITECTURE];
 
 /// `model_index.json`: the pipeline's class and each component's library and class.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +51,21 @@ impl ModelIndex {
     #[must_use]
     pub fn component(&self, name: &str) -> Option<&str> {
         self.fields.get(name)?.get(1)?.as_str()
+    }
+
+    /// A setting of the pipeline itself that is true or false, where the index holds one.
+    ///
+    /// # Errors
+    /// Any other value.
+    pub fn flag(&self, folder: &Path, name: &str) -> Result<Option<bool>, Error> {
+        match self.fields.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Bool(on)) => Ok(Some(*on)),
+            Some(other) => {
+                let file = folder.join("model_index.json");
+                Err(config_error(file, name, other, "it must be true or false"))
+            }
+        }
     }
 
     /// Checks that a component, where it is named, has one of the known classes.

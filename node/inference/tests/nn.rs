@@ -86,6 +86,7 @@ proptest! {
     fn norms_agree(
         (batch, tokens, width) in (1usize..3, 1usize..40, 1usize..80),
         (layer, affine, silu, modulation) in (any::<bool>(), any::<bool>(), any::<bool>(), 0usize..3),
+        factors in 0usize..3,
     ) {
         let x = random(&[batch, tokens, width]);
         let (weight, bias) = (random(&[width]), random(&[width]));
@@ -97,6 +98,10 @@ proptest! {
         }
         if modulation > 0 {
             norm = norm.modulate(&scale, &shift);
+        }
+        let factor = random(&[if factors == 1 { 1 } else { batch }, 1, width]);
+        if factors > 0 {
+            norm = norm.factor(&factor);
         }
         if silu {
             norm = norm.silu();
@@ -118,6 +123,8 @@ proptest! {
         }
         prop_assert!(both(|| ops::silu(&x).unwrap()) < 1e-5);
         prop_assert!(both(|| ops::gelu_tanh(&x).unwrap()) < 1e-5);
+        let twice = Tensor::cat(&[&x, &x], 2).unwrap();
+        prop_assert!(both(|| ops::swiglu(&twice).unwrap()) < 1e-5);
     }
 
     #[test]

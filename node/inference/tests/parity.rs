@@ -47,6 +47,19 @@ fn cogvideox_1_5_is_within_tolerance() {
     assert_parity("cogvideox-1.5", 110);
 }
 
+#[test]
+fn mochi_1_is_within_tolerance() {
+    assert_parity("mochi-1", 60);
+}
+
+#[test]
+fn mochi_1_by_candles_own_operations_is_within_tolerance() {
+    kinoflock_inference::nn::set_generic_only(true);
+    let report = harness::check_folder(&goldens("mochi-1"));
+    kinoflock_inference::nn::set_generic_only(false);
+    assert_eq!(report.bad(), 0, "{report}");
+}
+
 /// A copy of the 0.9.0 folder whose manifest was changed.
 fn changed(change: impl FnOnce(&mut serde_json::Value)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();

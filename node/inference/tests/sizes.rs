@@ -9,6 +9,7 @@ use kinoflock_inference::models::cogvideox::transformer::CogVideoXTransformer;
 use kinoflock_inference::models::cogvideox::vae::CogVideoXVae;
 use kinoflock_inference::models::ltx::config::TransformerConfig;
 use kinoflock_inference::models::ltx::transformer::LtxTransformer;
+use kinoflock_inference::models::mochi;
 use kinoflock_inference::text::{T5Config, T5Encoder};
 use kinoflock_inference::weights::{count_parameters, tensor_shapes};
 
@@ -28,6 +29,27 @@ fn ltx_video_2b() {
     assert_eq!(shapes["transformer_blocks.27.attn2.to_k.weight"], [2048, 2048]);
     assert_eq!(shapes["caption_projection.linear_1.weight"], [2048, 4096]);
     assert_eq!(count_parameters(&shapes) / 1_000_000, 1_923);
+}
+
+#[test]
+fn mochi_1_preview() {
+    let transformer: mochi::config::TransformerConfig = config(serde_json::json!({}));
+    let build = |vb| mochi::transformer::MochiTransformer::load(&transformer, &vb);
+    let shapes = tensor_shapes(build).unwrap();
+    assert_eq!(shapes["transformer_blocks.0.ff.net.0.proj.weight"], [16384, 3072]);
+    assert_eq!(shapes["transformer_blocks.46.norm1_context.linear.weight"], [6144, 3072]);
+    assert_eq!(shapes["transformer_blocks.47.norm1_context.linear_1.weight"], [1536, 3072]);
+    assert!(!shapes.contains_key("transformer_blocks.47.ff_context.net.2.weight"));
+    assert_eq!(count_parameters(&shapes) / 1_000_000, 10_028);
+
+    let vae: mochi::vae::MochiVaeConfig = config(serde_json::json!({}));
+    let shapes = tensor_shapes(|vb| mochi::vae::MochiVae::load(&vae, &vb)).unwrap();
+    assert_eq!(shapes["decoder.up_blocks.0.proj.weight"], [6144, 768]);
+    assert_eq!(shapes["encoder.down_blocks.2.conv_in.conv.weight"], [384, 256, 3, 2, 2]);
+    let (encoder, decoder): (std::collections::BTreeMap<_, _>, std::collections::BTreeMap<_, _>) =
+        shapes.into_iter().partition(|(name, _)| name.starts_with("encoder."));
+    assert_eq!(count_parameters(&encoder) / 100_000, 972);
+    assert_eq!(count_parameters(&decoder) / 100_000, 3_625);
 }
 
 #[test]

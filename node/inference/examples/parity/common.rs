@@ -18,7 +18,7 @@ pub(crate) fn compute(case: &Case, kind: Kind) -> Result<Outputs, String> {
     match kind {
         Kind::Tokenizer => tokenizer(case),
         Kind::TextEncoder => encoder(case),
-        Kind::Scheduler => flow_match(case),
+        Kind::Scheduler => flow_match(case, ScheduleRequest::Steps),
         _ => Err("this kind of golden is not known".to_owned()),
     }
 }
@@ -85,18 +85,19 @@ struct Combo {
     steps: usize,
 }
 
-/// Sigmas and timesteps of every combination, and a chain of steps along the first.
-fn flow_match(case: &Case) -> Result<Outputs, String> {
+/// Sigmas and timesteps of every combination, and a chain of steps along the first; `points` says which points a number
+/// of steps has.
+pub(crate) fn flow_match(case: &Case, points: fn(usize) -> ScheduleRequest) -> Result<Outputs, String> {
     let config: FlowMatchConfig = case.param("config")?;
     let combos: Vec<Combo> = case.param("combos")?;
     let mut outputs = Vec::new();
     for (index, combo) in combos.iter().enumerate() {
-        let schedule = schedule(&config, combo)?;
+        let schedule = schedule(&config, combo, points)?;
         outputs.push((format!("out.sigmas.{index}"), "", numbers(&schedule.sigmas)?));
         outputs.push((format!("out.timesteps.{index}"), "", numbers(&schedule.timesteps)?));
     }
     if let (Ok(sample), Some(combo)) = (case.input("in.sample"), combos.first()) {
-        let schedule = schedule(&config, combo)?;
+        let schedule = schedule(&config, combo, points)?;
         let mut sample = sample.clone();
         for (index, velocity) in case.numbered("in.model_output.").iter().enumerate().take(schedule.steps()) {
             sample = schedule.step(index, &sample, velocity).map_err(text)?;
@@ -106,7 +107,11 @@ fn flow_match(case: &Case) -> Result<Outputs, String> {
     Ok(outputs)
 }
 
-fn schedule(config: &FlowMatchConfig, combo: &Combo) -> Result<Schedule, String> {
+fn schedule(
+    config: &FlowMatchConfig,
+    combo: &Combo,
+    points: fn(usize) -> ScheduleRequest,
+) -> Result<Schedule, String> {
     let ours = combo.seq_len.map(|tokens| calculate_shift(config, tokens));
     if let (Some(ours), Some(theirs)) = (ours, combo.mu)
         && (ours - theirs).abs() > 1e-9
@@ -114,7 +119,7 @@ fn schedule(config: &FlowMatchConfig, combo: &Combo) -> Result<Schedule, String>
         return Err(format!("mu is {ours} here and {theirs} in the reference"));
     }
     let mu = combo.mu.or(ours).unwrap_or(0.0);
-    Schedule::new(config, &ScheduleRequest::Steps(combo.steps), mu).map_err(text)
+    Schedule::new(config, &points(combo.steps), mu).map_err(text)
 }
 
 /// A row of numbers.

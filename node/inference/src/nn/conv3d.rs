@@ -67,7 +67,7 @@ pub struct Conv3dConfig {
     pub stride: [usize; 3],
     /// Padding in time.
     pub time: TimePad,
-    /// Padding in space, `kernel / 2` on each side.
+    /// Padding in space, `(kernel - 1) / 2` on each side.
     pub space: Edge,
 }
 
@@ -94,7 +94,7 @@ impl Conv3dConfig {
 
     /// Before, after, edge for each axis.
     fn padding(&self) -> Padding {
-        let side = |kernel: usize| (kernel / 2, kernel / 2, self.space);
+        let side = |kernel: usize| ((kernel - 1) / 2, (kernel - 1) / 2, self.space);
         [self.time.amounts(self.kernel[0]), side(self.kernel[1]), side(self.kernel[2])]
     }
 

@@ -1,7 +1,7 @@
 //! Norms over the last dimension, with an optional modulation and SiLU in the same pass.
 //!
-//! RMS: `x / sqrt(mean(x^2) + eps)`; layer: `(x - mean) / sqrt(var + eps)`. Then, each where given: `* weight + bias`,
-//! `* (1 + scale) + shift`, SiLU. Sums are in f32 whatever the input is.
+//! RMS: `x / sqrt(mean(x^2) + eps)`; layer: `(x - mean) / sqrt(var + eps)`. Then, each where given: `* factor`,
+//! `* weight + bias`, `* (1 + scale) + shift`, SiLU. Sums are in f32 whatever the input is.
 
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
@@ -25,6 +25,7 @@ pub enum Kind {
 pub struct Norm<'a> {
     kind: Kind,
     eps: f64,
+    factor: Option<&'a Tensor>,
     weight: Option<&'a Tensor>,
     bias: Option<&'a Tensor>,
     modulation: Option<(&'a Tensor, &'a Tensor)>,
@@ -35,7 +36,7 @@ impl<'a> Norm<'a> {
     /// Root mean square norm.
     #[must_use]
     pub fn rms(eps: f64) -> Self {
-        Self { kind: Kind::Rms, eps, weight: None, bias: None, modulation: None, silu: false }
+        Self { kind: Kind::Rms, eps, factor: None, weight: None, bias: None, modulation: None, silu: false }
     }
 
     /// Layer norm.
@@ -48,6 +49,14 @@ impl<'a> Norm<'a> {
     #[must_use]
     pub fn none() -> Self {
         Self { kind: Kind::None, ..Self::rms(0.0) }
+    }
+
+    /// `* factor` in f32, before the result is rounded to the input's type. It holds `batch x channels` elements (one row
+    /// for each batch entry), whatever its shape says about dimensions of size one.
+    #[must_use]
+    pub fn factor(mut self, factor: &'a Tensor) -> Self {
+        self.factor = Some(factor);
+        self
     }
 
     /// `* weight`, `(channels)`.
@@ -85,6 +94,7 @@ impl<'a> Norm<'a> {
     /// When shapes do not fit or the device fails.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let mut all = vec![x];
+        all.extend(self.factor);
         all.extend(self.weight);
         all.extend(self.bias);
         if let Some((scale, shift)) = self.modulation {
@@ -100,15 +110,19 @@ impl<'a> Norm<'a> {
             Kind::Rms => {
                 let x = x.to_dtype(DType::F32)?;
                 let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
-                x.broadcast_div(&(mean + self.eps)?.sqrt()?)?.to_dtype(dtype)?
+                x.broadcast_div(&(mean + self.eps)?.sqrt()?)?
             }
             Kind::Layer => {
                 let x = x.to_dtype(DType::F32)?;
                 let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
                 let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-                x.broadcast_div(&(variance + self.eps)?.sqrt()?)?.to_dtype(dtype)?
+                x.broadcast_div(&(variance + self.eps)?.sqrt()?)?
             }
         };
+        if let Some(factor) = self.factor {
+            y = y.to_dtype(DType::F32)?.broadcast_mul(&spread(factor, x)?.to_dtype(DType::F32)?)?;
+        }
+        y = y.to_dtype(dtype)?;
         if let Some(weight) = self.weight {
             y = y.broadcast_mul(&weight.to_dtype(dtype)?)?;
         }
@@ -161,12 +175,20 @@ impl<'a> Norm<'a> {
                 Some((read(scale)?, read(shift)?))
             }
         };
+        let factor = self.factor.map(read).transpose()?;
+        if let (Some(values), Some(factor)) = (&factor, self.factor)
+            && !(values.len() == width || values.len() == batch * width)
+        {
+            let given = factor.shape();
+            candle_core::bail!("{width} channels in {batch} entries were given a factor {given:?}");
+        }
         Ok(Held {
             kind: self.kind,
             eps: self.eps as f32,
             silu: self.silu,
             batch,
             width,
+            factor,
             weight: affine(self.weight)?,
             bias: affine(self.bias)?,
             modulation,
@@ -181,6 +203,7 @@ pub(crate) struct Held {
     silu: bool,
     batch: usize,
     width: usize,
+    factor: Option<Vec<f32>>,
     weight: Option<Vec<f32>>,
     bias: Option<Vec<f32>>,
     modulation: Option<(Vec<f32>, Vec<f32>)>,
@@ -199,6 +222,8 @@ impl Held {
             silu: self.silu,
             width: self.width,
             rows_per_modulation: (rows / given).max(1),
+            rows_per_factor: self.factor.as_ref().map_or(rows, |f| rows * self.width / f.len()).max(1),
+            factor: self.factor.as_deref(),
             weight: self.weight.as_deref(),
             bias: self.bias.as_deref(),
             scale: self.modulation.as_ref().map(|m| m.0.as_slice()),
@@ -254,6 +279,9 @@ pub(crate) struct Steps<'a> {
     pub(crate) width: usize,
     /// How many rows one row of `scale` and `shift` serves.
     pub(crate) rows_per_modulation: usize,
+    /// How many rows one row of `factor` serves.
+    pub(crate) rows_per_factor: usize,
+    pub(crate) factor: Option<&'a [f32]>,
     pub(crate) weight: Option<&'a [f32]>,
     pub(crate) bias: Option<&'a [f32]>,
     pub(crate) scale: Option<&'a [f32]>,
@@ -310,6 +338,12 @@ fn statistics(steps: &Steps<'_>, row: &[f32]) -> (f32, f32) {
 
 #[inline(always)]
 fn finish_row(steps: &Steps<'_>, row: usize, out: &mut [f32]) {
+    if let Some(factor) = steps.factor {
+        let at = (row / steps.rows_per_factor) * steps.width;
+        for (o, f) in out.iter_mut().zip(&factor[at..at + steps.width]) {
+            *o *= f;
+        }
+    }
     if let Some(weight) = steps.weight {
         for (o, w) in out.iter_mut().zip(weight) {
             *o *= w;

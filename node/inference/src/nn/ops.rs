@@ -1,6 +1,6 @@
 //! Activations over whole tensors.
 
-use candle_core::{Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{View, fast, rows_per_task};
@@ -20,6 +20,36 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 /// When the device fails.
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
     if fast(&[x]) { map(x, gelu_slice) } else { x.gelu() }
+}
+
+/// A gated activation: the first half of the last dimension times SiLU of the second, `(.., 2 n)` to `(.., n)`
+/// (diffusers' `swiglu`).
+///
+/// # Errors
+/// When the last dimension is odd or the device fails.
+pub fn swiglu(x: &Tensor) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    if !width.is_multiple_of(2) {
+        candle_core::bail!("{width} channels have no two halves");
+    }
+    let half = width / 2;
+    if !fast(&[x]) {
+        let gate = x.narrow(D::Minus1, half, half)?.contiguous()?.silu()?;
+        return x.narrow(D::Minus1, 0, half)?.mul(&gate);
+    }
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = half;
+    }
+    let x = x.contiguous()?;
+    let view = View::new(&x)?;
+    let input = view.slice()?;
+    let mut out = vec![0f32; input.len() / 2];
+    let rows = rows_per_task(input.len() / width, width);
+    out.par_chunks_mut(rows * half)
+        .zip(input.par_chunks(rows * width))
+        .for_each(|(out, input)| swiglu_rows(half, input, out));
+    Tensor::from_vec(out, shape, x.device())
 }
 
 /// `x W^T + b` over the last dimension: `x` is `(.., in)`, `weight` `(out, in)`, `bias` `(out)`.
@@ -65,6 +95,17 @@ simd_fn! {
     fn gelu_slice(input: &[f32], out: &mut [f32]) {
         for (o, &x) in out.iter_mut().zip(input) {
             *o = simd::gelu_tanh(x);
+        }
+    }
+}
+
+simd_fn! {
+    fn swiglu_rows(half: usize, input: &[f32], out: &mut [f32]) {
+        for (out, row) in out.chunks_exact_mut(half).zip(input.chunks_exact(2 * half)) {
+            let (values, gates) = row.split_at(half);
+            for ((o, x), &gate) in out.iter_mut().zip(values).zip(gates) {
+                *o = x * simd::silu(gate);
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::error::Error;
 use crate::frames::RgbFrames;
-use crate::pipeline::config_error;
+use crate::pipeline::{GenerateRequest, WorkConfig, config_error};
 
 /// `[B, C, F, H, W]` to tokens `[B, F' H' W', C pt p p]`; `patch` is time, height, width.
 ///
@@ -42,6 +42,46 @@ pub fn unpack(tokens: &Tensor, cells: [usize; 3], patch: [usize; 3]) -> Result<T
         .permute(vec![0, 4, 1, 5, 2, 6, 3, 7])?
         .contiguous()?
         .reshape((batch, channels, frames, height, columns))
+}
+
+/// A clip in latent cells, for models that keep latents packed into tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Volume {
+    /// Frames, height, width.
+    pub cells: [usize; 3],
+    /// Cells in a token: time, height, width.
+    pub patch: [usize; 3],
+    /// Channels of a cell.
+    pub channels: usize,
+}
+
+impl Volume {
+    /// Of a request, for a model's compression: the first latent frame is one picture.
+    #[must_use]
+    pub fn new(work: &WorkConfig, request: &GenerateRequest) -> Self {
+        let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
+        let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
+        Self { cells, patch: work.patch, channels: work.latent_channels }
+    }
+
+    /// `[1, C, F, H, W]`.
+    #[must_use]
+    pub fn shape(&self) -> Vec<usize> {
+        let [frames, height, width] = self.cells;
+        vec![1, self.channels, frames, height, width]
+    }
+
+    /// Frames, rows and columns of tokens.
+    #[must_use]
+    pub fn grid(&self) -> [usize; 3] {
+        std::array::from_fn(|axis| self.cells[axis] / self.patch[axis])
+    }
+
+    /// `[1, tokens, channels of a token]`.
+    #[must_use]
+    pub fn packed_shape(&self) -> Vec<usize> {
+        vec![1, self.grid().iter().product(), self.channels * self.patch.iter().product::<usize>()]
+    }
 }
 
 /// How latents are shown before they are decoded: a linear map from a cell's channels to a colour.

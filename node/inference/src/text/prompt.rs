@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::{PromptTokenizer, T5Encoder};
 use crate::error::Error;
@@ -78,5 +78,16 @@ impl PromptEncoder {
         let ids = Tensor::from_vec(encoded.ids, (1, limit), &self.device)?;
         let mask = Tensor::from_vec(encoded.mask, (1, limit), &self.device)?;
         Ok((self.encoder.forward(&ids, masked.then_some(&mask))?, mask))
+    }
+
+    /// The embeddings `[1, limit, width]` of filling alone, and their mask of zeros `[1, limit]` (u8): what some references
+    /// make of an empty prompt.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn encode_nothing(&self) -> Result<(Tensor, Tensor), Error> {
+        let ids = Tensor::zeros((1, self.limit), DType::U32, &self.device)?;
+        let mask = Tensor::zeros((1, self.limit), DType::U8, &self.device)?;
+        Ok((self.encoder.forward(&ids, Some(&mask))?, mask))
     }
 }

@@ -8,6 +8,7 @@ use crate::frames::RgbFrames;
 use crate::models::ltx::rope::{Positions, RopeTables};
 use crate::models::ltx::transformer::TextContext;
 use crate::models::ltx::vae::{DecodeSettings, Noise};
+use crate::pipeline::latents::Volume;
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::rng::{Stream, normal_tensor};
@@ -46,7 +47,7 @@ impl VideoModel for LtxPipeline {
     }
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
-        let (schedule, volume) = (schedule(self, request)?, Volume::of(self, request));
+        let (schedule, volume) = (schedule(self, request)?, Volume::new(&self.info.work, request));
         Ok(Plan { schedule, volume, class: self.class })
     }
 
@@ -124,43 +125,13 @@ impl VideoModel for LtxPipeline {
     }
 }
 
-/// The clip in latent cells.
-struct Volume {
-    /// Frames, height, width.
-    cells: [usize; 3],
-    patch: [usize; 3],
-    channels: usize,
-}
-
-impl Volume {
-    fn of(model: &LtxPipeline, request: &GenerateRequest) -> Self {
-        let work = &model.info.work;
-        let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
-        let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
-        Self { cells, patch: work.patch, channels: work.latent_channels }
-    }
-
-    fn shape(&self) -> Vec<usize> {
-        let [frames, height, width] = self.cells;
-        vec![1, self.channels, frames, height, width]
-    }
-
-    fn grid(&self) -> [usize; 3] {
-        std::array::from_fn(|axis| self.cells[axis] / self.patch[axis])
-    }
-
-    fn packed_shape(&self) -> Vec<usize> {
-        vec![1, self.grid().iter().product(), self.channels * self.patch.iter().product::<usize>()]
-    }
-}
-
 /// The points of a request's run.
 pub(super) fn schedule(model: &LtxPipeline, request: &GenerateRequest) -> Result<Schedule, Error> {
     let given = request.timesteps.as_ref().map(|t| t.iter().map(|&t| t as f32).collect::<Vec<f32>>());
     let config = &model.scheduler;
     match model.class {
         LtxClass::Text => {
-            let volume = Volume::of(model, request);
+            let volume = Volume::new(&model.info.work, request);
             let mu = calculate_shift(config, volume.cells.iter().product());
             let points = given.map_or(ScheduleRequest::Steps(request.steps), ScheduleRequest::Timesteps);
             Ok(Schedule::new(config, &points, mu)?)

@@ -1,0 +1,205 @@
+//! Mochi from request to frames (`MochiPipeline`).
+//!
+//! Noise levels fall linearly for the first half of the steps and quadratically from there. The published scheduler counts
+//! the other way round: its sigmas rise from 0 to 1, and the model predicts `data - noise`.
+
+mod parts;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::config::TransformerConfig;
+use super::transformer::MochiTransformer;
+use super::vae::{MochiVae, MochiVaeConfig};
+use crate::error::Error;
+use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, open_weights};
+use crate::pipeline::latents::LatentRgb;
+use crate::pipeline::run::VideoModel;
+use crate::pipeline::{
+    Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
+    read_json,
+};
+use crate::registry::ModelIndex;
+use crate::sampler::{FlowMatchConfig, Schedule};
+use crate::text::{PromptEncoder, T5Config};
+
+/// The architecture's name.
+pub const NAME: &str = "mochi";
+/// The pipeline classes that this module computes.
+pub const CLASSES: &[&str] = &["MochiPipeline"];
+/// What the reference makes when it is told nothing; the model was made for 30 frames a second.
+pub const DEFAULTS: Defaults =
+    Defaults { width: 848, height: 480, frames: 19, fps: 30.0, steps: 64, guidance: 4.5 };
+
+/// A loaded Mochi model.
+pub struct MochiPipeline {
+    info: PipelineInfo,
+    scheduler: FlowMatchConfig,
+    text: PromptEncoder,
+    /// An empty prompt is read as no token at all.
+    empty_is_nothing: bool,
+    transformer: MochiTransformer,
+    vae: MochiVae,
+    latent_rgb: LatentRgb,
+    device: Device,
+    dtype: DType,
+}
+
+impl MochiPipeline {
+    /// Reads a model folder.
+    ///
+    /// # Errors
+    /// See [`crate::load`].
+    pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
+        if !CLASSES.contains(&index.class.as_str()) {
+            let file = folder.join("model_index.json");
+            return Err(config_error(file, "_class_name", &index.class, "no pipeline of Mochi"));
+        }
+        index.expect(folder, "transformer", &["MochiTransformer3DModel"])?;
+        index.expect(folder, "vae", &["AutoencoderKLMochi"])?;
+        index.expect(folder, "text_encoder", &["T5EncoderModel"])?;
+        index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
+        index.expect(folder, "scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
+        let empty_is_nothing = index.flag(folder, "force_zeros_for_empty_prompt")?.unwrap_or(false);
+        let scheduler = load_scheduler(folder)?;
+        check_fit(folder)?;
+        let (transformer, transformer_parameters) = load_transformer(folder, options)?;
+        let most = transformer.config().max_sequence_length;
+        let (text, text_parameters) = PromptEncoder::load(folder, options, most)?;
+        let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let parameters = [transformer_parameters, vae_parameters, text_parameters];
+        let work = work_config(transformer.config(), vae.config(), text.limit(), parameters);
+        let extras = Extras::read(folder, work.latent_channels)?;
+        let info = PipelineInfo {
+            architecture: NAME.to_owned(),
+            size_multiple: work.spatial_ratio * work.patch[2],
+            frame_rule: FrameRule { multiple: work.temporal_ratio, offset: 1 },
+            defaults: extras.defaults.unwrap_or(DEFAULTS),
+            token_limit: text.limit(),
+            work,
+        };
+        let latent_rgb = extras.latent_rgb.unwrap_or_default();
+        let (device, dtype) = (options.device.clone(), options.dtype);
+        Ok(Self { info, scheduler, text, empty_is_nothing, transformer, vae, latent_rgb, device, dtype })
+    }
+
+    /// Uses another schedule from now on.
+    pub fn set_scheduler(&mut self, scheduler: FlowMatchConfig) {
+        self.scheduler = scheduler;
+    }
+
+    /// Reads more or fewer text tokens from now on.
+    pub fn set_token_limit(&mut self, limit: usize) {
+        self.info.token_limit = limit;
+        self.text.set_limit(limit);
+    }
+
+    /// The points that a request's run goes through, as the scheduler counts them.
+    ///
+    /// # Errors
+    /// When it has no steps or gives its own timesteps.
+    pub fn schedule(&self, request: &GenerateRequest) -> Result<Schedule, Error> {
+        parts::schedule(self, request)
+    }
+
+    /// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1, as a request says.
+    ///
+    /// # Errors
+    /// A cancel between the pieces of a decode, or what the device reports.
+    pub fn decode_video(
+        &self,
+        latents: &Tensor,
+        request: &GenerateRequest,
+        observer: &dyn Observer,
+    ) -> Result<Tensor, Error> {
+        self.decode(request, latents, observer)
+    }
+
+    /// The embeddings `[1, tokens, width]` of a prompt and their mask `[1, tokens]` (u8).
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] where it is and `truncate` is false, or what the device reports.
+    pub fn encode_prompt(&self, prompt: &str, truncate: bool) -> Result<(Tensor, Tensor), Error> {
+        if self.empty_is_nothing && prompt.is_empty() {
+            return self.text.encode_nothing();
+        }
+        self.text.encode(prompt, truncate, true)
+    }
+}
+
+/// A folder's scheduler; the pipeline gives no `mu`, so one that shifts by it is refused.
+fn load_scheduler(folder: &Path) -> Result<FlowMatchConfig, Error> {
+    let scheduler = load_flow_match(folder)?;
+    if scheduler.use_dynamic_shifting {
+        let file = folder.join("scheduler").join("scheduler_config.json");
+        let reason = "only false is known: Mochi's shift does not depend on the size";
+        return Err(config_error(file, "use_dynamic_shifting", true, reason));
+    }
+    Ok(scheduler)
+}
+
+/// A folder's transformer, and how many parameters it has.
+///
+/// # Errors
+/// See [`crate::load`].
+pub fn load_transformer(folder: &Path, options: &LoadOptions) -> Result<(MochiTransformer, u64), Error> {
+    let part = folder.join("transformer");
+    let config = TransformerConfig::read(&part.join("config.json"))?;
+    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let transformer = weights.build(|vb| MochiTransformer::load(&config, &vb))?;
+    Ok((transformer, weights.parameters()))
+}
+
+/// A folder's VAE, with its encoder where asked for, and how many parameters its files hold.
+///
+/// # Errors
+/// See [`crate::load`].
+pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(MochiVae, u64), Error> {
+    let part = folder.join("vae");
+    let config = MochiVaeConfig::read(&part.join("config.json"))?;
+    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let load = if encoder { MochiVae::load } else { MochiVae::load_decoder };
+    let vae = weights.build(|vb| load(&config, &vb))?;
+    Ok((vae, weights.parameters()))
+}
+
+/// Whether what one part gives is what the next takes, as their configurations say.
+fn check_fit(folder: &Path) -> Result<(), Error> {
+    let file = folder.join("transformer").join("config.json");
+    let transformer = TransformerConfig::read(&file)?;
+    let vae = MochiVaeConfig::read(&folder.join("vae").join("config.json"))?;
+    let text: T5Config = read_json(&folder.join("text_encoder").join("config.json"))?;
+    let parts = [
+        ("in_channels", transformer.in_channels, vae.latent_channels, "the VAE's latents have"),
+        ("text_embed_dim", transformer.text_embed_dim, text.d_model, "the text encoder's embeddings have"),
+    ];
+    match parts.into_iter().find(|(_, given, needed, _)| given != needed) {
+        Some((key, given, needed, who)) => {
+            Err(config_error(file, key, given, format!("{who} {needed} channels")))
+        }
+        None => Ok(()),
+    }
+}
+
+fn work_config(
+    config: &TransformerConfig,
+    vae: &MochiVaeConfig,
+    context_tokens: usize,
+    parameters: [u64; 3],
+) -> WorkConfig {
+    WorkConfig {
+        layers: config.num_layers,
+        hidden: config.inner(),
+        feed_forward: TransformerConfig::feed_forward(config.inner()),
+        context_tokens,
+        context_width: config.text_embed_dim,
+        spatial_ratio: vae.spatial_ratio(),
+        temporal_ratio: vae.temporal_ratio(),
+        patch: [1, config.patch_size, config.patch_size],
+        latent_channels: vae.latent_channels,
+        transformer_parameters: parameters[0],
+        vae_parameters: parameters[1],
+        text_parameters: parameters[2],
+    }
+}

@@ -1,0 +1,166 @@
+//! Mochi's parts of a run: its schedule, the guided velocity, its step, its decode.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::MochiPipeline;
+use crate::error::Error;
+use crate::frames::RgbFrames;
+use crate::models::mochi::rope::RopeTables;
+use crate::models::mochi::transformer::TextContext;
+use crate::pipeline::latents::{Volume, pack, unpack};
+use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::sampler::guidance::{guide, rescale};
+use crate::sampler::{Schedule, ScheduleRequest, linear_quadratic};
+use crate::tiling::Tiling;
+
+/// Noise that is taken away in the linear half of the steps.
+const LINEAR_THRESHOLD: f64 = 0.025;
+
+/// What follows from a request without the network.
+pub struct Plan {
+    schedule: Schedule,
+    /// Noise levels, 1 at first and 0 at last, whichever way the scheduler counts.
+    levels: Vec<f32>,
+    volume: Volume,
+}
+
+/// What stays the same over all steps.
+pub struct Context {
+    text: TextContext,
+    rope: RopeTables,
+    guided: bool,
+}
+
+impl VideoModel for MochiPipeline {
+    type Plan = Plan;
+    type Context = Context;
+
+    fn facts(&self) -> &PipelineInfo {
+        &self.info
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
+        self.text.tokens(prompt)
+    }
+
+    fn prompt_fits(&self, prompt: &str, truncate: bool) -> Result<(), Error> {
+        self.text.check(prompt, truncate)
+    }
+
+    fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
+        let schedule = schedule(self, request)?;
+        let level = |&sigma: &f32| if self.scheduler.invert_sigmas { 1.0 - sigma } else { sigma };
+        let levels = schedule.sigmas.iter().map(level).collect();
+        Ok(Plan { schedule, levels, volume: Volume::new(&self.info.work, request) })
+    }
+
+    fn course<'a>(&self, plan: &'a Plan) -> Course<'a> {
+        let sampler = "flow-match-euler\0mochi";
+        Course { sampler, sigmas: &plan.levels, timesteps: &plan.schedule.timesteps }
+    }
+
+    fn latents_shape(&self, plan: &Plan, _done: usize) -> Vec<usize> {
+        plan.volume.packed_shape()
+    }
+
+    fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
+        let volume = &plan.volume;
+        initial(request, &volume.shape(), &volume.packed_shape(), |noise| pack(noise, volume.patch))
+    }
+
+    fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
+        let guided = self.is_guided(request);
+        let (mut text, mut mask) = self.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        if guided {
+            let (negative, its_mask) =
+                self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?;
+            text = Tensor::cat(&[negative, text], 0)?;
+            mask = Tensor::cat(&[its_mask, mask], 0)?;
+        }
+        let text = self.transformer.text_context(&text, &mask)?;
+        Ok(Context { text, rope: self.transformer.rope(plan.volume.grid())?, guided })
+    }
+
+    fn output(
+        &self,
+        request: &GenerateRequest,
+        plan: &Plan,
+        context: &Context,
+        index: usize,
+        state: &State,
+    ) -> Result<Tensor, Error> {
+        let latents = &state.latents;
+        let batch = if context.guided { 2 } else { 1 };
+        let input = if context.guided { Tensor::cat(&[latents, latents], 0)? } else { latents.clone() };
+        let timesteps = Tensor::from_vec(vec![plan.schedule.timesteps[index]; batch], batch, &self.device)?;
+        let velocity = self.transformer.forward(&input, &timesteps, &context.text, &context.rope)?;
+        let velocity = velocity.to_dtype(DType::F32)?;
+        if !context.guided {
+            return Ok(velocity);
+        }
+        let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
+        let guided = guide(&negative, &positive, request.guidance)?;
+        if request.guidance_rescale > 0.0 {
+            return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
+        }
+        Ok(guided)
+    }
+
+    fn advance(
+        &self,
+        _request: &GenerateRequest,
+        plan: &Plan,
+        index: usize,
+        state: &mut State,
+        output: &Tensor,
+    ) -> Result<Tensor, Error> {
+        let sigmas = &plan.schedule.sigmas;
+        let rest = f64::from(sigmas[sigmas.len() - 1] - sigmas[index]);
+        let predicted = (&state.latents + (output * rest)?)?;
+        state.latents = plan.schedule.step(index, &state.latents, output)?;
+        Ok(predicted)
+    }
+
+    fn change(&self, plan: &Plan, index: usize) -> Option<f32> {
+        Some(plan.schedule.change(index))
+    }
+
+    fn preview(&self, plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
+        Ok(self.latent_rgb.project(&self.volume(plan, predicted)?)?)
+    }
+
+    fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
+        Ok(unpack(latents, plan.volume.cells, plan.volume.patch)?)
+    }
+
+    fn decode(
+        &self,
+        request: &GenerateRequest,
+        volume: &Tensor,
+        observer: &dyn Observer,
+    ) -> Result<Tensor, Error> {
+        let z = self.vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
+        let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
+        let video = watched(observer, |watch| self.vae.decode(&z, tiling, watch))?;
+        let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
+        Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+    }
+}
+
+/// The points of a request's run.
+pub(super) fn schedule(model: &MochiPipeline, request: &GenerateRequest) -> Result<Schedule, Error> {
+    if let Some(timesteps) = &request.timesteps {
+        return Err(Error::Number {
+            field: "number of given timesteps",
+            given: timesteps.len() as f64,
+            rule: "it must be 0, because this model's schedule follows from the number of steps",
+        });
+    }
+    let sigmas = linear_quadratic(request.steps, LINEAR_THRESHOLD);
+    Ok(Schedule::new(&model.scheduler, &ScheduleRequest::Sigmas(sigmas), 0.0)?)
+}

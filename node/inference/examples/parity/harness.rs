@@ -8,6 +8,7 @@ mod common;
 mod golden;
 mod ltx;
 mod report;
+mod wan;
 
 use std::path::Path;
 
@@ -23,7 +24,7 @@ pub(crate) struct Adapter {
 }
 
 /// Every model's.
-const ADAPTERS: &[Adapter] = &[ltx::ADAPTER, cogvideox::ADAPTER];
+const ADAPTERS: &[Adapter] = &[ltx::ADAPTER, cogvideox::ADAPTER, wan::ADAPTER];
 
 /// What a golden holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,6 +8,8 @@
 //!
 //! The scalars are computed in f32 in the reference's order: `h_phi_k` cancels, so that a last bit shows.
 
+use std::collections::BTreeMap;
+
 use candle_core::{Result, Tensor};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -104,7 +106,11 @@ impl UniPcConfig {
             return Err(setting("solver_order", self.solver_order, format!("1 to {MOST_ORDER} are known")));
         }
         if self.num_train_timesteps == 0 || !(self.flow_shift.is_finite() && self.flow_shift > 0.0) {
-            return Err(setting("flow_shift", self.flow_shift, "it must be above 0, over at least 1 timestep"));
+            return Err(setting(
+                "flow_shift",
+                self.flow_shift,
+                "it must be above 0, over at least 1 timestep",
+            ));
         }
         let class = self.others.get("_class_name").and_then(Value::as_str);
         if let Some(class) = class.filter(|&class| class != "UniPCMultistepScheduler") {
@@ -149,20 +155,20 @@ pub struct UniPcState {
 impl UniPcState {
     /// The tensors with their names, for a checkpoint.
     #[must_use]
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let clean = self.clean.iter().enumerate().map(|(i, tensor)| (format!("clean.{i}"), tensor.clone()));
-        clean.chain(self.last_sample.iter().map(|last| (LAST_SAMPLE.to_owned(), last.clone()))).collect()
+    pub fn into_memory(self) -> BTreeMap<String, Tensor> {
+        let clean = self.clean.into_iter().enumerate().map(|(i, tensor)| (format!("clean.{i}"), tensor));
+        clean.chain(self.last_sample.map(|last| (LAST_SAMPLE.to_owned(), last))).collect()
     }
 
-    /// Takes what [`UniPcState::tensors`] gave; `None` where it is not of that form.
+    /// Takes what [`UniPcState::into_memory`] gave; `None` where it is not of that form.
     #[must_use]
-    pub fn from_tensors(tensors: &[(String, Tensor)]) -> Option<Self> {
-        let named = |name: &str| tensors.iter().find(|(key, _)| key == name).map(|(_, tensor)| tensor.clone());
-        let last_sample = named(LAST_SAMPLE);
-        let clean: Vec<Tensor> = (0..MOST_ORDER).map_while(|i| named(&format!("clean.{i}"))).collect();
+    pub fn from_memory(memory: &BTreeMap<String, Tensor>) -> Option<Self> {
+        let last_sample = memory.get(LAST_SAMPLE).cloned();
+        let clean: Vec<Tensor> =
+            (0..MOST_ORDER).map_while(|i| memory.get(&format!("clean.{i}")).cloned()).collect();
         let known = clean.len() + usize::from(last_sample.is_some());
         let goes_together = last_sample.is_some() != clean.is_empty();
-        (known == tensors.len() && goes_together).then_some(Self { last_sample, clean })
+        (known == memory.len() && goes_together).then_some(Self { last_sample, clean })
     }
 }
 
@@ -411,14 +417,15 @@ mod tests {
         let mut state = UniPcState::default();
         let mut x = Tensor::new(&[1.0f32, -2.0], &Device::Cpu).unwrap();
         for index in 0..5 {
-            let mut other = UniPcState::from_tensors(&state.tensors()).unwrap();
+            let mut other = UniPcState::from_memory(&state.clone().into_memory()).unwrap();
             let output = (&x * 0.3).unwrap();
             let there = sampler.step(&mut other, index, &x, &output).unwrap();
             x = sampler.step(&mut state, index, &x, &output).unwrap();
             assert_eq!(there.to_vec1::<f32>().unwrap(), x.to_vec1::<f32>().unwrap());
         }
-        assert!(UniPcState::from_tensors(&[("clean.1".to_owned(), x.clone())]).is_none());
-        assert!(UniPcState::from_tensors(&[("momentum".to_owned(), x.clone())]).is_none());
+        for name in ["clean.1", "momentum", "last_sample"] {
+            assert!(UniPcState::from_memory(&BTreeMap::from([(name.to_owned(), x.clone())])).is_none());
+        }
         assert!(sampler.step(&mut UniPcState::default(), 3, &x, &x).is_err());
     }
 
@@ -432,7 +439,8 @@ mod tests {
             (r#"{"use_flow_sigmas": false}"#, "use_flow_sigmas is false"),
             (r#"{"thresholding": true}"#, "thresholding is true"),
         ] {
-            let mut value = serde_json::json!({"prediction_type": "flow_prediction", "use_flow_sigmas": true});
+            let mut value =
+                serde_json::json!({"prediction_type": "flow_prediction", "use_flow_sigmas": true});
             let changes: Map<String, Value> = serde_json::from_str(text).unwrap();
             value.as_object_mut().unwrap().extend(changes);
             let config: UniPcConfig = serde_json::from_value(value).unwrap();

@@ -6,8 +6,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::Error;
+use crate::folder::{check_counts, check_only, check_others};
 use crate::pipeline::{config_error, read_json};
-use crate::sampler::flow_match::means_something;
 
 /// The transformer's class.
 pub const CLASS: &str = "WanTransformer3DModel";
@@ -102,28 +102,18 @@ impl TransformerConfig {
     }
 
     fn check(&self, file: &Path) -> Result<(), Error> {
-        let class = self.others.get("_class_name").and_then(Value::as_str);
-        if let Some(class) = class.filter(|&class| class != CLASS) {
-            return Err(config_error(file, "_class_name", class, format!("only {CLASS} is known")));
-        }
-        if self.qk_norm.as_deref() != Some(QK_NORM) {
-            let value = format!("{:?}", self.qk_norm);
-            return Err(config_error(file, "qk_norm", value, format!("only {QK_NORM:?} is known")));
-        }
+        check_only(file, "qk_norm", &self.qk_norm, &Some(QK_NORM.to_owned()))?;
         for key in ["image_dim", "added_kv_proj_dim", "pos_embed_seq_len"] {
             if let Some(value) = self.others.get(key).filter(|value| !value.is_null()) {
                 return Err(config_error(file, key, value, "conditioning on images is not computed here"));
             }
         }
-        let strange = self.others.iter().find(|(key, value)| !key.starts_with('_') && means_something(value));
-        if let Some((key, value)) = strange {
-            return Err(config_error(file, key, value, "this setting is not known"));
-        }
+        check_others(file, &self.others, CLASS)?;
         self.check_sizes(file)
     }
 
     fn check_sizes(&self, file: &Path) -> Result<(), Error> {
-        let counts = [
+        let counts: &[(&str, usize)] = &[
             ("patch_size", self.cells()),
             ("num_attention_heads", self.num_attention_heads),
             ("in_channels", self.in_channels),
@@ -133,13 +123,15 @@ impl TransformerConfig {
             ("num_layers", self.num_layers),
             ("rope_max_seq_len", self.rope_max_seq_len),
         ];
-        if let Some((key, value)) = counts.into_iter().find(|&(_, value)| value == 0) {
-            return Err(config_error(file, key, value, "it must be at least 1"));
-        }
+        check_counts(file, counts)?;
         let head = self.attention_head_dim;
         if head < LEAST_HEAD || !head.is_multiple_of(2) {
             let reason = format!("rotary embedding needs an even number of at least {LEAST_HEAD}");
             return Err(config_error(file, "attention_head_dim", head, reason));
+        }
+        if self.patch_size[1] != self.patch_size[2] {
+            let value = format!("{:?}", self.patch_size);
+            return Err(config_error(file, "patch_size", value, "tokens must be as high as wide"));
         }
         if self.outputs() != self.in_channels {
             let reason = format!("a velocity has the latents' {} channels", self.in_channels);

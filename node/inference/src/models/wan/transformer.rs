@@ -253,8 +253,9 @@ impl Attention {
     }
 
     fn attend_itself(&self, x: &Tensor, rope: &RopeTables) -> Result<Tensor> {
-        let query = rope.apply(&self.split(&rms_norm(&self.query.forward(x)?, Some(&self.norm_query), self.epsilon)?)?)?;
-        let key = rope.apply(&self.split(&rms_norm(&self.key.forward(x)?, Some(&self.norm_key), self.epsilon)?)?)?;
+        let query = rms_norm(&self.query.forward(x)?, Some(&self.norm_query), self.epsilon)?;
+        let key = rms_norm(&self.key.forward(x)?, Some(&self.norm_key), self.epsilon)?;
+        let (query, key) = (rope.apply(&self.split(&query)?)?, rope.apply(&self.split(&key)?)?);
         self.mix(&query, &key, &self.split(&self.value.forward(x)?)?)
     }
 

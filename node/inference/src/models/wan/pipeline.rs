@@ -67,6 +67,7 @@ impl WanPipeline {
         index.expect(folder, "transformer_2", &[config::CLASS])?;
         index.expect(folder, "vae", &[vae::config::CLASS])?;
         index.expect(folder, "text_encoder", &["UMT5EncoderModel", "T5EncoderModel"])?;
+        index.expect(folder, "scheduler", sampler::CLASSES)?;
         index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
         let sampler = WanSampler::load(folder)?;
         let (text, text_parameters) = PromptEncoder::load(folder, options, TEXT_TOKENS)?;

@@ -12,6 +12,9 @@ use crate::sampler::{
     FlowMatchConfig, SamplerError, Schedule, ScheduleRequest, UniPc, UniPcConfig, UniPcState,
 };
 
+/// The schedulers' classes.
+pub(super) const CLASSES: &[&str] = &["UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"];
+
 /// A sampler's settings.
 #[derive(Debug, Clone, PartialEq)]
 pub enum WanSampler {
@@ -35,7 +38,7 @@ impl WanSampler {
             "UniPCMultistepScheduler" => Self::UniPc(serde_json::from_value(value).map_err(fault)?),
             "FlowMatchEulerDiscreteScheduler" => Self::Euler(serde_json::from_value(value).map_err(fault)?),
             other => {
-                let known = "known are UniPCMultistepScheduler and FlowMatchEulerDiscreteScheduler";
+                let known = format!("known are {}", CLASSES.join(", "));
                 return Err(config_error(file, "_class_name", other, known));
             }
         };

@@ -194,6 +194,11 @@ impl Grow {
         })
     }
 
+    /// Frames that a frame after the first becomes.
+    pub(super) fn time_scale(&self) -> usize {
+        if self.time.is_some() { 2 } else { 1 }
+    }
+
     pub(super) fn forward(&self, x: &Tensor, cache: &mut FrameCache) -> Result<Tensor> {
         let x = match &self.time {
             Some(conv) => &grow_time(conv, x, cache)?,

@@ -1,5 +1,7 @@
 //! Latents to video.
 
+use std::ops::Range;
+
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
@@ -8,6 +10,9 @@ use super::config::WanVaeConfig;
 use crate::nn::conv3d::Conv3d;
 use crate::nn::frame_cache::FrameCache;
 use crate::tiling::{Margin, Plan, Ratio, Tiling};
+
+/// Tiles begin as early in the decoder as costs at most this many times the work in what follows.
+const MOST_OVERHEAD: f64 = 3.0;
 
 /// The decoder: a convolution and the middle, which attends over whole frames; then levels that grow, run by run and, if
 /// asked for, tile by tile.
@@ -18,7 +23,6 @@ pub(super) struct Decoder {
     levels: Vec<Level>,
     norm_out: Gamma,
     conv_out: Conv3d,
-    ratio: Ratio,
 }
 
 /// Residual blocks of one width, then growth.
@@ -58,7 +62,6 @@ impl Decoder {
             levels: (0..levels).map(level).collect::<Result<_>>()?,
             norm_out: Gamma::load(last, 3, vb.pp("norm_out"))?,
             conv_out: Conv3d::load(causal(last, config.out_channels, CUBE), vb.pp("conv_out"))?,
-            ratio: Ratio { time: config.temporal_ratio(), space: config.spatial_ratio() / config.patch() },
         })
     }
 
@@ -67,38 +70,79 @@ impl Decoder {
         let x = self.middle.forward(&self.conv_in.forward(z)?, &mut FrameCache::default())?;
         watch()?;
         // Runs remember what lies before them, so that only pictures are cut with margins.
-        let run = (tiling.chunk.unwrap_or(0) / self.ratio.time).max(1);
+        let run = (tiling.chunk.unwrap_or(0) / self.ratio(0).time).max(1);
         let (_, t, h, w, _) = x.dims5()?;
-        let plan = Plan::new(Tiling { chunk: None, ..tiling }, self.ratio, self.margin(), [t, h, w]);
-        if plan.tiles() == 1 {
-            return self.grow(&x, run, watch);
+        match self.plan(Tiling { chunk: None, ..tiling }, [t, h, w]) {
+            None => self.run(&x, 0..self.levels.len(), run, watch),
+            Some((0, plan)) => plan.decode(&x, |tile, _| self.run(tile, 0..self.levels.len(), run, watch)),
+            Some((first, plan)) => {
+                let x = self.run(&x, 0..first, run, watch)?;
+                let run = run * self.ratio(0).time / self.ratio(first).time;
+                plan.decode(&x, |tile, _| self.run(tile, first..self.levels.len(), run, watch))
+            }
         }
-        plan.decode(&x, |tile, _| self.grow(tile, run, watch))
     }
 
-    /// The levels and the end, `run` latent frames at a time.
-    fn grow(&self, x: &Tensor, run: usize, watch: Watch<'_>) -> Result<Tensor> {
-        let frames = x.dim(1)?;
+    /// Some levels, `run` positions of time at a go. After the last level follows the end, and the result has its
+    /// channels first.
+    fn run(&self, x: &Tensor, levels: Range<usize>, run: usize, watch: Watch<'_>) -> Result<Tensor> {
+        let (positions, is_end) = (x.dim(1)?, levels.end == self.levels.len());
         let mut cache = FrameCache::default();
-        let mut parts = Vec::with_capacity(frames.div_ceil(run));
-        for start in (0..frames).step_by(run) {
+        let mut parts = Vec::with_capacity(positions.div_ceil(run));
+        for start in (0..positions).step_by(run) {
             cache.rewind();
-            let mut part = x.narrow(1, start, run.min(frames - start))?.contiguous()?;
-            for level in &self.levels {
+            let mut part = x.narrow(1, start, run.min(positions - start))?.contiguous()?;
+            for level in &self.levels[levels.clone()] {
                 part = level.forward(&part, &mut cache)?;
             }
-            part = self.norm_out.norm().silu().apply(&part)?;
-            part = cache.conv(&self.conv_out, &part)?;
-            parts.push(part.permute((0, 4, 1, 2, 3))?.contiguous()?);
+            if is_end {
+                part = self.norm_out.norm().silu().apply(&part)?;
+                part = cache.conv(&self.conv_out, &part)?.permute((0, 4, 1, 2, 3))?.contiguous()?;
+            }
+            parts.push(part);
             watch()?;
         }
-        Tensor::cat(&parts, 2)
+        Tensor::cat(&parts, if is_end { 2 } else { 1 })
     }
 
-    /// Rows and columns around a position that its pixels depend on.
-    fn margin(&self) -> Margin {
+    /// From which level on the decode goes in tiles, and which: as early as [`MOST_OVERHEAD`] lets it, so that little is
+    /// kept whole, else the last level that grows. `None` where everything fits into one tile.
+    fn plan(&self, tiling: Tiling, latents: [usize; 3]) -> Option<(usize, Plan)> {
+        let whole = self.ratio(0);
+        let plans = (0..self.levels.len().max(2) - 1).map(|first| {
+            let ratio = self.ratio(first);
+            let (time, space) = (whole.time / ratio.time, whole.space / ratio.space);
+            let size = [(latents[0] - 1) * time + 1, latents[1] * space, latents[2] * space];
+            (first, Plan::new(tiling, ratio, self.margin(first), size))
+        });
+        let mut latest = None;
+        for (first, plan) in plans {
+            if plan.tiles() == 1 {
+                return None;
+            }
+            let is_cheap = plan.overhead() <= MOST_OVERHEAD;
+            latest = Some((first, plan));
+            if is_cheap {
+                break;
+            }
+        }
+        latest
+    }
+
+    /// What a position before level `first` becomes.
+    fn ratio(&self, first: usize) -> Ratio {
+        let grown = self.levels[first..].iter().filter_map(|level| level.grow.as_ref());
+        let mut ratio = Ratio { time: 1, space: 1 };
+        for grow in grown {
+            ratio = Ratio { time: ratio.time * grow.time_scale(), space: ratio.space * 2 };
+        }
+        ratio
+    }
+
+    /// Rows and columns around a position before level `first` that its pixels depend on.
+    fn margin(&self, first: usize) -> Margin {
         let mut space = 1;
-        for level in self.levels.iter().rev() {
+        for level in self.levels[first..].iter().rev() {
             if level.grow.is_some() {
                 space = (space + 1usize).div_ceil(2);
             }

@@ -71,3 +71,21 @@ fn umt5_xxl() {
     assert_eq!(shapes["encoder.block.23.layer.0.SelfAttention.relative_attention_bias.weight"], [32, 64]);
     assert_eq!(count_parameters(&shapes) / 100_000, 56_809);
 }
+
+#[test]
+fn wan_2_2_ti2v_5b() {
+    let transformer: wan::config::TransformerConfig = config(serde_json::json!({
+        "in_channels": 48, "out_channels": 48, "num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336,
+    }));
+    let shapes = tensor_shapes(|vb| WanTransformer::load(&transformer, &vb)).unwrap();
+    assert_eq!(shapes["proj_out.weight"], [192, 3072]);
+    assert_eq!((shapes.len(), count_parameters(&shapes) / 1_000_000), (825, 4_999));
+    let config: WanVaeConfig = config(serde_json::json!({
+        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": true, "in_channels": 12,
+        "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+    }));
+    let shapes = tensor_shapes(|vb| WanVae::load(&config, vb)).unwrap();
+    assert_eq!(shapes["decoder.up_blocks.2.upsampler.resample.1.weight"], [512, 512, 3, 3]);
+    assert_eq!(shapes["encoder.down_blocks.1.downsampler.time_conv.weight"], [320, 320, 3, 1, 1]);
+    assert_eq!(count_parameters(&shapes) / 1_000_000, 704);
+}

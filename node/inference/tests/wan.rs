@@ -15,8 +15,12 @@ use kinoflock_inference::{
     RgbFrames, Silent, StepEvent, Tensor, load,
 };
 
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name).join("pipeline")
+}
+
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/wan2.1/pipeline")
+    golden("wan2.1")
 }
 
 fn open(folder: &Path) -> Box<dyn Pipeline> {
@@ -229,23 +233,28 @@ fn a_prompt_is_counted_and_read_as_it_is_after_cleaning() {
 
 #[test]
 fn a_decode_in_tiles_and_runs_has_the_pixels_of_the_whole() {
-    let (vae, _) = load_vae(&folder(), &LoadOptions::default(), true).unwrap();
-    let z = normal_tensor(3, Stream::Initial, (1, 4, 3, 9, 23), &Device::Cpu).unwrap();
-    let decode = |tile, chunk| vae.decode(&z, Tiling { tile, chunk }, &mut || Ok(())).unwrap();
-    let whole = decode(None, Some(1000));
-    assert_eq!(whole.dims(), [1, 3, 9, 72, 184]);
     // Tiles from the third level on, from the second, and from the first.
-    for (tile, chunk) in
-        [(None, None), (None, Some(8)), (Some(32), None), (Some(64), None), (Some(96), Some(8))]
-    {
-        let difference = (decode(tile, chunk) - &whole).unwrap().abs().unwrap().max_all().unwrap();
-        assert_eq!(difference.to_scalar::<f32>().unwrap(), 0.0, "{tile:?} {chunk:?}");
+    let tiles = [(None, None), (None, Some(8)), (Some(32), None), (Some(64), None), (Some(96), Some(8))];
+    for (folder, channels, ratio) in [("wan2.1", 4, 8), ("wan2.2-ti2v-5b", 6, 16)] {
+        let (vae, _) = load_vae(&golden(folder), &LoadOptions::default(), true).unwrap();
+        let shape = (1, channels, 3, 9, 23);
+        let z = normal_tensor(3, Stream::Initial, shape, &Device::Cpu).unwrap();
+        let decode = |tile, chunk| vae.decode(&z, Tiling { tile, chunk }, &mut || Ok(())).unwrap();
+        let worst = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        let whole = decode(None, Some(1000));
+        assert_eq!(whole.dims(), [1, 3, 9, 9 * ratio, 23 * ratio]);
+        for (tile, chunk) in tiles {
+            let tile = tile.map(|pixels: usize| pixels * ratio / 8);
+            assert_eq!(worst((decode(tile, chunk) - &whole).unwrap()), 0.0, "{folder} {tile:?} {chunk:?}");
+        }
+        let short = vae.encode(&whole.narrow(2, 0, 5).unwrap()).unwrap().mean;
+        let long = vae.encode(&whole).unwrap().mean;
+        let change = worst((long.narrow(2, 0, 2).unwrap() - short).unwrap());
+        assert!(change < 1e-5, "{folder}: later frames change earlier latents by {change}");
+        assert!(vae.encode(&whole.narrow(2, 0, 8).unwrap()).is_err());
+        let back = vae.denormalize(&vae.normalize(&z).unwrap()).unwrap();
+        assert!(worst((back - &z).unwrap()) < 1e-5);
     }
-    let short = vae.encode(&whole.narrow(2, 0, 5).unwrap()).unwrap().mean;
-    let long = vae.encode(&whole).unwrap().mean;
-    let difference = (long.narrow(2, 0, 2).unwrap() - short).unwrap().abs().unwrap().max_all().unwrap();
-    assert!(difference.to_scalar::<f32>().unwrap() < 1e-5, "later frames change earlier latents");
-    assert!(vae.encode(&whole.narrow(2, 0, 8).unwrap()).is_err());
 }
 
 #[test]
@@ -319,6 +328,8 @@ fn configuration_values_that_are_not_known_are_named() {
         ("vae/config.json", "latents_mean", serde_json::json!([0.0]), "latents_mean is 1 values"),
         ("vae/config.json", "scale_factor_spatial", serde_json::json!(16), "the levels make it 8"),
         ("vae/config.json", "dim_mult", serde_json::json!([]), "dim_mult"),
+        ("vae/config.json", "patch_size", serde_json::json!(2), "in_channels is 3"),
+        ("vae/config.json", "base_dim", serde_json::json!(9), "halves them"),
         ("vae/config.json", "wavelet", serde_json::json!(2), "wavelet is 2"),
         ("text_encoder/config.json", "feed_forward_proj", serde_json::json!("gated-mish"), "gated-mish"),
     ];
@@ -331,7 +342,7 @@ fn configuration_values_that_are_not_known_are_named() {
 }
 
 #[test]
-fn a_second_transformer_computes_below_the_boundary() {
+fn a_second_transformer_computes_below_the_boundary_and_may_have_a_guidance_of_its_own() {
     let folder = copied();
     let second = folder.path().join("transformer_2");
     std::fs::create_dir(&second).unwrap();
@@ -344,16 +355,32 @@ fn a_second_transformer_computes_below_the_boundary() {
     assert!(load_error(folder.path()).to_string().contains("boundary_ratio is null"));
     edit(&folder.path().join("model_index.json"), |index| index["boundary_ratio"] = serde_json::json!(0.8));
     let request = request(&*open(folder.path()));
-    let one = open(&self::folder()).generate(&request, &mut Silent).unwrap();
-    let same = open(folder.path()).generate(&request, &mut Silent).unwrap();
-    assert_eq!(same.step_hashes, one.step_hashes);
+    let hashes = |folder: &Path| open(folder).generate(&request, &mut Silent).unwrap().step_hashes;
+    let one = hashes(&self::folder());
+    assert_eq!(hashes(folder.path()), one);
+    // Timesteps are 999, 922, 817, 666, 428.
+    let extras = folder.path().join("kinoflock.json");
+    std::fs::write(&extras, r#"{"low_noise_guidance": 2.5}"#).unwrap();
+    let guided = hashes(folder.path());
+    assert_eq!((&guided[..3], guided[3] == one[3]), (&one[..3], false));
+    std::fs::remove_file(extras).unwrap();
     let file = second.join("diffusion_pytorch_model.safetensors");
     let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
     let bias = tensors.remove("proj_out.bias").unwrap();
     tensors.insert("proj_out.bias".to_owned(), (bias + 0.5).unwrap());
     candle_core::safetensors::save(&tensors, &file).unwrap();
-    let two = open(folder.path()).generate(&request, &mut Silent).unwrap();
-    // Timesteps are 999, 922, 817, 666, 428.
-    assert_eq!(two.step_hashes[..3], one.step_hashes[..3]);
-    assert_ne!(two.step_hashes[3], one.step_hashes[3]);
+    let two = hashes(folder.path());
+    assert_eq!((&two[..3], two[3] == one[3]), (&one[..3], false));
+}
+
+#[test]
+fn wan_2_2_folders_load_by_their_index_and_make_clips() {
+    for (name, multiple) in [("wan2.2-a14b", 16), ("wan2.2-ti2v-5b", 32)] {
+        let mut pipeline = open(&golden(name));
+        assert_eq!((pipeline.info().architecture.as_str(), pipeline.info().size_multiple), ("wan", multiple));
+        let mut request = request(&*pipeline);
+        (request.width, request.height, request.frames) = (64, 32, 5);
+        let made = pipeline.generate(&request, &mut Silent).unwrap();
+        assert_eq!((made.frames.width, made.frames.height, made.frames.count), (64, 32, 5));
+    }
 }

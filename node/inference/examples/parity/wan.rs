@@ -138,6 +138,7 @@ fn load_pipeline(case: &Case) -> Result<WanPipeline, String> {
     if let Some(limit) = case.maybe("max_sequence_length")? {
         pipeline.set_token_limit(limit);
     }
+    pipeline.set_low_noise_guidance(case.maybe("guidance_scale_2")?);
     let own = match pipeline.sampler() {
         WanSampler::UniPc(config) => ("UniPCMultistepScheduler", config.flow_shift),
         WanSampler::Euler(config) => ("FlowMatchEulerDiscreteScheduler", config.shift),

@@ -1,5 +1,5 @@
-//! Wan text to video (Alibaba): 8x spatial and 4x temporal compression, a transformer over packed latent tokens, UMT5
-//! text. Wan 2.1 in its 1.3B and 14B forms.
+//! Wan text to video (Alibaba): 8x or 16x spatial and 4x temporal compression, a transformer over packed latent tokens,
+//! UMT5 text. Wan 2.1 in its 1.3B and 14B forms, Wan 2.2 as A14B with two transformers and as TI2V-5B.
 
 pub mod config;
 pub mod pipeline;

@@ -3,7 +3,8 @@
 //! The prompt is made plain and encoded, and what is filled up is zeros; with guidance the negative prompt is a second
 //! pass through the transformer. The sampler is UniPC, or Euler steps with a constant shift. A folder with two
 //! transformers and a `boundary_ratio` (Wan 2.2 A14B) uses the first for timesteps from `1000 boundary_ratio` on and the
-//! second below.
+//! second below, for which `low_noise_guidance` in `kinoflock.json` may give a guidance of its own. `expand_timesteps`
+//! (Wan 2.2 TI2V-5B) gives every token a timestep, which without an image is the same for all: there is nothing to do.
 
 mod parts;
 mod sampler;
@@ -11,16 +12,18 @@ mod sampler;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use serde::Deserialize;
 
 use super::config::{self, TransformerConfig};
 use super::transformer::WanTransformer;
 use super::vae::{self, WanVae, WanVaeConfig};
 use crate::error::Error;
-use crate::folder::{Extras, WEIGHTS_STEM, open_weights};
+use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_weights};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{
     Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
+    read_json,
 };
 use crate::registry::ModelIndex;
 use crate::text::PromptEncoder;
@@ -55,6 +58,28 @@ struct LowNoise {
     transformer: WanTransformer,
     /// It computes the timesteps below, 0 to 1000.
     boundary: f64,
+    /// Its guidance, where it is not the request's.
+    guidance: Option<f64>,
+}
+
+/// What Wan adds to `kinoflock.json`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct LowNoiseExtras {
+    low_noise_guidance: Option<f64>,
+}
+
+impl LowNoiseExtras {
+    fn read(folder: &Path) -> Result<Option<f64>, Error> {
+        let file = folder.join(EXTRAS_FILE);
+        let extras: Self = if file.exists() { read_json(&file)? } else { Self::default() };
+        match extras.low_noise_guidance {
+            Some(value) if !value.is_finite() => {
+                Err(config_error(file, "low_noise_guidance", value, "it must be a finite number"))
+            }
+            value => Ok(value),
+        }
+    }
 }
 
 impl WanPipeline {
@@ -76,7 +101,8 @@ impl WanPipeline {
         if let Some(boundary) = boundary(folder, index, sampler.train_timesteps())? {
             let (transformer, more) = load_transformer(folder, "transformer_2", options)?;
             parameters += more;
-            low_noise = Some(LowNoise { transformer, boundary });
+            let guidance = LowNoiseExtras::read(folder)?;
+            low_noise = Some(LowNoise { transformer, boundary, guidance });
         }
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
         check_together(folder, &transformer, low_noise.as_ref(), &vae)?;
@@ -109,6 +135,13 @@ impl WanPipeline {
     #[must_use]
     pub fn sampler(&self) -> &WanSampler {
         &self.sampler
+    }
+
+    /// Guides the second transformer so from now on; `None` as the request says. Without a second one it changes nothing.
+    pub fn set_low_noise_guidance(&mut self, guidance: Option<f64>) {
+        if let Some(low) = &mut self.low_noise {
+            low.guidance = guidance;
+        }
     }
 
     /// Reads more or fewer text tokens from now on.
@@ -147,12 +180,9 @@ impl WanPipeline {
         Ok(embeds.broadcast_mul(&mask.to_dtype(embeds.dtype())?.unsqueeze(2)?)?)
     }
 
-    /// The transformer of a timestep.
-    fn transformer_at(&self, timestep: f32) -> &WanTransformer {
-        match &self.low_noise {
-            Some(low) if f64::from(timestep) < low.boundary => &low.transformer,
-            _ => &self.transformer,
-        }
+    /// Whether the second transformer computes a timestep.
+    fn is_low(&self, timestep: f32) -> bool {
+        self.low_noise.as_ref().is_some_and(|low| f64::from(timestep) < low.boundary)
     }
 }
 

@@ -1,4 +1,5 @@
-//! Wan's variational autoencoder: causal 3D convolutions, RMS norm over channels, 8x in space and 4x in time.
+//! Wan's variational autoencoder: causal 3D convolutions, RMS norm over channels, 8x in space and 4x in time. Wan 2.2's
+//! TI2V-5B has a form of its own with patches of pixels and shortcuts around levels, 16x in space.
 //!
 //! Inside, activations are `(batch, time, height, width, channels)`; at the interface videos and latents are
 //! `(batch, channels, time, height, width)`. Frames depend on earlier ones alone, and a clip is always encoded and
@@ -9,6 +10,7 @@ mod blocks;
 pub mod config;
 mod decoder;
 mod encoder;
+mod shortcut;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
@@ -127,7 +129,7 @@ impl WanVae {
                  multiples of {space}"
             );
         }
-        let x = encoder.forward(&video.permute((0, 2, 3, 4, 1))?.contiguous()?, time)?;
+        let x = encoder.forward(video, time)?;
         let x = quant.forward(&x)?.permute((0, 4, 1, 2, 3))?.contiguous()?;
         let channels = self.config.z_dim;
         Ok(Moments {

@@ -23,7 +23,9 @@ pub struct Plan {
 
 /// What stays the same over all steps.
 pub struct Context {
+    /// For the first transformer, where the run has a step of it.
     high: Option<Texts>,
+    /// For the second.
     low: Option<Texts>,
     rope: RopeTables,
 }
@@ -90,15 +92,13 @@ impl VideoModel for WanPipeline {
             })
         };
         let timesteps = plan.schedule.course().timesteps;
-        let is_used = |transformer: &WanTransformer| {
-            timesteps.iter().any(|&t| std::ptr::eq(self.transformer_at(t), transformer))
-        };
-        let low = self.low_noise.as_ref().map(|low| &low.transformer);
+        let any = |low: bool| timesteps.iter().any(|&timestep| self.is_low(timestep) == low);
+        let low = self.low_noise.as_ref().filter(|_| any(true));
         let patch = self.info.work.patch;
         let grid = std::array::from_fn(|axis| plan.cells[axis] / patch[axis]);
         Ok(Context {
-            high: is_used(&self.transformer).then(|| texts(&self.transformer)).transpose()?,
-            low: low.filter(|low| is_used(low)).map(texts).transpose()?,
+            high: any(false).then(|| texts(&self.transformer)).transpose()?,
+            low: low.map(|low| texts(&low.transformer)).transpose()?,
             rope: RopeTables::new(self.transformer.config(), grid, &self.device)?,
         })
     }
@@ -112,9 +112,11 @@ impl VideoModel for WanPipeline {
         state: &State,
     ) -> Result<Tensor, Error> {
         let timestep = plan.schedule.course().timesteps[index];
-        let transformer = self.transformer_at(timestep);
-        let is_high = std::ptr::eq(transformer, &self.transformer);
-        let texts = if is_high { &context.high } else { &context.low };
+        let low = self.low_noise.as_ref().filter(|_| self.is_low(timestep));
+        let (transformer, texts, guidance) = match low {
+            Some(low) => (&low.transformer, &context.low, low.guidance.unwrap_or(request.guidance)),
+            None => (&self.transformer, &context.high, request.guidance),
+        };
         let texts =
             texts.as_ref().expect("invariant: a context has the texts of every transformer of its plan");
         let patch = self.info.work.patch;
@@ -126,7 +128,7 @@ impl VideoModel for WanPipeline {
         };
         let positive = velocity(&texts.positive)?;
         let Some(negative) = &texts.negative else { return Ok(positive) };
-        let guided = guide(&velocity(negative)?, &positive, request.guidance)?;
+        let guided = guide(&velocity(negative)?, &positive, guidance)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }

@@ -199,12 +199,18 @@ impl Grow {
         if self.time.is_some() { 2 } else { 1 }
     }
 
-    pub(super) fn forward(&self, x: &Tensor, cache: &mut FrameCache) -> Result<Tensor> {
+    /// Adds the shortcut, where there is one, to the result.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        shortcut: Option<&Tensor>,
+        cache: &mut FrameCache,
+    ) -> Result<Tensor> {
         let x = match &self.time {
             Some(conv) => &grow_time(conv, x, cache)?,
             None => x,
         };
-        self.space.forward(&repeat(x, [1, 2, 2], false)?)
+        self.space.forward_with(&repeat(x, [1, 2, 2], false)?, shortcut, None)
     }
 }
 

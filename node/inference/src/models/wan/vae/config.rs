@@ -180,13 +180,25 @@ impl WanVaeConfig {
                 return Err(config_error(file, key, channels, reason));
             }
         }
-        let halved = &self.decoder_widths()[1..self.dim_mult.len()];
-        match halved.iter().find(|width| !width.is_multiple_of(2)) {
-            Some(width) if !self.is_residual => {
-                let reason = format!("a level of the decoder has {width} channels and halves them");
-                Err(config_error(file, "dim_mult", format!("{:?}", self.dim_mult), reason))
-            }
-            _ => Ok(()),
+        let (encoder, decoder) = (self.encoder_widths(), self.decoder_widths());
+        let fault =
+            |reason: String| Err(config_error(file, "dim_mult", format!("{:?}", self.dim_mult), reason));
+        if !self.is_residual {
+            let halved = decoder[1..self.dim_mult.len()].iter().find(|width| !width.is_multiple_of(2));
+            return halved.map_or(Ok(()), |width| {
+                fault(format!("a level of the decoder has {width} channels and halves them"))
+            });
         }
+        for level in 0..self.dim_mult.len() {
+            let cells = |halves_time: Option<&bool>| halves_time.map_or(1, |&time| if time { 8 } else { 4 });
+            let down = cells(self.temperal_downsample.get(level));
+            let up = cells(self.temperal_downsample.iter().rev().nth(level));
+            if !(encoder[level] * down).is_multiple_of(encoder[level + 1])
+                || !(decoder[level + 1] * up).is_multiple_of(decoder[level])
+            {
+                return fault(format!("level {level}'s channels do not fit into its shortcut"));
+            }
+        }
+        Ok(())
     }
 }

@@ -7,8 +7,10 @@ use candle_nn::VarBuilder;
 
 use super::blocks::{CUBE, Gamma, Grow, Middle, Residual, causal};
 use super::config::WanVaeConfig;
+use super::shortcut::{Spread, block};
 use crate::nn::conv3d::Conv3d;
 use crate::nn::frame_cache::FrameCache;
+use crate::nn::shuffle::unpatchify;
 use crate::tiling::{Margin, Plan, Ratio, Tiling};
 
 /// Tiles begin as early in the decoder as costs at most this many times the work in what follows.
@@ -23,13 +25,16 @@ pub(super) struct Decoder {
     levels: Vec<Level>,
     norm_out: Gamma,
     conv_out: Conv3d,
+    /// Pixels along a side of a patch.
+    patch: usize,
 }
 
-/// Residual blocks of one width, then growth.
+/// Residual blocks of one width, then growth, with a shortcut around all of it in Wan 2.2's form.
 #[derive(Debug, Clone)]
 struct Level {
     residuals: Vec<Residual>,
     grow: Option<Grow>,
+    shortcut: Option<Spread>,
 }
 
 /// Called between the pieces of a decode; an error ends it.
@@ -39,22 +44,7 @@ impl Decoder {
     pub(super) fn load(config: &WanVaeConfig, vb: VarBuilder) -> Result<Self> {
         let widths = config.decoder_widths();
         let levels = config.dim_mult.len();
-        let doubles_time: Vec<bool> = config.temperal_downsample.iter().rev().copied().collect();
-        let level = |index: usize| {
-            // Growth halves the width, so that a level begins with half of what the one before ended with.
-            let input = if index == 0 { widths[0] } else { widths[index] / 2 };
-            let output = widths[index + 1];
-            let vb = vb.pp("up_blocks").pp(index);
-            let residuals = (0..=config.num_res_blocks)
-                .map(|i| Residual::load(if i == 0 { input } else { output }, output, vb.pp("resnets").pp(i)))
-                .collect::<Result<_>>()?;
-            let grow = if index + 1 < levels {
-                Some(Grow::load(output, output / 2, doubles_time[index], vb.pp("upsamplers.0"))?)
-            } else {
-                None
-            };
-            Ok(Level { residuals, grow })
-        };
+        let level = |index| Level::load(config, index, vb.pp("up_blocks").pp(index));
         let last = widths[levels];
         Ok(Self {
             conv_in: Conv3d::load(causal(config.z_dim, widths[0], CUBE), vb.pp("conv_in"))?,
@@ -62,6 +52,7 @@ impl Decoder {
             levels: (0..levels).map(level).collect::<Result<_>>()?,
             norm_out: Gamma::load(last, 3, vb.pp("norm_out"))?,
             conv_out: Conv3d::load(causal(last, config.out_channels, CUBE), vb.pp("conv_out"))?,
+            patch: config.patch(),
         })
     }
 
@@ -97,7 +88,7 @@ impl Decoder {
             }
             if is_end {
                 part = self.norm_out.norm().silu().apply(&part)?;
-                part = cache.conv(&self.conv_out, &part)?.permute((0, 4, 1, 2, 3))?.contiguous()?;
+                part = unpatchify(&cache.conv(&self.conv_out, &part)?, self.patch, 1)?;
             }
             parts.push(part);
             watch()?;
@@ -132,7 +123,7 @@ impl Decoder {
     /// What a position before level `first` becomes.
     fn ratio(&self, first: usize) -> Ratio {
         let grown = self.levels[first..].iter().filter_map(|level| level.grow.as_ref());
-        let mut ratio = Ratio { time: 1, space: 1 };
+        let mut ratio = Ratio { time: 1, space: self.patch };
         for grow in grown {
             ratio = Ratio { time: ratio.time * grow.time_scale(), space: ratio.space * 2 };
         }
@@ -153,14 +144,34 @@ impl Decoder {
 }
 
 impl Level {
-    fn forward(&self, x: &Tensor, cache: &mut FrameCache) -> Result<Tensor> {
-        let mut x = x.clone();
+    fn load(config: &WanVaeConfig, index: usize, vb: VarBuilder) -> Result<Self> {
+        let widths = config.decoder_widths();
+        // Growth halves the width in Wan 2.1's form, so that a level begins with half of what the one before ended with.
+        let halves = index > 0 && !config.is_residual;
+        let input = if halves { widths[index] / 2 } else { widths[index] };
+        let output = widths[index + 1];
+        let residuals = (0..=config.num_res_blocks)
+            .map(|i| Residual::load(if i == 0 { input } else { output }, output, vb.pp("resnets").pp(i)))
+            .collect::<Result<_>>()?;
+        let grows = config.temperal_downsample.iter().rev().nth(index).copied();
+        let Some(doubles_time) = grows else { return Ok(Self { residuals, grow: None, shortcut: None }) };
+        let (narrow, name) =
+            if config.is_residual { (output, "upsampler") } else { (output / 2, "upsamplers.0") };
+        let shortcut = if config.is_residual {
+            Some(Spread::new(input, output, block(doubles_time, true), vb.device())?)
+        } else {
+            None
+        };
+        Ok(Self { residuals, grow: Some(Grow::load(output, narrow, doubles_time, vb.pp(name))?), shortcut })
+    }
+
+    fn forward(&self, before: &Tensor, cache: &mut FrameCache) -> Result<Tensor> {
+        let mut x = before.clone();
         for residual in &self.residuals {
             x = residual.forward(&x, cache)?;
         }
-        match &self.grow {
-            Some(grow) => grow.forward(&x, cache),
-            None => Ok(x),
-        }
+        let Some(grow) = &self.grow else { return Ok(x) };
+        let shortcut = self.shortcut.as_ref().map(|shortcut| shortcut.forward(before, cache)).transpose()?;
+        grow.forward(&x, shortcut.as_ref(), cache)
     }
 }

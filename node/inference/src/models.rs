@@ -3,3 +3,4 @@
 pub mod cogvideox;
 pub mod ltx;
 pub mod mochi;
+pub mod wan;

@@ -22,8 +22,12 @@ pub struct Architecture {
 }
 
 /// Every architecture. A further model is a folder under `models` and a line here.
-pub const ARCHITECTURES: &[Architecture] =
-    &[models::ltx::ARCHITECTURE, models::cogvideox::ARCHITECTURE, models::mochi::ARCHITECTURE];
+pub const ARCHITECTURES: &[Architecture] = &[
+    models::ltx::ARCHITECTURE,
+    models::cogvideox::ARCHITECTURE,
+    models::mochi::ARCHITECTURE,
+    models::wan::ARCHITECTURE,
+];
 
 /// `model_index.json`: the pipeline's class and each component's library and class.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,6 +70,12 @@ impl ModelIndex {
                 Err(config_error(file, name, other, "it must be true or false"))
             }
         }
+    }
+
+    /// A value that is no component, where the index has it and it is not null.
+    #[must_use]
+    pub fn value(&self, name: &str) -> Option<&Value> {
+        self.fields.get(name).filter(|value| !value.is_null())
     }
 
     /// Checks that a component, where it is named, has one of the known classes.

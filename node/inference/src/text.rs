@@ -1,5 +1,7 @@
 //! From a prompt to the numbers that a video model reads: tokenizers and text encoders.
 
+pub mod clean;
+pub mod entities;
 pub mod prompt;
 pub mod sentencepiece;
 pub mod t5;

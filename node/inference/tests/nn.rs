@@ -136,6 +136,9 @@ proptest! {
         let (grown, residual) = (random(&[b, t, h, w, c * repeats * 8]), random(&[b, t, h, w, c * 8]));
         prop_assert_eq!(both(|| shuffle::depth_to_space(&grown, [2, 2, 2], 1).unwrap()), 0.0);
         prop_assert_eq!(both(|| shuffle::grow_channels(&grown, &residual, [2, 2, 2], repeats).unwrap()), 0.0);
+        for first_alone in [false, true] {
+            prop_assert_eq!(both(|| shuffle::repeat(&residual, [pt, p, 2], first_alone).unwrap()), 0.0);
+        }
         let cells = random(&[b, t, h, w, c * p * p * pt]);
         prop_assert_eq!(both(|| shuffle::unpatchify(&cells, p, pt).unwrap()), 0.0);
         let back = shuffle::patchify(&shuffle::unpatchify(&cells, p, pt).unwrap(), p, pt).unwrap();

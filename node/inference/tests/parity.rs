@@ -60,6 +60,17 @@ fn mochi_1_by_candles_own_operations_is_within_tolerance() {
     assert_eq!(report.bad(), 0, "{report}");
 }
 
+#[test]
+fn wan_2_1_is_within_tolerance() {
+    assert_parity("wan2.1", 90);
+}
+
+#[test]
+fn wan_2_2_is_within_tolerance() {
+    assert_parity("wan2.2-a14b", 15);
+    assert_parity("wan2.2-ti2v-5b", 12);
+}
+
 /// A copy of the 0.9.0 folder whose manifest was changed.
 fn changed(change: impl FnOnce(&mut serde_json::Value)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();

@@ -10,6 +10,9 @@ use kinoflock_inference::models::cogvideox::vae::CogVideoXVae;
 use kinoflock_inference::models::ltx::config::TransformerConfig;
 use kinoflock_inference::models::ltx::transformer::LtxTransformer;
 use kinoflock_inference::models::mochi;
+use kinoflock_inference::models::wan;
+use kinoflock_inference::models::wan::transformer::WanTransformer;
+use kinoflock_inference::models::wan::vae::{WanVae, WanVaeConfig};
 use kinoflock_inference::text::{T5Config, T5Encoder};
 use kinoflock_inference::weights::{count_parameters, tensor_shapes};
 
@@ -111,4 +114,58 @@ fn cogvideox_vae() {
     let decoder = count_parameters(&decoder);
     assert_eq!(rounded(decoder, 100_000), 1_234);
     assert_eq!(rounded(count_parameters(&both) - decoder, 100_000), 922);
+}
+
+#[test]
+fn wan_2_1_14b_and_1_3b() {
+    let large: wan::config::TransformerConfig = config(serde_json::json!({}));
+    let shapes = tensor_shapes(|vb| WanTransformer::load(&large, &vb)).unwrap();
+    assert_eq!(shapes["blocks.39.ffn.net.0.proj.weight"], [13824, 5120]);
+    assert_eq!(shapes["patch_embedding.weight"], [5120, 16, 1, 2, 2]);
+    assert_eq!(shapes["condition_embedder.time_proj.weight"], [30720, 5120]);
+    assert_eq!(shapes["blocks.0.norm2.bias"], [5120]);
+    assert_eq!((shapes.len(), count_parameters(&shapes) / 1_000_000), (1095, 14_288));
+    let small: wan::config::TransformerConfig =
+        config(serde_json::json!({"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}));
+    let shapes = tensor_shapes(|vb| WanTransformer::load(&small, &vb)).unwrap();
+    assert_eq!(shapes["condition_embedder.text_embedder.linear_1.weight"], [1536, 4096]);
+    assert_eq!((shapes.len(), count_parameters(&shapes) / 1_000_000), (825, 1_418));
+}
+
+#[test]
+fn wan_2_1_vae() {
+    let config: WanVaeConfig = config(serde_json::json!({}));
+    let shapes = tensor_shapes(|vb| WanVae::load(&config, vb)).unwrap();
+    assert_eq!(shapes["decoder.up_blocks.1.upsamplers.0.time_conv.weight"], [768, 384, 3, 1, 1]);
+    assert_eq!(shapes["encoder.down_blocks.8.time_conv.weight"], [384, 384, 3, 1, 1]);
+    assert_eq!((shapes.len(), count_parameters(&shapes) / 100_000), (194, 1_268));
+}
+
+#[test]
+fn umt5_xxl() {
+    let config: T5Config = config(serde_json::json!({
+        "model_type": "umt5", "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+        "vocab_size": 256384, "feed_forward_proj": "gated-gelu",
+    }));
+    let shapes = tensor_shapes(|vb| T5Encoder::load(&config, &vb)).unwrap();
+    assert_eq!(shapes["encoder.block.23.layer.0.SelfAttention.relative_attention_bias.weight"], [32, 64]);
+    assert_eq!(count_parameters(&shapes) / 100_000, 56_809);
+}
+
+#[test]
+fn wan_2_2_ti2v_5b() {
+    let transformer: wan::config::TransformerConfig = config(serde_json::json!({
+        "in_channels": 48, "out_channels": 48, "num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336,
+    }));
+    let shapes = tensor_shapes(|vb| WanTransformer::load(&transformer, &vb)).unwrap();
+    assert_eq!(shapes["proj_out.weight"], [192, 3072]);
+    assert_eq!((shapes.len(), count_parameters(&shapes) / 1_000_000), (825, 4_999));
+    let config: WanVaeConfig = config(serde_json::json!({
+        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": true, "in_channels": 12,
+        "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+    }));
+    let shapes = tensor_shapes(|vb| WanVae::load(&config, vb)).unwrap();
+    assert_eq!(shapes["decoder.up_blocks.2.upsampler.resample.1.weight"], [512, 512, 3, 3]);
+    assert_eq!(shapes["encoder.down_blocks.1.downsampler.time_conv.weight"], [320, 320, 3, 1, 1]);
+    assert_eq!(count_parameters(&shapes) / 1_000_000, 704);
 }

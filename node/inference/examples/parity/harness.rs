@@ -9,6 +9,7 @@ mod golden;
 mod ltx;
 mod mochi;
 mod report;
+mod wan;
 
 use std::path::Path;
 
@@ -24,7 +25,7 @@ pub(crate) struct Adapter {
 }
 
 /// Every model's.
-const ADAPTERS: &[Adapter] = &[ltx::ADAPTER, cogvideox::ADAPTER, mochi::ADAPTER];
+const ADAPTERS: &[Adapter] = &[ltx::ADAPTER, cogvideox::ADAPTER, mochi::ADAPTER, wan::ADAPTER];
 
 /// What a golden holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -101,6 +101,9 @@ pub fn repeat(x: &Tensor, [frames, rows, columns]: [usize; 3], first_alone: bool
     let (_, t, h, w, _) = x.dims5()?;
     let times = |count: usize, factor: usize| (0..count * factor).map(move |i| (i / factor) as u32);
     let skip = if first_alone { frames.saturating_sub(1) } else { 0 };
+    if fast(&[x]) {
+        return repeat_cpu(x, [frames, rows, columns], skip);
+    }
     let axes: [(usize, Vec<u32>, bool); 3] = [
         (1, times(t, frames).skip(skip).collect(), frames > 1),
         (2, times(h, rows).collect(), rows > 1),
@@ -111,6 +114,25 @@ pub fn repeat(x: &Tensor, [frames, rows, columns]: [usize; 3], first_alone: bool
         x = x.index_select(&Tensor::new(index, x.device())?, axis)?;
     }
     Ok(x)
+}
+
+/// [`repeat`] without the first `skip` frames on the CPU, rows shared out to threads.
+fn repeat_cpu(x: &Tensor, [frames, rows, columns]: [usize; 3], skip: usize) -> Result<Tensor> {
+    let (b, t, h, w, c) = x.dims5()?;
+    let x = x.contiguous()?;
+    let view = View::new(&x)?;
+    let source = view.slice()?;
+    let (count, height, width) = (t * frames - skip, h * rows, w * columns);
+    let mut out = vec![0f32; b * count * height * width * c];
+    out.par_chunks_mut(width * c).enumerate().for_each(|(index, row)| {
+        let (y, rest) = (index % height, index / height);
+        let (frame, entry) = ((rest % count + skip) / frames, rest / count);
+        let line = &source[((entry * t + frame) * h + y / rows) * w * c..][..w * c];
+        for (cell, copies) in line.chunks_exact(c).zip(row.chunks_exact_mut(columns * c)) {
+            copies.chunks_exact_mut(c).for_each(|copy| copy.copy_from_slice(cell));
+        }
+    });
+    Tensor::from_vec(out, (b, count, height, width, c), x.device())
 }
 
 /// `(b, t st, h sh, w sw, c)` to `(b, t, h, w, c st sh sw)`: channels are ordered with the block's position last.

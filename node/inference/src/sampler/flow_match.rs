@@ -118,6 +118,9 @@ fn setting(key: &str, value: &str, reason: &str) -> SamplerError {
 pub enum ScheduleRequest {
     /// Evenly spaced from 1 to `1 / steps`.
     Steps(usize),
+    /// Evenly spaced between the largest and the least sigma that the model was trained with, which a constant shift
+    /// has shifted already: the scheduler's own spacing, for pipelines that give no sigmas.
+    Trained(usize),
     /// These sigmas, before shifting.
     Sigmas(Vec<f32>),
     /// These timesteps as they are; their sigmas are shifted all the same, as the reference does.
@@ -147,7 +150,14 @@ impl Schedule {
         config.check()?;
         let train = config.num_train_timesteps as f32;
         let (mut sigmas, given) = match request {
-            ScheduleRequest::Steps(steps) => (even(*steps), None),
+            ScheduleRequest::Steps(steps) => (even(*steps, 1.0, 1.0 / (*steps).max(1) as f64), None),
+            ScheduleRequest::Trained(steps) => {
+                let mut ends = [1.0, 1.0 / train];
+                if !config.use_dynamic_shifting {
+                    shift(config, mu, &mut ends);
+                }
+                (even(*steps, f64::from(ends[0]), f64::from(ends[1])), None)
+            }
             ScheduleRequest::Sigmas(sigmas) => (sigmas.clone(), None),
             ScheduleRequest::Timesteps(given) => {
                 (given.iter().map(|t| t / train).collect(), Some(given.clone()))
@@ -244,12 +254,11 @@ pub fn linear_quadratic(steps: usize, threshold: f64) -> Vec<f32> {
     (0..steps).map(|i| (1.0 - point(i)) as f32).collect()
 }
 
-/// numpy's `linspace(1, 1 / steps, steps)`, computed in f64 and rounded.
-fn even(steps: usize) -> Vec<f32> {
-    let end = 1.0 / steps.max(1) as f64;
-    let stride = (end - 1.0) / (steps.max(2) - 1) as f64;
+/// numpy's `linspace(start, end, steps)`, computed in f64 and rounded.
+fn even(steps: usize, start: f64, end: f64) -> Vec<f32> {
+    let stride = (end - start) / (steps.max(2) - 1) as f64;
     (0..steps)
-        .map(|i| if i > 0 && i + 1 == steps { end as f32 } else { (1.0 + i as f64 * stride) as f32 })
+        .map(|i| if i > 0 && i + 1 == steps { end as f32 } else { (start + i as f64 * stride) as f32 })
         .collect()
 }
 

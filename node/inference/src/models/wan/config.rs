@@ -1,0 +1,145 @@
+//! `transformer/config.json` of Wan, and what of it this engine computes.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::error::Error;
+use crate::folder::{check_counts, check_only, check_others};
+use crate::pipeline::{config_error, read_json};
+
+/// The transformer's class.
+pub const CLASS: &str = "WanTransformer3DModel";
+
+/// The transformer's configuration; what a file leaves out has the reference's default, which is the 14B form.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct TransformerConfig {
+    /// Latent cells in a token: time, height, width.
+    pub patch_size: [usize; 3],
+    /// Heads.
+    pub num_attention_heads: usize,
+    /// Width of a head.
+    pub attention_head_dim: usize,
+    /// Latent channels that are read.
+    pub in_channels: usize,
+    /// Latent channels that are predicted; as many as `in_channels` where the file says null.
+    pub out_channels: Option<usize>,
+    /// Width of the text encoder's output.
+    pub text_dim: usize,
+    /// Width of the timestep's sinusoids.
+    pub freq_dim: usize,
+    /// Inner width of a feed-forward.
+    pub ffn_dim: usize,
+    /// Blocks.
+    pub num_layers: usize,
+    /// Whether what goes into cross-attention is normed.
+    pub cross_attn_norm: bool,
+    /// `rms_norm_across_heads`.
+    pub qk_norm: Option<String>,
+    /// Added to the mean square or the variance in every norm.
+    pub eps: f64,
+    /// Positions along an axis for which there are rotary angles.
+    pub rope_max_seq_len: usize,
+    /// What this engine has no name for, image conditioning included.
+    #[serde(flatten)]
+    pub others: Map<String, Value>,
+}
+
+impl Default for TransformerConfig {
+    fn default() -> Self {
+        Self {
+            patch_size: [1, 2, 2],
+            num_attention_heads: 40,
+            attention_head_dim: 128,
+            in_channels: 16,
+            out_channels: Some(16),
+            text_dim: 4096,
+            freq_dim: 256,
+            ffn_dim: 13_824,
+            num_layers: 40,
+            cross_attn_norm: true,
+            qk_norm: Some(QK_NORM.to_owned()),
+            eps: 1e-6,
+            rope_max_seq_len: 1024,
+            others: Map::new(),
+        }
+    }
+}
+
+const QK_NORM: &str = "rms_norm_across_heads";
+/// A head is split into three axes of whole pairs.
+const LEAST_HEAD: usize = 6;
+
+impl TransformerConfig {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or holds a value that this engine does not compute; the error names file, key and value.
+    pub fn read(file: &Path) -> Result<Self, Error> {
+        let config: Self = read_json(file)?;
+        config.check(file)?;
+        Ok(config)
+    }
+
+    /// Width of a token inside.
+    #[must_use]
+    pub fn inner(&self) -> usize {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// Latent channels of a prediction.
+    #[must_use]
+    pub fn outputs(&self) -> usize {
+        self.out_channels.filter(|&channels| channels > 0).unwrap_or(self.in_channels)
+    }
+
+    /// Latent cells in a token.
+    #[must_use]
+    pub fn cells(&self) -> usize {
+        self.patch_size.iter().product()
+    }
+
+    fn check(&self, file: &Path) -> Result<(), Error> {
+        check_only(file, "qk_norm", &self.qk_norm, &Some(QK_NORM.to_owned()))?;
+        for key in ["image_dim", "added_kv_proj_dim", "pos_embed_seq_len"] {
+            if let Some(value) = self.others.get(key).filter(|value| !value.is_null()) {
+                return Err(config_error(file, key, value, "conditioning on images is not computed here"));
+            }
+        }
+        check_others(file, &self.others, CLASS)?;
+        self.check_sizes(file)
+    }
+
+    fn check_sizes(&self, file: &Path) -> Result<(), Error> {
+        let counts: &[(&str, usize)] = &[
+            ("patch_size", self.cells()),
+            ("num_attention_heads", self.num_attention_heads),
+            ("in_channels", self.in_channels),
+            ("text_dim", self.text_dim),
+            ("freq_dim", self.freq_dim),
+            ("ffn_dim", self.ffn_dim),
+            ("num_layers", self.num_layers),
+            ("rope_max_seq_len", self.rope_max_seq_len),
+        ];
+        check_counts(file, counts)?;
+        let head = self.attention_head_dim;
+        if head < LEAST_HEAD || !head.is_multiple_of(2) {
+            let reason = format!("rotary embedding needs an even number of at least {LEAST_HEAD}");
+            return Err(config_error(file, "attention_head_dim", head, reason));
+        }
+        if self.patch_size[1] != self.patch_size[2] {
+            let value = format!("{:?}", self.patch_size);
+            return Err(config_error(file, "patch_size", value, "tokens must be as high as wide"));
+        }
+        if self.outputs() != self.in_channels {
+            let reason = format!("a velocity has the latents' {} channels", self.in_channels);
+            return Err(config_error(file, "out_channels", self.outputs(), reason));
+        }
+        if !(self.eps.is_finite() && self.eps >= 0.0) {
+            return Err(config_error(file, "eps", self.eps, "it must be a number of at least 0"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,294 @@
+//! Wan from request to frames: `WanPipeline`, text to video.
+//!
+//! The prompt is made plain and encoded, and what is filled up is zeros; with guidance the negative prompt is a second
+//! pass through the transformer. The sampler is UniPC, or Euler steps with a constant shift. A folder with two
+//! transformers and a `boundary_ratio` (Wan 2.2 A14B) uses the first for timesteps from `1000 boundary_ratio` on and the
+//! second below, for which `low_noise_guidance` in `kinoflock.json` may give a guidance of its own. `expand_timesteps`
+//! (Wan 2.2 TI2V-5B) gives every token a timestep, which without an image is the same for all: there is nothing to do.
+
+mod parts;
+mod sampler;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use serde::Deserialize;
+
+use super::config::{self, TransformerConfig};
+use super::transformer::WanTransformer;
+use super::vae::{self, WanVae, WanVaeConfig};
+use crate::error::Error;
+use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_weights};
+use crate::pipeline::latents::LatentRgb;
+use crate::pipeline::run::VideoModel;
+use crate::pipeline::{
+    Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
+    read_json,
+};
+use crate::registry::ModelIndex;
+use crate::text::PromptEncoder;
+use crate::text::clean::clean;
+pub use sampler::{WanSampler, WanSchedule};
+
+/// The architecture's name.
+pub const NAME: &str = "wan";
+/// The pipeline classes that this module computes.
+pub const CLASSES: &[&str] = &["WanPipeline"];
+/// What the reference makes when it is told nothing.
+pub const DEFAULTS: Defaults =
+    Defaults { width: 832, height: 480, frames: 81, fps: 16.0, steps: 50, guidance: 5.0 };
+/// Text tokens that are read, where the tokenizer does not say fewer.
+const TEXT_TOKENS: usize = 512;
+
+/// A loaded Wan model.
+pub struct WanPipeline {
+    info: PipelineInfo,
+    sampler: WanSampler,
+    text: PromptEncoder,
+    /// For high noise; and for all noise where there is no other.
+    transformer: WanTransformer,
+    low_noise: Option<LowNoise>,
+    vae: WanVae,
+    latent_rgb: LatentRgb,
+    device: Device,
+}
+
+/// The transformer of the last steps.
+struct LowNoise {
+    transformer: WanTransformer,
+    /// It computes the timesteps below, 0 to 1000.
+    boundary: f64,
+    /// Its guidance, where it is not the request's.
+    guidance: Option<f64>,
+}
+
+/// What Wan adds to `kinoflock.json`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct LowNoiseExtras {
+    low_noise_guidance: Option<f64>,
+}
+
+impl LowNoiseExtras {
+    fn read(folder: &Path) -> Result<Option<f64>, Error> {
+        let file = folder.join(EXTRAS_FILE);
+        let extras: Self = if file.exists() { read_json(&file)? } else { Self::default() };
+        match extras.low_noise_guidance {
+            Some(value) if !value.is_finite() => {
+                Err(config_error(file, "low_noise_guidance", value, "it must be a finite number"))
+            }
+            value => Ok(value),
+        }
+    }
+}
+
+impl WanPipeline {
+    /// Reads a model folder.
+    ///
+    /// # Errors
+    /// See [`crate::load`].
+    pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
+        index.expect(folder, "transformer", &[config::CLASS])?;
+        index.expect(folder, "transformer_2", &[config::CLASS])?;
+        index.expect(folder, "vae", &[vae::config::CLASS])?;
+        index.expect(folder, "text_encoder", &["UMT5EncoderModel", "T5EncoderModel"])?;
+        index.expect(folder, "scheduler", sampler::CLASSES)?;
+        index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
+        let sampler = WanSampler::load(folder)?;
+        let (text, text_parameters) = PromptEncoder::load(folder, options, TEXT_TOKENS)?;
+        let (transformer, mut parameters) = load_transformer(folder, "transformer", options)?;
+        let mut low_noise = None;
+        if let Some(boundary) = boundary(folder, index, sampler.train_timesteps())? {
+            let (transformer, more) = load_transformer(folder, "transformer_2", options)?;
+            parameters += more;
+            let guidance = LowNoiseExtras::read(folder)?;
+            low_noise = Some(LowNoise { transformer, boundary, guidance });
+        }
+        let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        check_together(folder, &transformer, low_noise.as_ref(), &vae)?;
+        let work = work_config(
+            transformer.config(),
+            vae.config(),
+            text.limit(),
+            [parameters, vae_parameters, text_parameters],
+        );
+        let extras = Extras::read(folder, work.latent_channels)?;
+        let info = PipelineInfo {
+            architecture: NAME.to_owned(),
+            size_multiple: work.spatial_ratio * work.patch[1],
+            frame_rule: frame_rule(&work),
+            defaults: extras.defaults.unwrap_or(DEFAULTS),
+            token_limit: text.limit(),
+            work,
+        };
+        let latent_rgb = extras.latent_rgb.unwrap_or_default();
+        let device = options.device.clone();
+        Ok(Self { info, sampler, text, transformer, low_noise, vae, latent_rgb, device })
+    }
+
+    /// Uses another sampler from now on.
+    pub fn set_sampler(&mut self, sampler: WanSampler) {
+        self.sampler = sampler;
+    }
+
+    /// The sampler.
+    #[must_use]
+    pub fn sampler(&self) -> &WanSampler {
+        &self.sampler
+    }
+
+    /// Guides the second transformer so from now on; `None` as the request says. Without a second one it changes nothing.
+    pub fn set_low_noise_guidance(&mut self, guidance: Option<f64>) {
+        if let Some(low) = &mut self.low_noise {
+            low.guidance = guidance;
+        }
+    }
+
+    /// Reads more or fewer text tokens from now on.
+    pub fn set_token_limit(&mut self, limit: usize) {
+        self.info.token_limit = limit;
+        self.text.set_limit(limit);
+    }
+
+    /// The points that a request's run goes through.
+    ///
+    /// # Errors
+    /// When it has no steps, or timesteps that the sampler cannot take.
+    pub fn schedule(&self, request: &GenerateRequest) -> Result<WanSchedule, Error> {
+        self.sampler.schedule(request)
+    }
+
+    /// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1, as a request says.
+    ///
+    /// # Errors
+    /// A cancel between the pieces of a decode, or what the device reports.
+    pub fn decode_video(
+        &self,
+        latents: &Tensor,
+        request: &GenerateRequest,
+        observer: &dyn Observer,
+    ) -> Result<Tensor, Error> {
+        self.decode(request, latents, observer)
+    }
+
+    /// The embeddings `[1, tokens, width]` of a prompt, zeros where it is filled up.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] where it is and `truncate` is false, or what the device reports.
+    pub fn encode_prompt(&self, prompt: &str, truncate: bool) -> Result<Tensor, Error> {
+        let (embeds, mask) = self.text.encode(&clean(prompt), truncate, true)?;
+        Ok(embeds.broadcast_mul(&mask.to_dtype(embeds.dtype())?.unsqueeze(2)?)?)
+    }
+
+    /// Whether the second transformer computes a timestep.
+    fn is_low(&self, timestep: f32) -> bool {
+        self.low_noise.as_ref().is_some_and(|low| f64::from(timestep) < low.boundary)
+    }
+}
+
+/// The timestep below which the second transformer computes, where the index names one.
+fn boundary(folder: &Path, index: &ModelIndex, train_timesteps: usize) -> Result<Option<f64>, Error> {
+    let file = folder.join("model_index.json");
+    let second = index.component("transformer_2").is_some();
+    match index.value("boundary_ratio") {
+        None if second => {
+            let reason = "it is needed where there is a transformer_2";
+            Err(config_error(file, "boundary_ratio", "null", reason))
+        }
+        None => Ok(None),
+        Some(value) => match value.as_f64() {
+            Some(ratio) if second => Ok(Some(ratio * train_timesteps as f64)),
+            Some(_) => {
+                let reason = "boundary_ratio needs a transformer_2";
+                Err(config_error(file, "transformer_2", "null", reason))
+            }
+            None => Err(config_error(file, "boundary_ratio", value, "it must be a number")),
+        },
+    }
+}
+
+/// Checks what one part's configuration says about another part.
+fn check_together(
+    folder: &Path,
+    transformer: &WanTransformer,
+    low_noise: Option<&LowNoise>,
+    vae: &WanVae,
+) -> Result<(), Error> {
+    let (config, latents) = (transformer.config(), vae.config());
+    let file = folder.join("vae").join("config.json");
+    if latents.z_dim != config.in_channels {
+        let reason = format!("the transformer reads {} channels", config.in_channels);
+        return Err(config_error(file, "z_dim", latents.z_dim, reason));
+    }
+    let ratios = [
+        ("scale_factor_spatial", latents.scale_factor_spatial, latents.spatial_ratio()),
+        ("scale_factor_temporal", latents.scale_factor_temporal, latents.temporal_ratio()),
+    ];
+    if let Some((key, said, made)) = ratios.into_iter().find(|(_, said, made)| said != made) {
+        return Err(config_error(file, key, said, format!("the levels make it {made}")));
+    }
+    if let Some(low) = low_noise.filter(|low| low.transformer.config().patch_size != config.patch_size) {
+        let file = folder.join("transformer_2").join("config.json");
+        let value = format!("{:?}", low.transformer.config().patch_size);
+        return Err(config_error(file, "patch_size", value, "the first transformer has another"));
+    }
+    Ok(())
+}
+
+/// A folder's transformer of that name, and how many parameters it has.
+///
+/// # Errors
+/// See [`crate::load`].
+pub fn load_transformer(
+    folder: &Path,
+    name: &str,
+    options: &LoadOptions,
+) -> Result<(WanTransformer, u64), Error> {
+    let part = folder.join(name);
+    let config = TransformerConfig::read(&part.join("config.json"))?;
+    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let transformer = weights.build(|vb| WanTransformer::load(&config, &vb))?;
+    Ok((transformer, weights.parameters()))
+}
+
+/// A folder's VAE, with its encoder where asked for, and how many parameters its files hold. It is small, and f32 in
+/// whatever numbers the rest is, as the reference recommends.
+///
+/// # Errors
+/// See [`crate::load`].
+pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(WanVae, u64), Error> {
+    let part = folder.join("vae");
+    let config = WanVaeConfig::read(&part.join("config.json"))?;
+    let weights = open_weights(&part, WEIGHTS_STEM, options, DType::F32)?;
+    let load = if encoder { WanVae::load } else { WanVae::load_decoder };
+    let vae = weights.build(|vb| load(&config, vb))?;
+    Ok((vae, weights.parameters()))
+}
+
+/// Latent frames come in whole tokens, and the first one is a single picture.
+fn frame_rule(work: &WorkConfig) -> FrameRule {
+    let patch = work.patch[0];
+    FrameRule { multiple: work.temporal_ratio * patch, offset: work.temporal_ratio * (patch - 1) + 1 }
+}
+
+fn work_config(
+    config: &TransformerConfig,
+    vae: &WanVaeConfig,
+    context_tokens: usize,
+    parameters: [u64; 3],
+) -> WorkConfig {
+    WorkConfig {
+        layers: config.num_layers,
+        hidden: config.inner(),
+        feed_forward: config.ffn_dim,
+        context_tokens,
+        context_width: config.text_dim,
+        spatial_ratio: vae.spatial_ratio(),
+        temporal_ratio: vae.temporal_ratio(),
+        patch: config.patch_size,
+        latent_channels: vae.z_dim,
+        transformer_parameters: parameters[0],
+        vae_parameters: parameters[1],
+        text_parameters: parameters[2],
+    }
+}

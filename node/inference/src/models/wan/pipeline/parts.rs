@@ -1,0 +1,196 @@
+//! Wan's parts of a run: its sizes, the guided velocity, its decode. Latents are kept as a volume `[1, C, F, H, W]`.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{WanPipeline, WanSchedule};
+use crate::error::Error;
+use crate::frames::RgbFrames;
+use crate::models::wan::rope::RopeTables;
+use crate::models::wan::transformer::{TextContext, WanTransformer};
+use crate::pipeline::latents::{pack, unpack};
+use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::sampler::guidance::{guide, rescale};
+use crate::text::clean::clean;
+use crate::tiling::Tiling;
+
+/// What follows from a request without the network.
+pub struct Plan {
+    schedule: WanSchedule,
+    /// Latent frames, rows and columns.
+    cells: [usize; 3],
+}
+
+/// What stays the same over all steps.
+pub struct Context {
+    /// For the first transformer, where the run has a step of it.
+    high: Option<Texts>,
+    /// For the second.
+    low: Option<Texts>,
+    rope: RopeTables,
+}
+
+/// The prompts as one transformer reads them.
+struct Texts {
+    positive: TextContext,
+    /// Where there is guidance.
+    negative: Option<TextContext>,
+}
+
+impl VideoModel for WanPipeline {
+    type Plan = Plan;
+    type Context = Context;
+
+    fn facts(&self) -> &PipelineInfo {
+        &self.info
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
+        self.text.tokens(&clean(prompt))
+    }
+
+    fn prompt_fits(&self, prompt: &str, truncate: bool) -> Result<(), Error> {
+        self.text.check(&clean(prompt), truncate)
+    }
+
+    fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
+        let work = &self.info.work;
+        let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
+        let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
+        check_positions(self, request, cells)?;
+        Ok(Plan { schedule: self.sampler.schedule(request)?, cells })
+    }
+
+    fn course<'a>(&self, plan: &'a Plan) -> Course<'a> {
+        plan.schedule.course()
+    }
+
+    fn latents_shape(&self, plan: &Plan, _done: usize) -> Vec<usize> {
+        let [frames, height, width] = plan.cells;
+        vec![1, self.info.work.latent_channels, frames, height, width]
+    }
+
+    fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
+        let shape = self.latents_shape(plan, 0);
+        initial(request, &shape, &shape, |volume| Ok(volume.clone()))
+    }
+
+    fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
+        let positive = self.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        let negative = match self.is_guided(request) {
+            true => Some(self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?),
+            false => None,
+        };
+        let texts = |transformer: &WanTransformer| -> Result<Texts, Error> {
+            Ok(Texts {
+                positive: transformer.text_context(&positive)?,
+                negative: negative.as_ref().map(|text| transformer.text_context(text)).transpose()?,
+            })
+        };
+        let timesteps = plan.schedule.course().timesteps;
+        let any = |low: bool| timesteps.iter().any(|&timestep| self.is_low(timestep) == low);
+        let low = self.low_noise.as_ref().filter(|_| any(true));
+        let patch = self.info.work.patch;
+        let grid = std::array::from_fn(|axis| plan.cells[axis] / patch[axis]);
+        Ok(Context {
+            high: any(false).then(|| texts(&self.transformer)).transpose()?,
+            low: low.map(|low| texts(&low.transformer)).transpose()?,
+            rope: RopeTables::new(self.transformer.config(), grid, &self.device)?,
+        })
+    }
+
+    fn output(
+        &self,
+        request: &GenerateRequest,
+        plan: &Plan,
+        context: &Context,
+        index: usize,
+        state: &State,
+    ) -> Result<Tensor, Error> {
+        let timestep = plan.schedule.course().timesteps[index];
+        let low = self.low_noise.as_ref().filter(|_| self.is_low(timestep));
+        let (transformer, texts, guidance) = match low {
+            Some(low) => (&low.transformer, &context.low, low.guidance.unwrap_or(request.guidance)),
+            None => (&self.transformer, &context.high, request.guidance),
+        };
+        let texts =
+            texts.as_ref().expect("invariant: a context has the texts of every transformer of its plan");
+        let patch = self.info.work.patch;
+        let latents = pack(&state.latents, patch)?;
+        let timestep = Tensor::from_vec(vec![timestep], (1, 1), &self.device)?;
+        let velocity = |text: &TextContext| -> Result<Tensor, Error> {
+            let velocity = transformer.forward(&latents, &timestep, text, &context.rope)?;
+            Ok(unpack(&velocity.to_dtype(DType::F32)?, plan.cells, patch)?)
+        };
+        let positive = velocity(&texts.positive)?;
+        let Some(negative) = &texts.negative else { return Ok(positive) };
+        let guided = guide(&velocity(negative)?, &positive, guidance)?;
+        if request.guidance_rescale > 0.0 {
+            return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
+        }
+        Ok(guided)
+    }
+
+    fn advance(
+        &self,
+        _request: &GenerateRequest,
+        plan: &Plan,
+        index: usize,
+        state: &mut State,
+        output: &Tensor,
+    ) -> Result<Tensor, Error> {
+        plan.schedule.advance(index, state, output)
+    }
+
+    fn change(&self, plan: &Plan, index: usize) -> Option<f32> {
+        plan.schedule.change(index)
+    }
+
+    fn preview(&self, _plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
+        Ok(self.latent_rgb.project(predicted)?)
+    }
+
+    fn volume(&self, _plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
+        Ok(latents.clone())
+    }
+
+    fn decode(
+        &self,
+        request: &GenerateRequest,
+        volume: &Tensor,
+        observer: &dyn Observer,
+    ) -> Result<Tensor, Error> {
+        let z = self.vae.denormalize(&volume.to_device(&self.device)?)?;
+        let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
+        let video = watched(observer, |watch| self.vae.decode(&z, tiling, watch))?;
+        let video = video.squeeze(0)?.transpose(0, 1)?;
+        Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+    }
+}
+
+/// Refuses what is longer along an axis than the model has positions for.
+fn check_positions(
+    model: &WanPipeline,
+    request: &GenerateRequest,
+    [frames, rows, columns]: [usize; 3],
+) -> Result<(), Error> {
+    let info = &model.info;
+    let most = model.transformer.config().rope_max_seq_len;
+    let (multiple, patch) = (info.size_multiple, info.work.patch);
+    for (side, given, cells) in [("height", request.height, rows), ("width", request.width, columns)] {
+        if cells / patch[1] > most {
+            return Err(Error::Size { side, given, multiple, nearest: most * multiple });
+        }
+    }
+    if frames / patch[0] > most {
+        let rule = info.frame_rule;
+        let nearest = (most - 1) * rule.multiple + rule.offset;
+        let (multiple, offset) = (rule.multiple, rule.offset);
+        return Err(Error::Frames { given: request.frames, multiple, offset, nearest });
+    }
+    Ok(())
+}

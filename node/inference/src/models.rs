@@ -3,4 +3,5 @@
 pub mod cogvideox;
 pub mod ltx;
 pub mod mochi;
+pub mod pyramid;
 pub mod wan;

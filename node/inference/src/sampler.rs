@@ -4,10 +4,12 @@ pub mod checkpoint;
 pub mod diffusion;
 pub mod flow_match;
 pub mod guidance;
+pub mod pyramid;
 pub mod unipc;
 
 pub use diffusion::{DiffusionConfig, DiffusionSampler, DiffusionSchedule};
 pub use flow_match::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
+pub use pyramid::{PyramidConfig, PyramidSchedule};
 pub use unipc::{UniPc, UniPcConfig, UniPcState};
 
 /// What is wrong with a schedule.

@@ -71,6 +71,11 @@ fn wan_2_2_is_within_tolerance() {
     assert_parity("wan2.2-ti2v-5b", 12);
 }
 
+#[test]
+fn pyramid_flow_miniflux_is_within_tolerance() {
+    assert_parity("pyramid-flow-miniflux", 80);
+}
+
 /// A copy of the 0.9.0 folder whose manifest was changed.
 fn changed(change: impl FnOnce(&mut serde_json::Value)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();

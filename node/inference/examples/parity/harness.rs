@@ -8,6 +8,7 @@ mod common;
 mod golden;
 mod ltx;
 mod mochi;
+mod pyramid;
 mod report;
 mod wan;
 
@@ -25,7 +26,8 @@ pub(crate) struct Adapter {
 }
 
 /// Every model's.
-const ADAPTERS: &[Adapter] = &[ltx::ADAPTER, cogvideox::ADAPTER, mochi::ADAPTER, wan::ADAPTER];
+const ADAPTERS: &[Adapter] =
+    &[ltx::ADAPTER, cogvideox::ADAPTER, mochi::ADAPTER, wan::ADAPTER, pyramid::ADAPTER];
 
 /// What a golden holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

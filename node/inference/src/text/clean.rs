@@ -1,5 +1,5 @@
-//! A prompt made plain before it is tokenized, as Wan's reference does it: `ftfy.fix_text`, HTML references replaced
-//! twice, runs of white space to one space.
+//! A prompt made plain before it is tokenized: `ftfy.fix_text` and runs of white space to one space, as CLIP's tokenizer
+//! has it; and for Wan's reference HTML references replaced twice more in between.
 //!
 //! Of ftfy 6 there is here what changes the tokens of a text that was written as it should be: HTML references (not in a
 //! line from which on a `<` stands), C1 controls that are windows-1252, Latin ligatures, wide and narrow forms, curled quotes, terminal escapes, control
@@ -14,15 +14,24 @@ use super::entities::{unescape, windows};
 /// A prompt as Wan's text encoder was trained to see it.
 #[must_use]
 pub fn clean(prompt: &str) -> String {
+    collapse_space(&unescape(&unescape(&fix_text(prompt))))
+}
+
+/// A text as it was meant, as far as that is seen.
+#[must_use]
+pub fn fix_text(text: &str) -> String {
     let mut may_unescape = true;
-    let fixed: String = prompt
-        .split_inclusive('\n')
+    text.split_inclusive('\n')
         .map(|line| {
             may_unescape = may_unescape && !line.contains('<');
             fix(line, may_unescape)
         })
-        .collect();
-    let text = unescape(&unescape(&fixed));
+        .collect()
+}
+
+/// Runs of white space become one space, and none stays at the ends.
+#[must_use]
+pub fn collapse_space(text: &str) -> String {
     text.split(is_space).filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 

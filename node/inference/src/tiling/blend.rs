@@ -88,7 +88,7 @@ fn starts(size: usize, tile: usize) -> Vec<usize> {
     let room = size - tile;
     let stride = (tile - tile / OVERLAP).max(1);
     let last = room.div_ceil(stride);
-    (0..=last).map(|i| if last == 0 { 0 } else { i * room / last }).collect()
+    (0..=last).map(|i| i * room / last.max(1)).collect()
 }
 
 /// The video as it comes together.

@@ -69,6 +69,14 @@ pub enum Error {
         /// The shape needed.
         needed: Vec<usize>,
     },
+    /// A picture for a model that takes none, or none for one that does.
+    #[error("{architecture} {rule}")]
+    Image {
+        /// The model's architecture.
+        architecture: String,
+        /// What it needs.
+        rule: &'static str,
+    },
     /// A checkpoint that belongs to another request or cannot be read.
     #[error("checkpoint cannot be resumed: {reason}")]
     Checkpoint {
@@ -170,6 +178,7 @@ impl Error {
             Self::ZeroSteps => "zero_steps",
             Self::Number { .. } => "number",
             Self::LatentShape { .. } => "latent_shape",
+            Self::Image { .. } => "image",
             Self::Checkpoint { .. } => "checkpoint",
             Self::Cancelled { .. } => "cancelled",
             Self::UnknownArchitecture { .. } => "unknown_architecture",

@@ -230,6 +230,10 @@ pub struct GenerateRequest {
     pub timesteps: Option<Vec<f64>>,
     /// Guidance that grows over the steps, for models that are run so.
     pub dynamic_guidance: bool,
+    /// The picture that the clip begins with, `[3, height, width]` with values in 0 to 1, for models that take one.
+    pub image: Option<Tensor>,
+    /// The noise with which that picture's latents are drawn instead of noise from the seed, `[1, C, 1, H, W]`.
+    pub image_noise: Option<Tensor>,
     /// Where to start instead of noise from the seed: `[1, C, F, H, W]`, or in the shape that [`Pipeline::start`] gives.
     pub initial_latents: Option<Tensor>,
     /// A stochastic sampler's noise instead of noise from the seed, in the order in which its steps take it and in the
@@ -273,6 +277,8 @@ impl GenerateRequest {
             guidance_rescale: 0.0,
             timesteps: None,
             dynamic_guidance: false,
+            image: None,
+            image_noise: None,
             initial_latents: None,
             step_noise: Vec::new(),
             decode: DecodeOptions::default(),

@@ -15,6 +15,8 @@ pub enum Stream {
     Initial,
     /// The noise that a timestep-conditioned decoder's input gets.
     Decode,
+    /// The draw from the latents' distribution that a picture is encoded to.
+    Image,
     /// The n-th spatial noise that a decoder injects.
     Inject(u32),
     /// The noise of the n-th step of a stochastic sampler.
@@ -38,6 +40,7 @@ impl Stream {
         match self {
             Self::Initial => 0,
             Self::Decode => 1,
+            Self::Image => 2,
             Self::Inject(n) => INJECT | (n & (INJECT - 1)),
             Self::Step(n) => STEP | (n & (STEP - 1)),
             Self::Block { unit, stage } => BLOCK | (unit % UNITS * STAGES) | (stage % STAGES),

@@ -293,6 +293,40 @@ fn half_types_stay_near_f32() {
 }
 
 #[test]
+fn a_clip_begins_with_a_picture_where_the_model_takes_one() {
+    for name in ["cogvideox-5b-i2v", "cogvideox-1.5-i2v"] {
+        let mut pipeline = open(name);
+        let without = request(&*pipeline);
+        let error = pipeline.check(&without).unwrap_err();
+        assert_eq!(error.code(), "image");
+        assert!(error.to_string().contains("needs a picture"), "{error}");
+        let picture = |value: f32| Tensor::full(value, (3, 32, 48), &Device::Cpu).unwrap();
+        let with = GenerateRequest { image: Some(picture(0.2)), checkpoint_every: 2, ..without };
+        let mut watch = Watch::default();
+        let whole = pipeline.generate(&with, &mut watch).unwrap();
+        assert_eq!((whole.frames.count, whole.latents.dims()), (9, &[1, 4, 3, 4, 6][..]));
+        let resume = watch.checkpoints.first().cloned();
+        let resumed = GenerateRequest { resume: resume.clone(), ..with.clone() };
+        assert_eq!(pipeline.generate(&resumed, &mut Silent).unwrap().step_hashes, whole.step_hashes);
+        let other = GenerateRequest { image: Some(picture(0.9)), resume, ..with.clone() };
+        assert_eq!(pipeline.generate(&other, &mut Silent).unwrap_err().code(), "checkpoint");
+        let other = GenerateRequest { resume: None, ..other };
+        assert_ne!(pipeline.generate(&other, &mut Silent).unwrap().step_hashes, whole.step_hashes);
+        let small = Tensor::zeros((3, 16, 48), DType::F32, &Device::Cpu).unwrap();
+        let small = GenerateRequest { image: Some(small), ..with };
+        assert!(pipeline.check(&small).unwrap_err().to_string().contains("image has shape [3, 16, 48]"));
+    }
+    let pipeline = open("cogvideox-5b");
+    let image = Some(Tensor::zeros((3, 32, 48), DType::F32, &Device::Cpu).unwrap());
+    let error = pipeline.check(&GenerateRequest { image, ..request(&*pipeline) }).unwrap_err();
+    assert!(error.to_string().contains("takes no picture"), "{error}");
+    let pipeline = open("cogvideox-5b-i2v");
+    let image = Some(Tensor::zeros((3, 48, 48), DType::F32, &Device::Cpu).unwrap());
+    let tall = GenerateRequest { image, height: 48, ..request(&*pipeline) };
+    assert!(pipeline.check(&tall).unwrap_err().to_string().contains("positions for the size"));
+}
+
+#[test]
 fn configuration_values_that_are_not_known_are_named() {
     use serde_json::json;
     let cases = [
@@ -300,7 +334,7 @@ fn configuration_values_that_are_not_known_are_named() {
         ("model_index.json", "scheduler", json!(["diffusers", "DDIMScheduler"]), "DDIMScheduler"),
         ("transformer/config.json", "activation_fn", json!("swiglu"), "swiglu"),
         ("transformer/config.json", "ofs_embed_dim", json!(512), "ofs_embed_dim"),
-        ("transformer/config.json", "use_learned_positional_embeddings", json!(true), "learned"),
+        ("transformer/config.json", "use_learned_positional_embeddings", json!(true), "pos_embedding"),
         ("transformer/config.json", "num_layers", json!(0), "num_layers"),
         ("transformer/config.json", "attention_head_dim", json!(12), "attention_head_dim"),
         ("transformer/config.json", "in_channels", json!(8), "in_channels"),

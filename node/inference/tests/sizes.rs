@@ -107,6 +107,23 @@ fn cogvideox_5b_and_1_5() {
 }
 
 #[test]
+fn cogvideox_image_to_video() {
+    let large = serde_json::json!({
+        "num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": true, "in_channels": 32,
+    });
+    let mut table = large.clone();
+    table["use_learned_positional_embeddings"] = true.into();
+    let (shapes, _) = cogvideox(table);
+    assert_eq!(shapes["patch_embed.pos_embedding"], [1, 226 + 13 * 30 * 45, 3072]);
+    let mut longer = large;
+    longer["patch_size_t"] = 2.into();
+    longer["ofs_embed_dim"] = 512.into();
+    let (shapes, _) = cogvideox(longer);
+    assert_eq!(shapes["patch_embed.proj.weight"], [3072, 256]);
+    assert_eq!(shapes["ofs_embedding.linear_2.weight"], [512, 512]);
+}
+
+#[test]
 fn cogvideox_vae() {
     let config: CogVideoXVaeConfig = config(serde_json::json!({}));
     let both = tensor_shapes(|vb| CogVideoXVae::load(&config, vb)).unwrap();

@@ -135,7 +135,8 @@ fn transformer(case: &Case) -> Result<Outputs, String> {
     outputs.push(("out.sample".to_owned(), "", sample));
     if let Some(cos) = case.tensors.get("in.image_rotary_emb.0") {
         let given = RopeTables { cos: halved(cos)?, sin: halved(case.input("in.image_rotary_emb.1")?)? };
-        let given = Positions::Rotary(given.after(tokens).map_err(text)?);
+        let rotary = Some(given.after(tokens).map_err(text)?);
+        let given = Positions { rotary, ..own };
         let sample = forward(&given, &mut Vec::new())?;
         outputs.push(("out.sample".to_owned(), "given tables", sample));
     }
@@ -189,11 +190,16 @@ fn load_pipeline(case: &Case) -> Result<CogVideoXPipeline, String> {
 /// Latents step by step, the schedule, and the frames where the golden has them.
 fn run(case: &Case) -> Result<Outputs, String> {
     let mut pipeline = load_pipeline(case)?;
-    let request = GenerateRequest {
+    let mut request = GenerateRequest {
         dynamic_guidance: case.maybe("use_dynamic_cfg")?.unwrap_or(false),
         step_noise: case.numbered("noise."),
+        image: case.tensors.get("in.image").cloned(),
         ..common::request(case, &pipeline)?
     };
+    // The reference draws the picture's latents before everything else.
+    if request.image.is_some() && !request.step_noise.is_empty() {
+        request.image_noise = Some(request.step_noise.remove(0));
+    }
     let schedule = pipeline.schedule(&request).map_err(text)?;
     let (mut outputs, latents) = common::run(&mut pipeline, &request)?;
     outputs.push(("out.timesteps".to_owned(), "", numbers(&schedule.timesteps)?));

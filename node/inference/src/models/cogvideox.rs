@@ -1,4 +1,4 @@
-//! CogVideoX (Zhipu) in the forms 2b, 5b and 1.5-5b, text to video: 8x spatial and 4x temporal compression, a
+//! CogVideoX (Zhipu) in the forms 2b, 5b and 1.5-5b, text to video and image to video: 8x spatial and 4x temporal compression, a
 //! transformer over text and video in one sequence, T5 text, a diffusion sampler that predicts `v`.
 
 pub mod config;

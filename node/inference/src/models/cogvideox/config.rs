@@ -17,9 +17,9 @@ pub struct TransformerConfig {
     pub num_attention_heads: usize,
     /// Width of a head.
     pub attention_head_dim: usize,
-    /// Channels of a latent cell.
+    /// Channels of a cell that goes in: a latent's, or twice as many with the picture's latents beside it.
     pub in_channels: usize,
-    /// Channels of a predicted cell; as many as `in_channels` where the file says null.
+    /// Channels of a predicted cell, a latent's; as many as `in_channels` where the file says null.
     pub out_channels: Option<usize>,
     /// Cosines before sines in the timestep's embedding.
     pub flip_sin_to_cos: bool,
@@ -27,7 +27,7 @@ pub struct TransformerConfig {
     pub freq_shift: f64,
     /// Width of the timestep's embedding.
     pub time_embed_dim: usize,
-    /// Width of the embedding of `ofs`, which text to video does not have.
+    /// Width of the embedding of `ofs`, a number that image to video of 1.5 is told.
     pub ofs_embed_dim: Option<usize>,
     /// Width of the text encoder's output.
     pub text_embed_dim: usize,
@@ -65,7 +65,7 @@ pub struct TransformerConfig {
     pub temporal_interpolation_scale: f64,
     /// Rotary positions instead of sinusoidal ones.
     pub use_rotary_positional_embeddings: bool,
-    /// A table of positions among the weights, which image to video has.
+    /// A table of positions among the weights, which image to video of 5b has.
     pub use_learned_positional_embeddings: bool,
     /// Whether the patches' projection has a bias.
     pub patch_bias: bool,
@@ -133,6 +133,19 @@ impl TransformerConfig {
         self.out_channels.filter(|&channels| channels > 0).unwrap_or(self.in_channels)
     }
 
+    /// Width of the embedding of `ofs`, where there is one.
+    #[must_use]
+    pub fn ofs(&self) -> Option<usize> {
+        self.ofs_embed_dim.filter(|&width| width > 0)
+    }
+
+    /// Latent frames, rows and columns of the size that the model was trained with.
+    #[must_use]
+    pub fn trained_cells(&self) -> [usize; 3] {
+        let frames = (self.sample_frames - 1) / self.temporal_compression_ratio + 1;
+        [frames, self.sample_height, self.sample_width]
+    }
+
     /// Latent cells in a token: time, height, width.
     #[must_use]
     pub fn patch(&self) -> [usize; 3] {
@@ -143,16 +156,17 @@ impl TransformerConfig {
         check_others(file, &self.others, "CogVideoXTransformer3DModel")?;
         check_only(file, "activation_fn", &self.activation_fn.as_str(), &"gelu-approximate")?;
         check_only(file, "timestep_activation_fn", &self.timestep_activation_fn.as_str(), &"silu")?;
-        let text_to_video = "text to video only: image to video has such a model";
-        if let Some(width) = self.ofs_embed_dim.filter(|&width| width > 0) {
-            return Err(config_error(file, "ofs_embed_dim", width, text_to_video));
+        if let Some(width) = self.ofs().filter(|&width| width != self.time_embed_dim) {
+            let reason = format!("it is added to the timestep's, of time_embed_dim {}", self.time_embed_dim);
+            return Err(config_error(file, "ofs_embed_dim", width, reason));
         }
-        if self.use_learned_positional_embeddings {
-            return Err(config_error(file, "use_learned_positional_embeddings", true, text_to_video));
+        if self.use_learned_positional_embeddings && !self.use_rotary_positional_embeddings {
+            let reason = "a learned table stands beside rotary positions only";
+            return Err(config_error(file, "use_learned_positional_embeddings", true, reason));
         }
-        if self.outputs() != self.in_channels {
-            let reason = format!("text to video only: it must be in_channels, {}", self.in_channels);
-            return Err(config_error(file, "out_channels", self.outputs(), reason));
+        if ![self.outputs(), 2 * self.outputs()].contains(&self.in_channels) {
+            let reason = format!("it must be out_channels, {}, or twice that", self.outputs());
+            return Err(config_error(file, "in_channels", self.in_channels, reason));
         }
         check_counts(
             file,
@@ -237,7 +251,7 @@ pub struct VaeConfig {
     pub use_quant_conv: bool,
     /// Not computed here.
     pub use_post_quant_conv: bool,
-    /// Of a meaning for image to video alone.
+    /// Whether a picture's latents are divided by `scaling_factor` for image to video.
     pub invert_scale_latents: bool,
     /// Of no meaning here.
     pub force_upcast: bool,

@@ -1,4 +1,5 @@
-//! CogVideoX from request to frames: `CogVideoXPipeline`.
+//! CogVideoX from request to frames: `CogVideoXPipeline`, and `CogVideoXImageToVideoPipeline`, which begins with a
+//! picture.
 //!
 //! The forms differ in their positions (added; rotary, stretched onto the trained grid or a part of it), in tokens of
 //! one or two latent frames, and in the sampler that the folder names. Latents are kept as `[1, F, C, H, W]`. Where a
@@ -28,7 +29,8 @@ use crate::text::PromptEncoder;
 /// The architecture's name.
 pub const NAME: &str = "cogvideox";
 /// The pipeline classes that this module computes.
-pub const CLASSES: &[&str] = &["CogVideoXPipeline"];
+pub const CLASSES: &[&str] = &["CogVideoXPipeline", IMAGE_CLASS];
+const IMAGE_CLASS: &str = "CogVideoXImageToVideoPipeline";
 /// The scheduler classes that this module computes.
 pub const SCHEDULERS: &[&str] = &["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"];
 
@@ -41,6 +43,8 @@ pub struct CogVideoXPipeline {
     transformer: CogVideoXTransformer,
     vae: CogVideoXVae,
     latent_rgb: LatentRgb,
+    /// Whether clips begin with a picture.
+    image: bool,
     device: Device,
     dtype: DType,
 }
@@ -58,10 +62,11 @@ impl CogVideoXPipeline {
         index.expect(folder, "scheduler", SCHEDULERS)?;
         let (sampler, scheduler) = load_scheduler(folder, index)?;
         let config = TransformerConfig::read(&folder.join("transformer").join("config.json"))?;
+        let image = index.class == IMAGE_CLASS;
+        check_fit(folder, &config, &VaeConfig::read(&folder.join("vae").join("config.json"))?, image)?;
         let (text, text_parameters) = PromptEncoder::load(folder, options, config.max_text_seq_length)?;
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
-        let (vae, vae_parameters) = load_vae(folder, options, false)?;
-        check_fit(folder, &config, vae.config())?;
+        let (vae, vae_parameters) = load_vae(folder, options, image)?;
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
         let work = work_config(&config, vae.config(), text.limit(), parameters);
         let extras = Extras::read(folder, work.latent_channels)?;
@@ -81,6 +86,7 @@ impl CogVideoXPipeline {
             transformer,
             vae,
             latent_rgb: extras.latent_rgb.unwrap_or_default(),
+            image,
             device: options.device.clone(),
             dtype: options.dtype,
         })
@@ -177,11 +183,21 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
 }
 
 /// Transformer and VAE agree about latents.
-fn check_fit(folder: &Path, transformer: &TransformerConfig, vae: &VaeConfig) -> Result<(), Error> {
+fn check_fit(
+    folder: &Path,
+    transformer: &TransformerConfig,
+    vae: &VaeConfig,
+    image: bool,
+) -> Result<(), Error> {
     let file = folder.join("transformer").join("config.json");
-    let (given, needed) = (transformer.in_channels, vae.latent_channels);
+    let (given, needed) = (transformer.outputs(), vae.latent_channels);
     if given != needed {
-        return Err(config_error(&file, "in_channels", given, format!("the VAE's latents have {needed}")));
+        return Err(config_error(&file, "out_channels", given, format!("the VAE's latents have {needed}")));
+    }
+    let (given, needed) = (transformer.in_channels, if image { 2 * needed } else { needed });
+    if given != needed {
+        let reason = format!("this pipeline's transformer has {needed}");
+        return Err(config_error(&file, "in_channels", given, reason));
     }
     let (given, needed) = (transformer.temporal_compression_ratio, vae.temporal_ratio());
     if given != needed {

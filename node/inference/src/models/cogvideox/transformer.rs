@@ -21,6 +21,8 @@ use crate::pipeline::latents::{pack, unpack};
 const QK_EPSILON: f64 = 1e-6;
 const MAX_PERIOD: f64 = 10_000.0;
 const FEED_FACTOR: usize = 4;
+/// The number that the reference always tells a model with `ofs`.
+const OFS: f32 = 2.0;
 
 /// The transformer on a device.
 pub struct CogVideoXTransformer {
@@ -29,6 +31,8 @@ pub struct CogVideoXTransformer {
     text: Linear,
     timesteps: Timesteps,
     time: TimestepEmbedding,
+    ofs: Option<(Timesteps, TimestepEmbedding)>,
+    learned: Option<Tensor>,
     blocks: Vec<Block>,
     norm_final: Affine,
     norm_out: Affine,
@@ -37,12 +41,13 @@ pub struct CogVideoXTransformer {
     dtype: DType,
 }
 
-/// Where the video's tokens lie.
-pub enum Positions {
-    /// Added to the tokens, `[tokens, width]`.
-    Added(Tensor),
-    /// Turns query and key; text tokens included.
-    Rotary(RopeTables),
+/// Where tokens lie.
+#[derive(Debug, Clone, Default)]
+pub struct Positions {
+    /// Added to the sequence of text and video, `[tokens, width]`.
+    pub added: Option<Tensor>,
+    /// Turns query and key of that sequence.
+    pub rotary: Option<RopeTables>,
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.
@@ -61,17 +66,26 @@ impl CogVideoXTransformer {
             .map(|index| Block::load(config, &vb.pp("transformer_blocks").pp(index)))
             .collect::<Result<Vec<_>>>()?;
         let embed = vb.pp("patch_embed");
+        let sinusoids = |channels| Timesteps {
+            channels,
+            flip_sin_to_cos: config.flip_sin_to_cos,
+            downscale_freq_shift: config.freq_shift,
+            scale: 1.0,
+            max_period: MAX_PERIOD,
+        };
+        let ofs = match config.ofs() {
+            None => None,
+            Some(width) => {
+                Some((sinusoids(width), TimestepEmbedding::load(width, width, vb.pp("ofs_embedding"))?))
+            }
+        };
         Ok(Self {
             patches: load_patches(config, &embed.pp("proj"))?,
             text: Linear::load(config.text_embed_dim, width, true, embed.pp("text_proj"))?,
-            timesteps: Timesteps {
-                channels: width,
-                flip_sin_to_cos: config.flip_sin_to_cos,
-                downscale_freq_shift: config.freq_shift,
-                scale: 1.0,
-                max_period: MAX_PERIOD,
-            },
+            timesteps: sinusoids(width),
             time: TimestepEmbedding::load(width, time_width, vb.pp("time_embedding"))?,
+            ofs,
+            learned: load_table(config, &embed)?,
             blocks,
             norm_final: Affine::load(config, width, config.norm_eps, &vb.pp("norm_final"))?,
             norm_out: Affine::load(config, width, config.norm_eps, &vb.pp("norm_out").pp("norm"))?,
@@ -93,12 +107,22 @@ impl CogVideoXTransformer {
     /// # Errors
     /// When the model has no positions for such a grid.
     pub fn positions(&self, cells: [usize; 3], text_tokens: usize, device: &Device) -> Result<Positions> {
-        let patch = self.config.patch();
+        let (config, patch) = (&self.config, self.config.patch());
         let grid = std::array::from_fn(|axis| cells[axis] / patch[axis]);
-        if self.config.use_rotary_positional_embeddings {
-            return Ok(Positions::Rotary(RopeTables::new(&self.config, grid, device)?.after(text_tokens)?));
+        let mut positions = Positions::default();
+        if config.use_rotary_positional_embeddings {
+            positions.rotary = Some(RopeTables::new(config, grid, device)?.after(text_tokens)?);
         }
-        Ok(Positions::Added(sinusoids(&self.config, grid, device)?.to_dtype(self.dtype)?))
+        let table = self.learned.as_ref().filter(|_| cells == config.trained_cells());
+        if let Some(table) = table {
+            positions.added = Some(table.clone());
+        } else if self.learned.is_some() || positions.rotary.is_none() {
+            // For other frame counts the reference puts sinusoids in the table's place.
+            let video = sinusoids(config, grid, device)?;
+            let text = Tensor::zeros((text_tokens, config.inner()), DType::F32, device)?;
+            positions.added = Some(Tensor::cat(&[text, video], 0)?.to_dtype(self.dtype)?);
+        }
+        Ok(positions)
     }
 
     /// Text embeddings `[B, text tokens, text width]` as tokens `[B, text tokens, width]`.
@@ -109,7 +133,7 @@ impl CogVideoXTransformer {
         self.text.forward(&text.to_dtype(self.dtype)?)
     }
 
-    /// The prediction `[B, F, C, H, W]` for latents `[B, F, C, H, W]`, timesteps `[B]` (0 to 999), and what
+    /// The prediction `[B, F, C, H, W]` for latents `[B, F, C or 2 C, H, W]`, timesteps `[B]` (0 to 999), and what
     /// [`CogVideoXTransformer::project_text`] made of the text.
     ///
     /// # Errors
@@ -138,20 +162,25 @@ impl CogVideoXTransformer {
     ) -> Result<Tensor> {
         let (_, frames, _, height, width) = latents.dims5()?;
         let patch = self.config.patch();
-        let time = self.time.forward(&self.timesteps.embed(timesteps)?.to_dtype(self.dtype)?)?;
+        let mut time = self.time.forward(&self.timesteps.embed(timesteps)?.to_dtype(self.dtype)?)?;
         probe("time_embedding", &time)?;
+        if let Some((sinusoids, embedding)) = &self.ofs {
+            let ofs = sinusoids.embed(&Tensor::new(&[OFS], latents.device())?)?.to_dtype(self.dtype)?;
+            let ofs = embedding.forward(&ofs)?;
+            probe("ofs_embedding", &ofs)?;
+            time = time.broadcast_add(&ofs)?;
+        }
+        let mut text = text.clone();
         let mut video =
             self.patches.forward(&pack(&latents.to_dtype(self.dtype)?.transpose(1, 2)?, patch)?)?;
-        let rope = match positions {
-            Positions::Added(table) => {
-                video = video.broadcast_add(table)?;
-                None
-            }
-            Positions::Rotary(tables) => Some(tables),
-        };
-        probe("patch_embed", &Tensor::cat(&[text, &video], 1)?)?;
+        if let Some(table) = &positions.added {
+            let words = text.dim(1)?;
+            text = text.broadcast_add(&table.narrow(0, 0, words)?)?;
+            video = video.broadcast_add(&table.narrow(0, words, table.dim(0)? - words)?)?;
+        }
+        let rope = positions.rotary.as_ref();
+        probe("patch_embed", &Tensor::cat(&[&text, &video], 1)?)?;
         let time = silu(&time)?;
-        let mut text = text.clone();
         for (index, block) in self.blocks.iter().enumerate() {
             (video, text) = block.forward(&video, &text, &time, rope)?;
             probe(&format!("transformer_blocks.{index}.0"), &video)?;
@@ -178,6 +207,19 @@ fn load_patches(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linea
     let biased = config.patch_bias || config.patch_size_t.is_some();
     let bias = if biased { Some(vb.get(width, "bias")?) } else { None };
     Linear::new(weight, bias)
+}
+
+/// The learned table of positions, text first, `[tokens, width]`.
+fn load_table(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Option<Tensor>> {
+    if !config.use_learned_positional_embeddings {
+        return Ok(None);
+    }
+    let cells = config.trained_cells();
+    let patch = config.patch();
+    // The table does not know of tokens that span several frames.
+    let tokens = cells[0] * (cells[1] / patch[1]) * (cells[2] / patch[2]);
+    let shape = (1, config.max_text_seq_length + tokens, config.inner());
+    Ok(Some(vb.get(shape, "pos_embedding")?.squeeze(0)?))
 }
 
 /// A layer norm with weights or without.

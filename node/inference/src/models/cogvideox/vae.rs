@@ -10,7 +10,7 @@
 mod blocks;
 mod tiles;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::config::VaeConfig;
@@ -49,6 +49,17 @@ pub struct Moments {
     pub mean: Tensor,
     /// The logarithm of the variance, within -30 to 20.
     pub logvar: Tensor,
+}
+
+impl Moments {
+    /// A draw: `mean + noise * exp(logvar / 2)`, in f32.
+    ///
+    /// # Errors
+    /// When `noise` has another shape or the device fails.
+    pub fn sample(&self, noise: &Tensor) -> Result<Tensor> {
+        let deviation = (self.logvar.to_dtype(DType::F32)? * 0.5)?.exp()?;
+        self.mean.to_dtype(DType::F32)? + (deviation * noise.to_dtype(DType::F32)?)?
+    }
 }
 
 /// The autoencoder.
@@ -90,6 +101,15 @@ impl CogVideoXVae {
     /// When the device fails.
     pub fn denormalize(&self, z: &Tensor) -> Result<Tensor> {
         z * (1.0 / self.config.scaling_factor)
+    }
+
+    /// A picture's latents as the encoder gives them to those that the transformer is shown beside its own.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn scale_image(&self, z: &Tensor) -> Result<Tensor> {
+        let factor = self.config.scaling_factor;
+        z * if self.config.invert_scale_latents { 1.0 / factor } else { factor }
     }
 
     /// Denormalised latents to a video `(batch, 3, frames, height, width)` of about -1 to 1; `watch` is asked before

@@ -43,6 +43,8 @@ pub struct Context {
     /// Negative prompt first where there is one, `[1 or 2, tokens, width]`.
     text: Tensor,
     positions: Positions,
+    /// The picture's latents and zeros, `[1, F, C, H, W]`, in the latents' numbers.
+    image: Option<Tensor>,
 }
 
 impl VideoModel for CogVideoXPipeline {
@@ -63,6 +65,10 @@ impl VideoModel for CogVideoXPipeline {
 
     fn prompt_fits(&self, prompt: &str, truncate: bool) -> Result<(), Error> {
         self.text.check(prompt, truncate)
+    }
+
+    fn takes_image(&self) -> bool {
+        self.image
     }
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
@@ -106,7 +112,8 @@ impl VideoModel for CogVideoXPipeline {
             text = Tensor::cat(&[negative, text], 0)?;
         }
         let positions = self.transformer.positions(plan.cells, text.dim(1)?, &self.device)?;
-        Ok(Context { text: self.transformer.project_text(&text)?, positions })
+        let image = image_latents(self, request, plan)?;
+        Ok(Context { text: self.transformer.project_text(&text)?, positions, image })
     }
 
     fn output(
@@ -118,7 +125,11 @@ impl VideoModel for CogVideoXPipeline {
         state: &State,
     ) -> Result<Tensor, Error> {
         let batch = context.text.dim(0)?;
-        let input = Tensor::cat(&vec![&state.latents; batch], 0)?;
+        let input = match &context.image {
+            Some(image) => Tensor::cat(&[&state.latents, image], 2)?,
+            None => state.latents.clone(),
+        };
+        let input = Tensor::cat(&vec![input; batch], 0)?;
         let timestep = plan.schedule.timesteps[index];
         let timesteps = Tensor::from_vec(vec![timestep; batch], batch, &self.device)?;
         let output = self.transformer.forward(&input, &timesteps, &context.text, &context.positions)?;
@@ -180,23 +191,51 @@ impl VideoModel for CogVideoXPipeline {
     }
 }
 
-/// Tokens that span several latent frames have positions up to the trained grid's end alone.
+/// Tokens that span several latent frames have positions up to the trained grid's end alone, and a learned table knows
+/// one size of picture.
 fn check_grid(model: &CogVideoXPipeline, request: &GenerateRequest, cells: [usize; 3]) -> Result<(), Error> {
     let config = model.transformer.config();
-    if !config.use_rotary_positional_embeddings || config.patch_size_t.is_none() {
-        return Ok(());
-    }
     let sides = [
         ("height", request.height, cells[1], config.sample_height),
         ("width", request.width, cells[2], config.sample_width),
     ];
-    match sides.into_iter().find(|(_, _, cells, most)| cells > most) {
-        Some((field, given, ..)) => {
-            let rule = "the model has no positions for so large a picture";
-            Err(Error::Number { field, given: given as f64, rule })
-        }
-        None => Ok(()),
+    let bounded = config.use_rotary_positional_embeddings && config.patch_size_t.is_some();
+    for (field, given, cells, trained) in sides {
+        let rule = if bounded && cells > trained {
+            "the model has no positions for so large a picture"
+        } else if config.use_learned_positional_embeddings && cells != trained {
+            "the model has positions for the size of its defaults alone"
+        } else {
+            continue;
+        };
+        return Err(Error::Number { field, given: given as f64, rule });
     }
+    Ok(())
+}
+
+/// The latents of the request's picture, drawn from the distribution that the VAE gives, in the place of the first
+/// latent frame, and zeros in the others'.
+fn image_latents(
+    model: &CogVideoXPipeline,
+    request: &GenerateRequest,
+    plan: &Plan,
+) -> Result<Option<Tensor>, Error> {
+    let Some(image) = request.image.as_ref().filter(|_| model.image) else { return Ok(None) };
+    let pixels = image.to_device(&model.device)?.to_dtype(DType::F32)?.affine(2.0, -1.0)?;
+    let (_, height, width) = pixels.dims3()?;
+    let video = pixels.to_dtype(model.dtype)?.reshape((1, 3, 1, height, width))?;
+    let moments = model.vae.encode(&video, None)?;
+    let noise = match &request.image_noise {
+        Some(noise) if noise.dims() == moments.mean.dims() => noise.to_device(&model.device)?,
+        Some(noise) => {
+            let (given, needed) = (noise.dims().to_vec(), moments.mean.dims().to_vec());
+            return Err(Error::LatentShape { what: "image_noise", given, needed });
+        }
+        None => normal_tensor(request.seed, Stream::Image, moments.mean.shape(), &model.device)?,
+    };
+    let drawn = model.vae.scale_image(&moments.sample(&noise)?)?.transpose(1, 2)?.contiguous()?;
+    let rest = plan.cells[0] - 1;
+    Ok(Some(drawn.to_dtype(DType::F32)?.pad_with_zeros(1, 0, rest)?))
 }
 
 /// Given noise is of the latents' shape and as much as the steps take.

@@ -271,6 +271,8 @@ impl Daemon {
 
     fn watch(&mut self, job: &ValidJob) {
         let own = self.identity.node_id();
+        // Those known at the last advert may be fewer, and all of them gone when the job is to be handed on.
+        self.custodian.set_ways(self.adverts.ways());
         let turn = job.spec().custodians.iter().position(|node| *node == own).unwrap_or_default() as u32;
         let watch = Watch {
             job: job.clone(),

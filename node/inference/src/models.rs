@@ -2,3 +2,4 @@
 
 pub mod cogvideox;
 pub mod ltx;
+pub mod pyramid;

@@ -215,10 +215,15 @@ pub struct GenerateRequest {
     pub height: usize,
     /// Frames a second; the model's motion depends on it.
     pub fps: f64,
-    /// Denoising steps; ignored where `timesteps` are given.
+    /// Denoising steps; ignored where `timesteps` are given. Of each stage of the first part, for a model that makes a
+    /// clip part by part in stages.
     pub steps: usize,
+    /// Steps of each stage of the first part and of each later one, for such a model, instead of what it makes of `steps`.
+    pub stage_steps: Option<[Vec<usize>; 2]>,
     /// Classifier-free guidance; 1 and below is none.
     pub guidance: f64,
+    /// Guidance of the later parts, for a model that makes a clip part by part, instead of what it makes of `guidance`.
+    pub later_guidance: Option<f64>,
     /// 0 to 1: how far guidance is scaled back to the spread of the unguided prediction; 0 is off.
     pub guidance_rescale: f64,
     /// The model's own timesteps (0 to 1000, falling), for distilled models.
@@ -232,7 +237,7 @@ pub struct GenerateRequest {
     /// Where to start instead of noise from the seed: `[1, C, F, H, W]`, or in the shape that [`Pipeline::start`] gives.
     pub initial_latents: Option<Tensor>,
     /// A stochastic sampler's noise instead of noise from the seed, in the order in which its steps take it and in the
-    /// shape of `initial_latents`; empty for noise from the seed.
+    /// shape of `initial_latents`, or in the shape that a stage begins with; empty for noise from the seed.
     pub step_noise: Vec<Tensor>,
     /// How to decode.
     pub decode: DecodeOptions,
@@ -266,7 +271,9 @@ impl GenerateRequest {
             height: defaults.height,
             fps: defaults.fps,
             steps: defaults.steps,
+            stage_steps: None,
             guidance: defaults.guidance,
+            later_guidance: None,
             guidance_rescale: 0.0,
             timesteps: None,
             dynamic_guidance: false,

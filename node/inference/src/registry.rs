@@ -22,7 +22,8 @@ pub struct Architecture {
 }
 
 /// Every architecture. A further model is a folder under `models` and a line here.
-pub const ARCHITECTURES: &[Architecture] = &[models::ltx::ARCHITECTURE, models::cogvideox::ARCHITECTURE];
+pub const ARCHITECTURES: &[Architecture] =
+    &[models::ltx::ARCHITECTURE, models::cogvideox::ARCHITECTURE, models::pyramid::ARCHITECTURE];
 
 /// `model_index.json`: the pipeline's class and each component's library and class.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,12 +34,15 @@ pub struct ModelIndex {
 }
 
 impl ModelIndex {
-    /// Reads a folder's index.
+    /// Reads a folder's index. Pyramid Flow is published without one: there the transformer's class is the pipeline's.
     ///
     /// # Errors
     /// When it is not there, is not JSON, or names no class.
     pub fn read(folder: &Path) -> Result<Self, Error> {
         let file = folder.join("model_index.json");
+        if let Some(class) = (!file.exists()).then(|| models::pyramid::implied_class(folder)).flatten() {
+            return Ok(Self { class, fields: Map::new() });
+        }
         let fields: Map<String, Value> = read_json(&file)?;
         let class = fields.get("_class_name").and_then(Value::as_str).map(str::to_owned);
         let class = class

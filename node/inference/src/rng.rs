@@ -21,10 +21,20 @@ pub enum Stream {
     Inject(u32),
     /// The noise of the n-th step of a stochastic sampler.
     Step(u32),
+    /// The noise that hides the blocks of an enlarged picture.
+    Block {
+        /// The part of the clip, zero-based, below 2^20.
+        unit: u32,
+        /// The stage that begins with the enlarged picture, below 256.
+        stage: u32,
+    },
 }
 
 impl Stream {
     fn number(self) -> u32 {
+        const BLOCK: u32 = 0x2000_0000;
+        const UNITS: u32 = 1 << 20;
+        const STAGES: u32 = 1 << 8;
         const INJECT: u32 = 0x4000_0000;
         const STEP: u32 = 0x8000_0000;
         match self {
@@ -33,6 +43,7 @@ impl Stream {
             Self::Image => 2,
             Self::Inject(n) => INJECT | (n & (INJECT - 1)),
             Self::Step(n) => STEP | (n & (STEP - 1)),
+            Self::Block { unit, stage } => BLOCK | (unit % UNITS * STAGES) | (stage % STAGES),
         }
     }
 }
@@ -128,6 +139,9 @@ mod tests {
         assert_eq!(long[..5], normals(7, Stream::Initial, 5));
         assert_ne!(long, normals(7, Stream::Decode, 33));
         assert_ne!(long, normals(8, Stream::Initial, 33));
+        let block = |unit, stage| normals(7, Stream::Block { unit, stage }, 33);
+        assert_ne!(block(1, 2), block(2, 1));
+        assert_ne!(block(1, 2), normals(7, Stream::Inject(258), 33));
     }
 
     #[test]

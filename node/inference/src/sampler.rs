@@ -4,9 +4,11 @@ pub mod checkpoint;
 pub mod diffusion;
 pub mod flow_match;
 pub mod guidance;
+pub mod pyramid;
 
 pub use diffusion::{DiffusionConfig, DiffusionSampler, DiffusionSchedule};
 pub use flow_match::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
+pub use pyramid::{PyramidConfig, PyramidSchedule};
 
 /// What is wrong with a schedule.
 #[derive(Debug, thiserror::Error)]

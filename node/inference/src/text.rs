@@ -1,5 +1,8 @@
 //! From a prompt to the numbers that a video model reads: tokenizers and text encoders.
 
+pub mod clean;
+pub mod clip;
+mod clip_tokenizer;
 pub mod prompt;
 pub mod sentencepiece;
 pub mod t5;
@@ -7,6 +10,7 @@ pub mod tokenizer;
 
 use std::path::PathBuf;
 
+pub use clip::{ClipTextConfig, ClipTextEncoder};
 pub use prompt::PromptEncoder;
 pub use t5::{T5Config, T5Encoder};
 pub use tokenizer::{Encoded, PromptTokenizer};

@@ -2,8 +2,11 @@
 //!
 //! For a stem such as `diffusion_pytorch_model` a folder holds one of: `STEM.safetensors`; shards with
 //! `STEM.safetensors.index.json`; and both with an infix such as `fp16` or `bf16` (`STEM.fp16.safetensors`,
-//! `STEM.safetensors.index.fp16.json`). Every file is checked whole (header readable, length as the header says) when
+//! `STEM.safetensors.index.fp16.json`). Where there is none of these, `STEM.bin` is taken, PyTorch's own form, which is
+//! read and never run. Every file is checked whole (header readable, length as the header says) when
 //! it is opened, so that a cut download is an error with the file's name and not a fault later.
+
+mod pickle;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -145,15 +148,24 @@ impl Weights {
     ) -> Result<Self, WeightsError> {
         let files = find(folder, stem, variant)?;
         let mut tensors = BTreeMap::new();
-        for (index, file) in files.iter().enumerate() {
-            for (name, shape) in check_file(file)? {
-                tensors.insert(name, TensorFacts { file: index, shape });
+        let mut add = |index: usize, list: FileTensors| {
+            tensors.extend(list.into_iter().map(|(name, shape)| (name, TensorFacts { file: index, shape })));
+        };
+        let backend: Box<dyn SimpleBackend> = match files.as_slice() {
+            [file] if is_pickle(file) => {
+                let (pickled, list) = pickle::open(file)?;
+                add(0, list);
+                Box::new(pickle::Pickled(pickled))
             }
-        }
-        let mapped = map(&files)?;
-        let names = tensors.keys().cloned().collect();
-        let backend = Mapped { mapped, names };
-        let builder = VarBuilder::from_backend(Box::new(backend), dtype, device.clone());
+            files => {
+                for (index, file) in files.iter().enumerate() {
+                    add(index, check_file(file)?);
+                }
+                let names = tensors.keys().cloned().collect();
+                Box::new(Mapped { mapped: map(files)?, names })
+            }
+        };
+        let builder = VarBuilder::from_backend(backend, dtype, device.clone());
         Ok(Self { files, tensors, builder })
     }
 
@@ -299,7 +311,16 @@ pub fn find(folder: &Path, stem: &str, variant: Option<&str>) -> Result<Vec<Path
         }
         looked_for.extend([single, index]);
     }
+    let pickled = format!("{stem}.{}", pickle::EXTENSION);
+    if folder.join(&pickled).exists() {
+        return Ok(vec![folder.join(pickled)]);
+    }
+    looked_for.push(pickled);
     Err(WeightsError::NotFound { folder: folder.to_owned(), looked_for: looked_for.join(", ") })
+}
+
+fn is_pickle(file: &Path) -> bool {
+    file.extension().is_some_and(|extension| extension == pickle::EXTENSION)
 }
 
 fn shards(file: &Path) -> Result<Vec<PathBuf>, WeightsError> {
@@ -332,11 +353,17 @@ fn shards(file: &Path) -> Result<Vec<PathBuf>, WeightsError> {
 /// # Errors
 /// When a file is missing, cut short or corrupt.
 pub fn check(folder: &Path, stem: &str, variant: Option<&str>) -> Result<(), WeightsError> {
-    find(folder, stem, variant)?.iter().try_for_each(|file| check_file(file).map(drop))
+    find(folder, stem, variant)?.iter().try_for_each(|file| match is_pickle(file) {
+        true => pickle::open(file).map(drop),
+        false => check_file(file).map(drop),
+    })
 }
 
-/// The tensors of a file with their shapes, after its header and length are checked.
-fn check_file(file: &Path) -> Result<Vec<(String, Vec<usize>)>, WeightsError> {
+/// The tensors of a file with their shapes.
+type FileTensors = Vec<(String, Vec<usize>)>;
+
+/// The tensors of a file, after its header and length are checked.
+fn check_file(file: &Path) -> Result<FileTensors, WeightsError> {
     use std::io::Read;
     const LENGTH_BYTES: u64 = 8;
     const MAX_HEADER: u64 = 100_000_000;

@@ -16,16 +16,16 @@ pub(crate) fn text(error: impl std::fmt::Display) -> String {
 /// Kinds that need nothing of a model's own.
 pub(crate) fn compute(case: &Case, kind: Kind) -> Result<Outputs, String> {
     match kind {
-        Kind::Tokenizer => tokenizer(case),
-        Kind::TextEncoder => encoder(case),
+        Kind::Tokenizer => tokenizer(case, "tokenizer"),
+        Kind::TextEncoder => encoder(case, "text_encoder"),
         Kind::Scheduler => flow_match(case),
         _ => Err("this kind of golden is not known".to_owned()),
     }
 }
 
-/// Ids and masks of every prompt, from each form of tokenizer that the folder holds.
-fn tokenizer(case: &Case) -> Result<Outputs, String> {
-    let folder = case.pipeline.join("tokenizer");
+/// Ids and masks of every prompt, from each form of T5's tokenizer that this part of the pipeline holds.
+pub(crate) fn tokenizer(case: &Case, part: &str) -> Result<Outputs, String> {
+    let folder = case.pipeline.join(part);
     let limit: usize = case.param("max_length")?;
     let prompts: Vec<String> = case.param("prompts")?;
     let (json, spiece) = (folder.join("tokenizer.json").exists(), folder.join("spiece.model").exists());
@@ -60,13 +60,13 @@ fn check_id(case: &Case, name: &str, ours: u32) -> Result<(), String> {
     }
 }
 
-fn row(ids: &[u32]) -> Result<Tensor, String> {
+pub(crate) fn row(ids: &[u32]) -> Result<Tensor, String> {
     Tensor::from_slice(ids, ids.len(), &Device::Cpu).map_err(text)
 }
 
-/// The last hidden state, with and without the mask.
-fn encoder(case: &Case) -> Result<Outputs, String> {
-    let (encoder, _) = load_t5(&case.pipeline.join("text_encoder"), &LoadOptions::default()).map_err(text)?;
+/// The last hidden state of the T5 encoder in this part of the pipeline, with and without the mask.
+pub(crate) fn encoder(case: &Case, part: &str) -> Result<Outputs, String> {
+    let (encoder, _) = load_t5(&case.pipeline.join(part), &LoadOptions::default()).map_err(text)?;
     let ids = case.input("in.input_ids")?.to_dtype(DType::U32).map_err(text)?;
     let forward = |mask: Option<&Tensor>| encoder.forward(&ids, mask).map_err(text);
     let mut outputs = vec![("out.no_mask".to_owned(), "", forward(None)?)];

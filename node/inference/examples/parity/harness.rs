@@ -7,6 +7,7 @@ mod cogvideox;
 mod common;
 mod golden;
 mod ltx;
+mod pyramid;
 mod report;
 
 use std::path::Path;
@@ -23,7 +24,7 @@ pub(crate) struct Adapter {
 }
 
 /// Every model's.
-const ADAPTERS: &[Adapter] = &[ltx::ADAPTER, cogvideox::ADAPTER];
+const ADAPTERS: &[Adapter] = &[ltx::ADAPTER, cogvideox::ADAPTER, pyramid::ADAPTER];
 
 /// What a golden holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -25,9 +25,22 @@ impl PromptEncoder {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, options: &LoadOptions, most: usize) -> Result<(Self, u64), Error> {
-        let tokenizer = PromptTokenizer::load(&folder.join("tokenizer"))?;
+        Self::load_parts(&folder.join("tokenizer"), &folder.join("text_encoder"), options, most)
+    }
+
+    /// [`PromptEncoder::load`] from folders of other names.
+    ///
+    /// # Errors
+    /// See [`crate::load`].
+    pub fn load_parts(
+        tokenizer: &Path,
+        encoder: &Path,
+        options: &LoadOptions,
+        most: usize,
+    ) -> Result<(Self, u64), Error> {
+        let tokenizer = PromptTokenizer::load(tokenizer)?;
         let limit = tokenizer.max_length.map_or(most, |limit| limit.min(most));
-        let (encoder, parameters) = load_t5(&folder.join("text_encoder"), options)?;
+        let (encoder, parameters) = load_t5(encoder, options)?;
         Ok((Self { tokenizer, encoder, limit, device: options.device.clone() }, parameters))
     }
 

@@ -1,10 +1,11 @@
-//! A prompt's token ids, from `tokenizer.json` or from `spiece.model` alone.
+//! A prompt's token ids, from `tokenizer.json` or from `spiece.model` alone, or from CLIP's `vocab.json` and `merges.txt`.
 //!
 //! From `spiece.model` the tokenizer is built as Hugging Face's converter builds it for T5: the model's pieces, then
 //! `<extra_id_N>` downwards, the precompiled normaliser, trailing space stripped, runs of spaces to one U+2581,
 //! metaspace, `</s>` at the end. The prefix space follows `add_prefix_space` in `tokenizer_config.json` (null and
 //! false mean none).
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -16,17 +17,22 @@ use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::TextError;
 use super::sentencepiece::{PieceKind, SentencePiece};
+use super::{TextError, clip_tokenizer};
 
 /// The `model_max_length` that is no limit: transformers writes 1e30 where it knows none.
 const NO_LIMIT: f64 = 1e15;
 
 const SPIECE: &str = "spiece.model";
 
+/// What fills up and what ends, where the configuration does not say.
+const T5_MARKS: [&str; 2] = ["<pad>", "</s>"];
+
 /// A tokenizer with the limits of its model.
 pub struct PromptTokenizer {
     tokenizer: Tokenizer,
+    /// What is done to a prompt first.
+    clean: Option<fn(&str) -> String>,
     /// `model_max_length` of `tokenizer_config.json`, where it has one.
     pub max_length: Option<usize>,
     /// The id that fills up.
@@ -56,7 +62,7 @@ impl PromptTokenizer {
     pub fn load(folder: &Path) -> Result<Self, TextError> {
         let json = folder.join("tokenizer.json");
         if json.exists() {
-            return Self::new(folder, from_json(&json)?, &config(folder)?);
+            return Self::new(folder, from_json(&json)?, &config(folder)?, T5_MARKS);
         }
         if folder.join(SPIECE).exists() {
             return Self::load_spiece(folder);
@@ -70,10 +76,27 @@ impl PromptTokenizer {
     /// As [`PromptTokenizer::load`].
     pub fn load_spiece(folder: &Path) -> Result<Self, TextError> {
         let config = config(folder)?;
-        Self::new(folder, from_spiece(&folder.join(SPIECE), &config)?, &config)
+        Self::new(folder, from_spiece(&folder.join(SPIECE), &config)?, &config, T5_MARKS)
     }
 
-    fn new(folder: &Path, tokenizer: Tokenizer, config: &Map<String, Value>) -> Result<Self, TextError> {
+    /// Reads CLIP's tokenizer, `vocab.json` and `merges.txt`.
+    ///
+    /// # Errors
+    /// When a file is missing or cannot be read; the error names it.
+    pub fn load_clip(folder: &Path) -> Result<Self, TextError> {
+        let config = config(folder)?;
+        let end = clip_tokenizer::END;
+        let loaded = Self::new(folder, clip_tokenizer::read(folder, &config)?, &config, [end, end])?;
+        Ok(Self { clean: Some(clip_tokenizer::clean), ..loaded })
+    }
+
+    /// `marks` are the usual texts of what fills up and of the end mark.
+    fn new(
+        folder: &Path,
+        tokenizer: Tokenizer,
+        config: &Map<String, Value>,
+        marks: [&str; 2],
+    ) -> Result<Self, TextError> {
         let id = |key: &str, usual: &str| {
             let token = config.get(key).and_then(token_text).unwrap_or_else(|| usual.to_owned());
             tokenizer.token_to_id(&token).ok_or_else(|| TextError::Tokenizer {
@@ -81,10 +104,10 @@ impl PromptTokenizer {
                 reason: format!("{key} {token:?} is not in the vocabulary"),
             })
         };
-        let (pad_id, eos_id) = (id("pad_token", "<pad>")?, id("eos_token", "</s>")?);
+        let (pad_id, eos_id) = (id("pad_token", marks[0])?, id("eos_token", marks[1])?);
         let limit =
             config.get("model_max_length").and_then(Value::as_f64).filter(|&n| (1.0..NO_LIMIT).contains(&n));
-        Ok(Self { tokenizer, max_length: limit.map(|n| n as usize), pad_id, eos_id })
+        Ok(Self { tokenizer, clean: None, max_length: limit.map(|n| n as usize), pad_id, eos_id })
     }
 
     /// Every id of a prompt, with the end mark, neither padded nor cut.
@@ -92,7 +115,7 @@ impl PromptTokenizer {
     /// # Errors
     /// When the tokenizer fails.
     pub fn ids(&self, prompt: &str) -> Result<Vec<u32>, TextError> {
-        Ok(self.encoding(prompt)?.get_ids().to_vec())
+        Ok(self.encoding(&self.cleaned(prompt))?.get_ids().to_vec())
     }
 
     /// A prompt in exactly `limit` ids; what is too long is cut before the end mark.
@@ -100,7 +123,8 @@ impl PromptTokenizer {
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode(&self, prompt: &str, limit: usize) -> Result<Encoded, TextError> {
-        let encoding = self.encoding(prompt)?;
+        let prompt = self.cleaned(prompt);
+        let encoding = self.encoding(&prompt)?;
         let mut ids = encoding.get_ids().to_vec();
         let tokens = ids.len();
         let mut cut_text = None;
@@ -115,6 +139,13 @@ impl PromptTokenizer {
         mask.resize(limit, 0);
         ids.resize(limit, self.pad_id);
         Ok(Encoded { ids, mask, tokens, cut_text })
+    }
+
+    fn cleaned<'a>(&self, prompt: &'a str) -> Cow<'a, str> {
+        match self.clean {
+            Some(clean) => Cow::Owned(clean(prompt)),
+            None => Cow::Borrowed(prompt),
+        }
     }
 
     fn encoding(&self, prompt: &str) -> Result<tokenizers::Encoding, TextError> {
@@ -133,7 +164,7 @@ fn config(folder: &Path) -> Result<Map<String, Value>, TextError> {
 }
 
 /// A special token is written as its text, or as an object with `content`.
-fn token_text(value: &Value) -> Option<String> {
+pub(super) fn token_text(value: &Value) -> Option<String> {
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
 }
 

@@ -74,6 +74,7 @@ fn check_image<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<()
 fn check_numbers(request: &GenerateRequest) -> Result<(), Error> {
     let finite = [
         ("guidance", request.guidance),
+        ("later_guidance", request.later_guidance.unwrap_or(0.0)),
         ("guidance_rescale", request.guidance_rescale),
         ("decode_timestep", request.decode_timestep),
         ("decode_noise_scale", request.decode_noise_scale.unwrap_or(0.0)),

@@ -24,6 +24,9 @@ pub(super) fn digest(request: &GenerateRequest, course: &Course<'_>) -> Result<[
     if let Some(latents) = &request.initial_latents {
         hasher.update(&latents_bytes(latents)?);
     }
+    if let Some(guidance) = request.later_guidance {
+        hasher.update(b"later guidance").update(&guidance.to_bits().to_le_bytes());
+    }
     if request.dynamic_guidance {
         hasher.update(b"dynamic guidance");
     }

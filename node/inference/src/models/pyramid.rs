@@ -1,0 +1,22 @@
+//! Pyramid Flow miniFLUX (Jin et al. 2024): a clip is made one latent frame at a time, each in stages of growing size,
+//! from the frames before it; 8x spatial and 8x temporal compression, a transformer of FLUX's form, T5 and CLIP text.
+//!
+//! Its folder is published without a `model_index.json` and is known by its parts, see `implied_class`.
+
+pub mod config;
+pub mod pipeline;
+pub mod rope;
+pub mod transformer;
+pub mod vae;
+
+pub use pipeline::PyramidPipeline;
+pub(crate) use pipeline::implied_class;
+
+use crate::registry::Architecture;
+
+/// Pyramid Flow's line in the registry.
+pub const ARCHITECTURE: Architecture = Architecture {
+    name: pipeline::NAME,
+    classes: pipeline::CLASSES,
+    load: |folder, _, options| Ok(Box::new(PyramidPipeline::load(folder, options)?)),
+};

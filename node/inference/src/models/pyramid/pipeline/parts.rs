@@ -1,0 +1,205 @@
+//! Pyramid Flow's parts of a run: the guided velocity, a step with what follows at the end of a stage and of a unit, and
+//! the decode.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::PyramidPipeline;
+use super::resize::enlarge;
+use super::units::Plan;
+use crate::error::Error;
+use crate::frames::RgbFrames;
+use crate::models::pyramid::transformer::TextContext;
+use crate::pipeline::run::{Course, State, VideoModel, watched};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::sampler::guidance::{guide, rescale};
+
+/// What a run remembers beside the latents: those of the units that are done, `[1, C, frames, H, W]`.
+const FINISHED: &str = "units";
+
+/// What stays the same over all steps.
+pub struct Context {
+    text: TextContext,
+    guided: bool,
+}
+
+impl VideoModel for PyramidPipeline {
+    type Plan = Plan;
+    type Context = Context;
+
+    fn facts(&self) -> &PipelineInfo {
+        &self.info
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
+        self.text.tokens(&self.with_suffix(prompt))
+    }
+
+    fn prompt_fits(&self, prompt: &str, truncate: bool) -> Result<(), Error> {
+        self.text.check(prompt, truncate)
+    }
+
+    fn is_guided(&self, request: &GenerateRequest) -> bool {
+        request.guidance > 1.0 || request.later_guidance.is_some_and(|guidance| guidance > 1.0)
+    }
+
+    fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
+        self.text.check(&self.with_suffix(&request.prompt), request.truncate_prompt)?;
+        Plan::new(self, request)
+    }
+
+    fn course<'a>(&self, plan: &'a Plan) -> Course<'a> {
+        Course { sampler: "pyramid-flow-match-euler", sigmas: &plan.sigmas, timesteps: &plan.timesteps }
+    }
+
+    fn latents_shape(&self, plan: &Plan, done: usize) -> Vec<usize> {
+        match plan.places.get(done) {
+            Some(place) => plan.shape(place.unit, place.stage),
+            None => plan.whole_shape(),
+        }
+    }
+
+    fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
+        plan.noise(request, 0)
+    }
+
+    fn context(&self, request: &GenerateRequest, _plan: &Plan) -> Result<Context, Error> {
+        let guided = self.is_guided(request);
+        let mut text = vec![self.encode_prompt(&self.with_suffix(&request.prompt), request.truncate_prompt)?];
+        if guided {
+            text.insert(0, self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?);
+        }
+        let joined = |part: fn(&super::PromptEmbeds) -> &Tensor| {
+            Tensor::cat(&text.iter().map(part).collect::<Vec<_>>(), 0)
+        };
+        let (embeds, mask) = (joined(|text| &text.embeds)?, joined(|text| &text.mask)?);
+        let text = self.transformer.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
+        Ok(Context { text, guided })
+    }
+
+    fn output(
+        &self,
+        request: &GenerateRequest,
+        plan: &Plan,
+        context: &Context,
+        index: usize,
+        state: &State,
+    ) -> Result<Tensor, Error> {
+        let place = plan.places[index];
+        let mut clips = match finished(plan, place.unit, state)? {
+            Some(finished) => plan.conditions(finished, place.unit, place.stage)?,
+            None => Vec::new(),
+        };
+        clips.push(state.latents.clone());
+        let batch = if context.guided { 2 } else { 1 };
+        if context.guided {
+            clips = clips.iter().map(|clip| Tensor::cat(&[clip, clip], 0)).collect::<Result<_, _>>()?;
+        }
+        let timesteps = Tensor::from_vec(vec![plan.timesteps[index]; batch], batch, &self.device)?;
+        let velocity = self.transformer.forward(&clips, &timesteps, &context.text)?.to_dtype(DType::F32)?;
+        if !context.guided {
+            return Ok(velocity);
+        }
+        let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
+        let guided = guide(&negative, &positive, self.settings.guidance(request, place.unit))?;
+        if request.guidance_rescale > 0.0 {
+            return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
+        }
+        Ok(guided)
+    }
+
+    /// The clean latents that it gives are those of the units that are done and of this one in full size.
+    fn advance(
+        &self,
+        request: &GenerateRequest,
+        plan: &Plan,
+        index: usize,
+        state: &mut State,
+        output: &Tensor,
+    ) -> Result<Tensor, Error> {
+        let place = plan.places[index];
+        let predicted = (&state.latents - (output * place.sigma)?)?;
+        let mut seen = enlarge(&predicted, plan.factor(place.stage))?;
+        if let Some(finished) = finished(plan, place.unit, state)? {
+            seen = Tensor::cat(&[finished, &seen], 2)?;
+        }
+        state.latents = (&state.latents + (output * place.change)?)?;
+        if !place.ends_stage {
+            return Ok(seen);
+        }
+        if !plan.is_last_stage(place.stage) {
+            let enlarged = enlarge(&state.latents, 2)?;
+            state.latents = plan.enter(request, place.unit, place.stage + 1, &enlarged)?;
+            return Ok(seen);
+        }
+        let made = match state.memory.remove(FINISHED) {
+            Some(before) => Tensor::cat(&[&before, &state.latents], 2)?,
+            None => state.latents.clone(),
+        };
+        if place.unit + 1 == plan.units() {
+            state.latents = made;
+        } else {
+            state.memory.insert(FINISHED.to_owned(), made);
+            state.latents = plan.noise(request, place.unit + 1)?.to_device(&self.device)?;
+        }
+        Ok(seen)
+    }
+
+    fn preview(&self, _plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
+        Ok(self.latent_rgb.project(predicted)?)
+    }
+
+    fn volume(&self, _plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
+        Ok(latents.clone())
+    }
+
+    fn decode(
+        &self,
+        request: &GenerateRequest,
+        volume: &Tensor,
+        observer: &dyn Observer,
+    ) -> Result<Tensor, Error> {
+        decode(self, request, volume, observer)
+    }
+}
+
+impl PyramidPipeline {
+    fn with_suffix(&self, prompt: &str) -> String {
+        format!("{prompt}{}", self.settings.prompt_suffix)
+    }
+}
+
+/// The units before this one; a checkpoint may have lost them or hold others.
+fn finished<'a>(plan: &Plan, unit: usize, state: &'a State) -> Result<Option<&'a Tensor>, Error> {
+    if unit == 0 {
+        return Ok(None);
+    }
+    let mut needed = plan.whole_shape();
+    needed[2] = plan.frames(unit).0;
+    match state.memory.get(FINISHED) {
+        Some(finished) if finished.dims() == needed => Ok(Some(finished)),
+        Some(finished) => {
+            let given = finished.dims().to_vec();
+            Err(Error::LatentShape { what: "the checkpoint's finished units", given, needed })
+        }
+        None => Err(Error::Checkpoint { reason: "it lacks the units that are done".to_owned() }),
+    }
+}
+
+/// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1.
+pub(super) fn decode(
+    model: &PyramidPipeline,
+    request: &GenerateRequest,
+    latents: &Tensor,
+    observer: &dyn Observer,
+) -> Result<Tensor, Error> {
+    let z = model.denormalize(&latents.to_device(&model.device)?)?.to_dtype(model.dtype)?;
+    let ratio = model.info.work.temporal_ratio;
+    let window = request.decode.chunk.map(|frames| (frames / ratio).max(1));
+    let video = watched(observer, |watch| model.vae.decode(&z, window, watch))?;
+    let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
+    Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+}

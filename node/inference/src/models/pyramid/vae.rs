@@ -1,0 +1,134 @@
+//! Pyramid Flow's variational autoencoder (the authors' `CausalVideoVAE`): causal 3D convolutions with zeros beyond every
+//! edge, group norms of each frame alone, 8x in space and time, the first frame a latent frame of its own.
+//!
+//! Nothing looks ahead in time, so a clip that is decoded run by run, the convolutions remembering, has the very values of
+//! one that is decoded whole. Norms and the middle's attention look at a whole picture, so tiles of a picture have values
+//! of their own: they overlap and are blended, as in the reference. Inside, activations are `(batch, time, height, width,
+//! channels)`; at the interface videos and latents are `(batch, channels, time, height, width)`.
+
+mod blocks;
+pub mod config;
+mod decoder;
+mod encoder;
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+
+use blocks::Pass;
+pub use config::PyramidVaeConfig;
+use decoder::Decoder;
+use encoder::Encoder;
+
+use crate::nn::frame_cache::FrameCache;
+
+/// What an encoder says of a video: a normal distribution over latents, `(batch, channels, time, height, width)`.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    /// The mean, which is also the mode.
+    pub mean: Tensor,
+    /// The logarithm of the variance, within -30 to 20.
+    pub logvar: Tensor,
+}
+
+/// The autoencoder.
+#[derive(Debug, Clone)]
+pub struct PyramidVae {
+    config: PyramidVaeConfig,
+    encoder: Option<Encoder>,
+    decoder: Decoder,
+}
+
+impl PyramidVae {
+    /// Loads encoder and decoder.
+    ///
+    /// # Errors
+    /// When a tensor is missing or of another shape.
+    pub fn load(config: &PyramidVaeConfig, vb: &VarBuilder<'_>) -> Result<Self> {
+        let encoder = Some(Encoder::load(config, vb)?);
+        Ok(Self { encoder, ..Self::load_decoder(config, vb)? })
+    }
+
+    /// Loads the decoder alone, which is all that text to video needs.
+    ///
+    /// # Errors
+    /// When a tensor is missing or of another shape.
+    pub fn load_decoder(config: &PyramidVaeConfig, vb: &VarBuilder<'_>) -> Result<Self> {
+        Ok(Self { config: config.clone(), encoder: None, decoder: Decoder::load(config, vb)? })
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config(&self) -> &PyramidVaeConfig {
+        &self.config
+    }
+
+    /// Denormalised latents `(batch, channels, time, height, width)` to a video `(batch, 3, frames, height, width)` of
+    /// about -1 to 1. `window` is how many latent frames go at once, the first one beside the first run's; `None` decodes
+    /// the whole clip. `watch` is called between runs and may stop the decode with an error.
+    ///
+    /// # Errors
+    /// When the channels differ, the device fails, or what `watch` gives.
+    pub fn decode(
+        &self,
+        z: &Tensor,
+        window: Option<usize>,
+        watch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Tensor> {
+        let (_, channels, frames, _, _) = z.dims5()?;
+        if channels != self.config.latent_channels() {
+            candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.latent_channels());
+        }
+        let z = z.permute((0, 2, 3, 4, 1))?.contiguous()?;
+        let Some(window) = window else {
+            return channels_first(&self.decoder.forward(&z, true, &mut Pass::Whole)?);
+        };
+        let window = window.max(1);
+        let mut cache = FrameCache::default();
+        let mut runs = Vec::new();
+        let mut start = 0;
+        while start < frames {
+            if start > 0 {
+                watch()?;
+            }
+            let length = if start == 0 { window + 1 } else { window }.min(frames - start);
+            cache.rewind();
+            let run = z.narrow(1, start, length)?.contiguous()?;
+            let video = self.decoder.forward(&run, start == 0, &mut Pass::Runs(&mut cache))?;
+            runs.push(channels_first(&video)?);
+            start += length;
+        }
+        Tensor::cat(&runs, 2)
+    }
+
+    /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not normalised.
+    ///
+    /// # Errors
+    /// When the encoder was not loaded, the video's sizes are no multiples, or the device fails.
+    pub fn encode(&self, video: &Tensor) -> Result<Moments> {
+        let Some(encoder) = &self.encoder else {
+            candle_core::bail!("this VAE was loaded without its encoder")
+        };
+        let (_, _, frames, height, width) = video.dims5()?;
+        let scale = self.config.downsample_scale;
+        if !frames.saturating_sub(1).is_multiple_of(scale)
+            || !height.is_multiple_of(scale)
+            || !width.is_multiple_of(scale)
+        {
+            candle_core::bail!(
+                "a video {:?} has not {scale}k+1 frames of multiples of {scale}",
+                video.shape()
+            );
+        }
+        let moments = encoder.forward(&video.permute((0, 2, 3, 4, 1))?.contiguous()?)?;
+        let moments = channels_first(&moments)?;
+        let channels = self.config.latent_channels();
+        Ok(Moments {
+            mean: moments.narrow(1, 0, channels)?,
+            logvar: moments.narrow(1, channels, channels)?.clamp(-30f32, 20f32)?,
+        })
+    }
+}
+
+fn channels_first(x: &Tensor) -> Result<Tensor> {
+    x.permute((0, 4, 1, 2, 3))?.contiguous()
+}

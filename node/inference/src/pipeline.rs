@@ -215,8 +215,8 @@ pub struct GenerateRequest {
     pub height: usize,
     /// Frames a second; the model's motion depends on it.
     pub fps: f64,
-    /// Denoising steps; ignored where `timesteps` are given. Of each stage of the first part, for a model that makes a
-    /// clip part by part in stages.
+    /// Denoising steps; ignored where `timesteps` are given. Of each stage of each part, for a model that makes a clip part
+    /// by part in stages; its first part may have more.
     pub steps: usize,
     /// Steps of each stage of the first part and of each later one, for such a model, instead of what it makes of `steps`.
     pub stage_steps: Option<[Vec<usize>; 2]>,

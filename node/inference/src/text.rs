@@ -3,6 +3,7 @@
 pub mod clean;
 pub mod clip;
 mod clip_tokenizer;
+pub mod entities;
 pub mod prompt;
 pub mod sentencepiece;
 pub mod t5;

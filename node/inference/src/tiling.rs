@@ -6,7 +6,11 @@
 //! has in its core exactly the values that the whole would have. The margins are thrown away: there is no seam, and
 //! the price is that margins are computed more than once.
 //!
+//! A decoder that norms over whole pictures has no such tiles: [`blend`] fades overlapping ones into each other.
+//!
 //! Peak memory is the finished video, the activations of the part that runs whole, and one tile with its margins.
+
+pub mod blend;
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;

@@ -9,7 +9,10 @@ use kinoflock_inference::models::cogvideox::transformer::CogVideoXTransformer;
 use kinoflock_inference::models::cogvideox::vae::CogVideoXVae;
 use kinoflock_inference::models::ltx::config::TransformerConfig;
 use kinoflock_inference::models::ltx::transformer::LtxTransformer;
-use kinoflock_inference::text::{T5Config, T5Encoder};
+use kinoflock_inference::models::pyramid::config::TransformerConfig as PyramidConfig;
+use kinoflock_inference::models::pyramid::transformer::PyramidTransformer;
+use kinoflock_inference::models::pyramid::vae::{PyramidVae, PyramidVaeConfig};
+use kinoflock_inference::text::{ClipTextConfig, ClipTextEncoder, T5Config, T5Encoder};
 use kinoflock_inference::weights::{count_parameters, tensor_shapes};
 
 /// A class's defaults with some keys changed.
@@ -106,4 +109,40 @@ fn cogvideox_vae() {
     let decoder = count_parameters(&decoder);
     assert_eq!(rounded(decoder, 100_000), 1_234);
     assert_eq!(rounded(count_parameters(&both) - decoder, 100_000), 922);
+}
+
+#[test]
+fn pyramid_flow_miniflux() {
+    let config: PyramidConfig = config(serde_json::json!({
+        "num_layers": 8, "num_single_layers": 16, "num_attention_heads": 30, "in_channels": 64,
+    }));
+    let shapes = tensor_shapes(|vb| PyramidTransformer::load(&config, &vb)).unwrap();
+    assert_eq!(shapes["transformer_blocks.7.attn.add_q_proj.weight"], [1920, 1920]);
+    assert_eq!(shapes["single_transformer_blocks.15.proj_out.weight"], [1920, 9600]);
+    assert_eq!(shapes["time_text_embed.text_embedder.linear_1.weight"], [1920, 768]);
+    // The published file of 7.89 GB holds this many numbers in f32.
+    assert_eq!(count_parameters(&shapes) / 10_000_000, 197);
+}
+
+#[test]
+fn pyramid_flow_vae() {
+    let config: PyramidVaeConfig =
+        config(serde_json::json!({"encoder_out_channels": 16, "decoder_in_channels": 16}));
+    let shapes = tensor_shapes(|vb| PyramidVae::load(&config, &vb)).unwrap();
+    assert_eq!(shapes["decoder.up_blocks.0.upsamplers.0.conv.conv.weight"], [2048, 512, 3, 3, 3]);
+    assert_eq!(shapes["decoder.up_blocks.1.resnets.2.conv2.conv.weight"], [512, 512, 3, 3, 3]);
+    assert_eq!(shapes["encoder.down_blocks.2.temporal_downsamplers.0.conv.conv.weight"], [512, 512, 3, 3, 3]);
+    // The published file of 1.34 GB holds this many numbers in f32.
+    assert_eq!(count_parameters(&shapes) / 1_000_000, 335);
+}
+
+#[test]
+fn clip_l_text() {
+    let config: ClipTextConfig = config(serde_json::json!({
+        "model_type": "clip_text_model", "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 2,
+    }));
+    let shapes = tensor_shapes(|vb| ClipTextEncoder::load(&config, &vb)).unwrap();
+    assert_eq!(count_parameters(&shapes) / 1_000_000, 123);
 }

@@ -7,6 +7,7 @@ use kinoflock_inference::models::pyramid::pipeline::{
 use kinoflock_inference::pipeline::Pipeline;
 use kinoflock_inference::sampler::{PyramidConfig, PyramidSchedule};
 use kinoflock_inference::text::PromptTokenizer;
+use kinoflock_inference::tiling::Tiling;
 use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Silent, Tensor};
 
 use super::common::{self, numbers, record, row, text};
@@ -128,9 +129,10 @@ fn vae_decode(case: &Case) -> Result<Outputs, String> {
     let mut outputs = Vec::new();
     for name in case.wanted() {
         let kind = name.strip_prefix("out.decoded").unwrap_or_default();
-        let window = kind.strip_prefix("_chunk").and_then(|frames| frames.parse().ok());
+        let window = kind.strip_prefix("_chunk").and_then(|frames| frames.parse::<usize>().ok());
+        let chunk = window.map(|frames| frames * vae.config().downsample_scale);
         let z = if kind == "_1frame" { z.narrow(2, 0, 1).map_err(text)? } else { z.clone() };
-        let decoded = vae.decode(&z, window, &mut || Ok(())).map_err(text)?;
+        let decoded = vae.decode(&z, Tiling { tile: None, chunk }, &mut || Ok(())).map_err(text)?;
         outputs.push((name, "", decoded));
     }
     Ok(outputs)

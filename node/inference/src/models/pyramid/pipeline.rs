@@ -42,12 +42,12 @@ const TRANSFORMER_FOLDER: &str = "diffusion_transformer";
 /// How a transformer for large pictures is called, and what such a one makes when it is told nothing.
 const LARGE: (&str, Defaults) = (
     "diffusion_transformer_768p",
-    Defaults { width: 1280, height: 768, frames: 121, fps: 24.0, steps: 20, guidance: 7.0 },
+    Defaults { width: 1280, height: 768, frames: 121, fps: 24.0, steps: 10, guidance: 7.0 },
 );
 /// The same for small pictures.
 const SMALL: (&str, Defaults) = (
     "diffusion_transformer_384p",
-    Defaults { width: 640, height: 384, frames: 121, fps: 24.0, steps: 20, guidance: 7.0 },
+    Defaults { width: 640, height: 384, frames: 121, fps: 24.0, steps: 10, guidance: 7.0 },
 );
 
 /// A latent as the VAE gives it is `z / scale + shift`, where `z` is what the transformer knows.
@@ -355,7 +355,7 @@ fn info(settings: &PyramidSettings, work: WorkConfig, defaults: Defaults) -> Pip
     let stages = settings.scheduler.stage_range.len() - 1;
     PipelineInfo {
         architecture: NAME.to_owned(),
-        size_multiple: work.spatial_ratio * PATCH << (stages - 1),
+        size_multiple: (work.spatial_ratio * PATCH) << (stages - 1),
         frame_rule: FrameRule { multiple: work.temporal_ratio * settings.frames_per_unit, offset: 1 },
         defaults,
         token_limit: work.context_tokens,

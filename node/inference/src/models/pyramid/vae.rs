@@ -3,7 +3,7 @@
 //!
 //! Nothing looks ahead in time, so a clip that is decoded run by run, the convolutions remembering, has the very values of
 //! one that is decoded whole. Norms and the middle's attention look at a whole picture, so tiles of a picture have values
-//! of their own: they overlap and are blended, as in the reference. Inside, activations are `(batch, time, height, width,
+//! of their own: they overlap and are faded into each other, as in the reference. Inside, activations are `(batch, time, height, width,
 //! channels)`; at the interface videos and latents are `(batch, channels, time, height, width)`.
 
 mod blocks;
@@ -20,6 +20,8 @@ use decoder::Decoder;
 use encoder::Encoder;
 
 use crate::nn::frame_cache::FrameCache;
+use crate::tiling::Tiling;
+use crate::tiling::blend::BlendPlan;
 
 /// What an encoder says of a video: a normal distribution over latents, `(batch, channels, time, height, width)`.
 #[derive(Debug, Clone)]
@@ -63,26 +65,45 @@ impl PyramidVae {
     }
 
     /// Denormalised latents `(batch, channels, time, height, width)` to a video `(batch, 3, frames, height, width)` of
-    /// about -1 to 1. `window` is how many latent frames go at once, the first one beside the first run's; `None` decodes
-    /// the whole clip. `watch` is called between runs and may stop the decode with an error.
+    /// about -1 to 1. `watch` is called between runs and tiles and may stop the decode with an error.
     ///
     /// # Errors
     /// When the channels differ, the device fails, or what `watch` gives.
     pub fn decode(
         &self,
         z: &Tensor,
-        window: Option<usize>,
+        tiling: Tiling,
         watch: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Tensor> {
-        let (_, channels, frames, _, _) = z.dims5()?;
+        let (_, channels, _, height, width) = z.dims5()?;
         if channels != self.config.latent_channels() {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.latent_channels());
         }
+        let plan =
+            tiling.tile.map(|side| BlendPlan::new(side, self.config.downsample_scale, [height, width]));
+        match plan.filter(|plan| plan.tiles() > 1) {
+            None => self.decode_tile(z, tiling.chunk, watch),
+            Some(plan) => plan.decode(z, |tile| {
+                watch()?;
+                self.decode_tile(tile, tiling.chunk, watch)
+            }),
+        }
+    }
+
+    /// A whole picture or a tile of it, at once or in runs of about `chunk` frames; the first run has one latent frame
+    /// more, which is its first frame.
+    fn decode_tile(
+        &self,
+        z: &Tensor,
+        chunk: Option<usize>,
+        watch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Tensor> {
+        let frames = z.dim(2)?;
         let z = z.permute((0, 2, 3, 4, 1))?.contiguous()?;
-        let Some(window) = window else {
+        let Some(chunk) = chunk else {
             return channels_first(&self.decoder.forward(&z, true, &mut Pass::Whole)?);
         };
-        let window = window.max(1);
+        let window = (chunk / self.config.downsample_scale).max(1);
         let mut cache = FrameCache::default();
         let mut runs = Vec::new();
         let mut start = 0;

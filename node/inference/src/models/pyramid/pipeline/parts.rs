@@ -12,6 +12,7 @@ use crate::models::pyramid::transformer::TextContext;
 use crate::pipeline::run::{Course, State, VideoModel, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
+use crate::tiling::Tiling;
 
 /// What a run remembers beside the latents: those of the units that are done, `[1, C, frames, H, W]`.
 const FINISHED: &str = "units";
@@ -197,9 +198,8 @@ pub(super) fn decode(
     observer: &dyn Observer,
 ) -> Result<Tensor, Error> {
     let z = model.denormalize(&latents.to_device(&model.device)?)?.to_dtype(model.dtype)?;
-    let ratio = model.info.work.temporal_ratio;
-    let window = request.decode.chunk.map(|frames| (frames / ratio).max(1));
-    let video = watched(observer, |watch| model.vae.decode(&z, window, watch))?;
+    let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
+    let video = watched(observer, |watch| model.vae.decode(&z, tiling, watch))?;
     let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
     Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
 }

@@ -35,7 +35,7 @@ mod tests {
         let back = shrink(&enlarge(&small, 2).unwrap()).unwrap();
         let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(flat(&back), flat(&small));
-        let square = Tensor::new(&[[[[[1f32, 2.0], [3.0, 6.0]]]]], &Device::Cpu).unwrap();
+        let square = Tensor::from_vec(vec![1f32, 2.0, 3.0, 6.0], (1, 1, 1, 2, 2), &Device::Cpu).unwrap();
         assert_eq!(flat(&shrink(&square).unwrap()), [3.0]);
     }
 }

@@ -57,7 +57,8 @@ impl Plan {
             entries: model.schedule.stages().iter().map(|stage| stage.entry()).collect(),
         };
         let [first, later] = steps(request, stages)?;
-        let all = first.iter().sum::<usize>() + plan.units().saturating_sub(1) * later.iter().sum::<usize>();
+        let sum = |steps: &[usize]| steps.iter().fold(0, |all: usize, &steps| all.saturating_add(steps));
+        let all = sum(&first).saturating_add((plan.units() - 1).saturating_mul(sum(&later)));
         if all > MAX_STEPS {
             let rule = "all stages of all units together may have at most 100000";
             return Err(Error::Number { field: "steps", given: all as f64, rule });
@@ -219,15 +220,15 @@ impl Plan {
     }
 }
 
-/// Steps of each stage of the first unit and of the later ones: where the request does not say, half as many, as the
-/// reference recommends.
+/// Steps of each stage of the first unit and of the later ones: where the request does not say, the first unit, which has
+/// nothing to go by, gets twice as many, as the reference recommends.
 fn steps(request: &GenerateRequest, stages: usize) -> Result<[Vec<usize>; 2], Error> {
     if let Some(timesteps) = &request.timesteps {
         let rule = "the stages of this model have timesteps of their own: leave them out";
         return Err(Error::Number { field: "timesteps", given: timesteps.len() as f64, rule });
     }
     let Some(given) = &request.stage_steps else {
-        return Ok([vec![request.steps; stages], vec![request.steps.div_ceil(2); stages]]);
+        return Ok([vec![request.steps.saturating_mul(2); stages], vec![request.steps; stages]]);
     };
     for steps in given {
         if steps.len() != stages {

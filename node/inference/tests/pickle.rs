@@ -115,7 +115,10 @@ fn written(tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) -> Vec<u8> {
         shape.iter().for_each(|&size| number(&mut pickle, size));
         pickle.extend_from_slice(b"t(");
         for axis in 0..shape.len() {
-            number(&mut pickle, shape[axis + 1..].iter().product());
+            number(
+                &mut pickle,
+                shape[axis + 1..].iter().fold(1, |all: usize, &size| all.saturating_mul(size)),
+            );
         }
         pickle.extend_from_slice(b"t\x89ccollections\nOrderedDict\n)RtR");
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();

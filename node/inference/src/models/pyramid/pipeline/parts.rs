@@ -39,8 +39,9 @@ impl VideoModel for PyramidPipeline {
         self.text.tokens(&self.with_suffix(prompt))
     }
 
-    fn prompt_fits(&self, prompt: &str, truncate: bool) -> Result<(), Error> {
-        self.text.check(prompt, truncate)
+    /// What is put behind a prompt counts, and not behind a negative one: [`VideoModel::plan`] checks both.
+    fn prompt_fits(&self, _prompt: &str, _truncate: bool) -> Result<(), Error> {
+        Ok(())
     }
 
     fn is_guided(&self, request: &GenerateRequest) -> bool {
@@ -49,6 +50,9 @@ impl VideoModel for PyramidPipeline {
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
         self.text.check(&self.with_suffix(&request.prompt), request.truncate_prompt)?;
+        if self.is_guided(request) {
+            self.text.check(&request.negative_prompt, request.truncate_prompt)?;
+        }
         Plan::new(self, request)
     }
 

@@ -27,7 +27,7 @@ use crate::pipeline::{
     read_json,
 };
 use crate::sampler::{PyramidConfig, PyramidSchedule};
-use crate::text::{ClipTextConfig, ClipTextEncoder, PromptEncoder, PromptTokenizer};
+use crate::text::{ClipTextConfig, ClipTextEncoder, PromptEncoder, PromptTokenizer, T5Config};
 pub use resize::{enlarge, shrink};
 
 /// The architecture's name.
@@ -38,6 +38,8 @@ pub const CLASSES: &[&str] = &["PyramidDiTForVideoGeneration", super::config::CL
 /// Text tokens that the reference reads.
 const TEXT_TOKENS: usize = 128;
 const VAE_FOLDER: &str = "causal_video_vae";
+const CLIP_FOLDER: &str = "text_encoder";
+const T5_FOLDER: &str = "text_encoder_2";
 const TRANSFORMER_FOLDER: &str = "diffusion_transformer";
 /// How a transformer for large pictures is called, and what such a one makes when it is told nothing.
 const LARGE: (&str, Defaults) = (
@@ -150,9 +152,10 @@ impl PyramidPipeline {
             if extras_file.exists() { read_json(&extras_file)? } else { OwnExtras::default() };
         let schedule = own.pyramid.check(&extras_file)?;
         let (part, usual) = transformer_folder(folder, own.transformer.as_deref())?;
+        check_widths(folder, &part)?;
         let (text, text_parameters) = PromptEncoder::load_parts(
             &folder.join("tokenizer_2"),
-            &folder.join("text_encoder_2"),
+            &folder.join(T5_FOLDER),
             options,
             TEXT_TOKENS,
         )?;
@@ -162,7 +165,6 @@ impl PyramidPipeline {
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
         let parameters = [transformer_parameters, vae_parameters, text_parameters + clip_parameters];
         let work = work_config(transformer.config(), &vae, text.limit(), parameters);
-        check_widths(folder, &part, &transformer, &vae, &clip)?;
         let extras = Extras::read(folder, work.latent_channels)?;
         let info = info(&own.pyramid, work, extras.defaults.unwrap_or(usual));
         Ok(Self {
@@ -321,7 +323,7 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
 /// # Errors
 /// See [`crate::load`].
 pub fn load_clip(folder: &Path, options: &LoadOptions) -> Result<(ClipTextEncoder, u64), Error> {
-    let part = folder.join("text_encoder");
+    let part = folder.join(CLIP_FOLDER);
     let file = part.join("config.json");
     let config: ClipTextConfig = read_json(&file)?;
     config.check(&file)?;
@@ -330,25 +332,26 @@ pub fn load_clip(folder: &Path, options: &LoadOptions) -> Result<(ClipTextEncode
     Ok((encoder, weights.parameters()))
 }
 
-/// What one part gives must be what the next takes.
-fn check_widths(
-    folder: &Path,
-    part: &Path,
-    transformer: &PyramidTransformer,
-    vae: &PyramidVae,
-    clip: &ClipTextEncoder,
-) -> Result<(), Error> {
-    let (config, file) = (transformer.config(), part.join("config.json"));
-    let (latent, pooled) = (vae.config().latent_channels(), clip.config().hidden_size);
-    if config.latent_channels() != latent {
-        let reason = format!("the latents in {} have {latent} channels", folder.join(VAE_FOLDER).display());
-        return Err(config_error(file, "in_channels", config.in_channels, reason));
+/// What one part gives must be what the next takes; seen before weights are read.
+fn check_widths(folder: &Path, part: &Path) -> Result<(), Error> {
+    let file = part.join("config.json");
+    let config = TransformerConfig::read(&file)?;
+    let vae = PyramidVaeConfig::read(&folder.join(VAE_FOLDER).join("config.json"))?;
+    let (clip_file, t5_file) = (folder.join(CLIP_FOLDER), folder.join(T5_FOLDER));
+    let (clip_file, t5_file) = (clip_file.join("config.json"), t5_file.join("config.json"));
+    let (clip, t5): (ClipTextConfig, T5Config) = (read_json(&clip_file)?, read_json(&t5_file)?);
+    clip.check(&clip_file)?;
+    let widths = [
+        ("in_channels", config.in_channels, vae.latent_channels() * PATCH * PATCH, VAE_FOLDER),
+        ("joint_attention_dim", config.joint_attention_dim, t5.d_model, T5_FOLDER),
+        ("pooled_projection_dim", config.pooled_projection_dim, clip.hidden_size, CLIP_FOLDER),
+    ];
+    match widths.into_iter().find(|(_, takes, gives, _)| takes != gives) {
+        Some((key, takes, gives, from)) => {
+            Err(config_error(file, key, takes, format!("{from} gives a width of {gives}")))
+        }
+        None => Ok(()),
     }
-    if config.pooled_projection_dim != pooled {
-        let reason = format!("the text encoder's width is {pooled}");
-        return Err(config_error(file, "pooled_projection_dim", config.pooled_projection_dim, reason));
-    }
-    Ok(())
 }
 
 fn info(settings: &PyramidSettings, work: WorkConfig, defaults: Defaults) -> PipelineInfo {

@@ -188,8 +188,13 @@ fn request(case: &Case, pipeline: &PyramidPipeline) -> Result<GenerateRequest, S
     request.height = case.param("height")?;
     request.guidance = case.param("guidance_scale")?;
     request.later_guidance = case.maybe("video_guidance_scale")?;
-    request.stage_steps =
-        Some([case.param("num_inference_steps")?, case.param("video_num_inference_steps")?]);
+    let stages = pipeline.settings().scheduler.stage_range.len() - 1;
+    // The reference takes one number for all stages, too.
+    let steps = |name: &str| match case.param::<usize>(name) {
+        Ok(steps) => Ok(vec![steps; stages]),
+        Err(_) => case.param::<Vec<usize>>(name),
+    };
+    request.stage_steps = Some([steps("num_inference_steps")?, steps("video_num_inference_steps")?]);
     request.initial_latents = Some(case.input("in.latents")?.clone());
     request.step_noise = case.numbered("noise.block.");
     request.truncate_prompt = true;

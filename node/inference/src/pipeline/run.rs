@@ -7,14 +7,14 @@
 
 mod audit;
 mod check;
-mod digest;
+mod parts;
 
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
 pub use check::check_prompt;
-use digest::digest;
+pub use parts::{initial, watched};
 
 use super::{
     Checkpoint, Commitment, GenerateRequest, Generated, Observer, Phase, Pipeline, PipelineInfo, StepEvent,
@@ -22,7 +22,6 @@ use super::{
 };
 use crate::error::Error;
 use crate::frames::RgbFrames;
-use crate::rng::{Stream, normal_tensor};
 use crate::sampler::checkpoint::latents_bytes;
 
 /// The points that a run goes through.
@@ -210,52 +209,6 @@ impl<M: VideoModel> Pipeline for M {
     }
 }
 
-/// The latents that a run begins with: noise from the seed as a volume `[1, C, F, H, W]`, or the request's, given as
-/// that volume or in the model's own shape. `own` brings a volume into that shape.
-///
-/// # Errors
-/// [`Error::LatentShape`] for given latents of another shape.
-pub fn initial(
-    request: &GenerateRequest,
-    volume: &[usize],
-    own_shape: &[usize],
-    own: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
-) -> Result<Tensor, Error> {
-    match &request.initial_latents {
-        None => {
-            let noise = normal_tensor(request.seed, Stream::Initial, volume, &Device::Cpu)?;
-            Ok(own(&noise)?)
-        }
-        Some(given) if given.dims() == own_shape => Ok(given.to_dtype(DType::F32)?.contiguous()?),
-        Some(given) if given.dims() == volume => Ok(own(&given.to_dtype(DType::F32)?)?),
-        Some(given) => {
-            let (given, needed) = (given.dims().to_vec(), volume.to_vec());
-            Err(Error::LatentShape { what: "initial_latents", given, needed })
-        }
-    }
-}
-
-/// Runs a decode in pieces: `decode` is given a function to call between pieces, which fails once the observer wants to
-/// stop; that failure becomes [`Error::Cancelled`].
-///
-/// # Errors
-/// What `decode` reports, or a cancel.
-pub fn watched<T>(
-    observer: &dyn Observer,
-    decode: impl FnOnce(&mut dyn FnMut() -> candle_core::Result<()>) -> candle_core::Result<T>,
-) -> Result<T, Error> {
-    let mut stopped = false;
-    let mut watch = || {
-        stopped = stopped || observer.cancelled();
-        if stopped { candle_core::bail!("cancelled") } else { Ok(()) }
-    };
-    let decoded = decode(&mut watch);
-    match decoded {
-        Err(_) if stopped => Err(Error::Cancelled { steps_done: 0, steps: 0 }),
-        other => Ok(other?),
-    }
-}
-
 /// Makes the clip.
 fn generate<M: VideoModel>(
     model: &M,
@@ -412,4 +365,36 @@ fn resumed<M: VideoModel>(
     let here = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.to_device(model.device());
     let memory = checkpoint.memory.iter().map(|(name, tensor)| Ok((name.clone(), here(tensor)?)));
     Ok(State { latents: here(&checkpoint.latents)?, memory: memory.collect::<candle_core::Result<_>>()? })
+}
+
+/// blake3 of everything that the latents depend on, the model aside.
+fn digest(request: &GenerateRequest, course: &Course<'_>) -> Result<[u8; 32], Error> {
+    let mut hasher = blake3::Hasher::new();
+    for text in [&request.prompt, &request.negative_prompt] {
+        hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+    }
+    let counts = [request.seed, request.frames as u64, request.width as u64, request.height as u64];
+    counts.iter().for_each(|count| {
+        hasher.update(&count.to_le_bytes());
+    });
+    [request.fps, request.guidance, request.guidance_rescale].iter().for_each(|number| {
+        hasher.update(&number.to_bits().to_le_bytes());
+    });
+    course.sigmas.iter().chain(course.timesteps).for_each(|point| {
+        hasher.update(&point.to_bits().to_le_bytes());
+    });
+    if let Some(latents) = &request.initial_latents {
+        hasher.update(&latents_bytes(latents)?);
+    }
+    if request.dynamic_guidance {
+        hasher.update(b"dynamic guidance");
+    }
+    let given = [(&b"image"[..], &request.image), (b"image noise", &request.image_noise)];
+    for (name, tensor) in given.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?))) {
+        hasher.update(name).update(&latents_bytes(tensor)?);
+    }
+    for noise in &request.step_noise {
+        hasher.update(b"step noise").update(&latents_bytes(noise)?);
+    }
+    Ok(*hasher.finalize().as_bytes())
 }

@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 
 use super::check::check;
-use super::digest::digest;
-use super::{State, VideoModel};
+use super::{State, VideoModel, digest};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;

@@ -7,6 +7,7 @@
 
 mod audit;
 mod check;
+mod digest;
 mod parts;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 
 pub use check::check_prompt;
+use digest::digest;
 pub use parts::{initial, watched};
 
 use super::{
@@ -365,36 +367,4 @@ fn resumed<M: VideoModel>(
     let here = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.to_device(model.device());
     let memory = checkpoint.memory.iter().map(|(name, tensor)| Ok((name.clone(), here(tensor)?)));
     Ok(State { latents: here(&checkpoint.latents)?, memory: memory.collect::<candle_core::Result<_>>()? })
-}
-
-/// blake3 of everything that the latents depend on, the model aside.
-fn digest(request: &GenerateRequest, course: &Course<'_>) -> Result<[u8; 32], Error> {
-    let mut hasher = blake3::Hasher::new();
-    for text in [&request.prompt, &request.negative_prompt] {
-        hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
-    }
-    let counts = [request.seed, request.frames as u64, request.width as u64, request.height as u64];
-    counts.iter().for_each(|count| {
-        hasher.update(&count.to_le_bytes());
-    });
-    [request.fps, request.guidance, request.guidance_rescale].iter().for_each(|number| {
-        hasher.update(&number.to_bits().to_le_bytes());
-    });
-    course.sigmas.iter().chain(course.timesteps).for_each(|point| {
-        hasher.update(&point.to_bits().to_le_bytes());
-    });
-    if let Some(latents) = &request.initial_latents {
-        hasher.update(&latents_bytes(latents)?);
-    }
-    if request.dynamic_guidance {
-        hasher.update(b"dynamic guidance");
-    }
-    let given = [(&b"image"[..], &request.image), (b"image noise", &request.image_noise)];
-    for (name, tensor) in given.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?))) {
-        hasher.update(name).update(&latents_bytes(tensor)?);
-    }
-    for noise in &request.step_noise {
-        hasher.update(b"step noise").update(&latents_bytes(noise)?);
-    }
-    Ok(*hasher.finalize().as_bytes())
 }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 
 use super::check::check;
-use super::{State, VideoModel, digest};
+use super::digest::digest;
+use super::{State, VideoModel};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;

@@ -8,6 +8,7 @@
 mod audit;
 mod check;
 mod digest;
+mod parts;
 
 use std::collections::BTreeMap;
 
@@ -15,6 +16,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use check::check_prompt;
 use digest::digest;
+pub use parts::{initial, watched};
 
 use super::{
     Checkpoint, Commitment, GenerateRequest, Generated, Observer, Phase, Pipeline, PipelineInfo, StepEvent,
@@ -22,7 +24,6 @@ use super::{
 };
 use crate::error::Error;
 use crate::frames::RgbFrames;
-use crate::rng::{Stream, normal_tensor};
 use crate::sampler::checkpoint::latents_bytes;
 
 /// The points that a run goes through.
@@ -207,52 +208,6 @@ impl<M: VideoModel> Pipeline for M {
 
     fn frames(&self, request: &GenerateRequest, latents: &Tensor) -> Result<RgbFrames, Error> {
         audit::frames(self, request, latents)
-    }
-}
-
-/// The latents that a run begins with: noise from the seed as a volume `[1, C, F, H, W]`, or the request's, given as
-/// that volume or in the model's own shape. `own` brings a volume into that shape.
-///
-/// # Errors
-/// [`Error::LatentShape`] for given latents of another shape.
-pub fn initial(
-    request: &GenerateRequest,
-    volume: &[usize],
-    own_shape: &[usize],
-    own: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
-) -> Result<Tensor, Error> {
-    match &request.initial_latents {
-        None => {
-            let noise = normal_tensor(request.seed, Stream::Initial, volume, &Device::Cpu)?;
-            Ok(own(&noise)?)
-        }
-        Some(given) if given.dims() == own_shape => Ok(given.to_dtype(DType::F32)?.contiguous()?),
-        Some(given) if given.dims() == volume => Ok(own(&given.to_dtype(DType::F32)?)?),
-        Some(given) => {
-            let (given, needed) = (given.dims().to_vec(), volume.to_vec());
-            Err(Error::LatentShape { what: "initial_latents", given, needed })
-        }
-    }
-}
-
-/// Runs a decode in pieces: `decode` is given a function to call between pieces, which fails once the observer wants to
-/// stop; that failure becomes [`Error::Cancelled`].
-///
-/// # Errors
-/// What `decode` reports, or a cancel.
-pub fn watched<T>(
-    observer: &dyn Observer,
-    decode: impl FnOnce(&mut dyn FnMut() -> candle_core::Result<()>) -> candle_core::Result<T>,
-) -> Result<T, Error> {
-    let mut stopped = false;
-    let mut watch = || {
-        stopped = stopped || observer.cancelled();
-        if stopped { candle_core::bail!("cancelled") } else { Ok(()) }
-    };
-    let decoded = decode(&mut watch);
-    match decoded {
-        Err(_) if stopped => Err(Error::Cancelled { steps_done: 0, steps: 0 }),
-        other => Ok(other?),
     }
 }
 

@@ -228,7 +228,11 @@ async fn the_place_that_is_not_needed_is_given_back_with_its_reason() {
     let client = client(&home).await;
     client.submit(&ask(), &[way(&sooner), way(&later)], &Events::none()).await.unwrap();
     let reason = later.releases.recv().await;
-    assert_eq!(reason, Some(ReleaseReason::Sooner(Millis(40_000))));
+    // Both say when they would be done by clocks of their own, so a millisecond lies between them now and then.
+    assert!(
+        matches!(reason, Some(ReleaseReason::Sooner(Millis(39_900..=40_100)))),
+        "one promised a second and the other 41: {reason:?}"
+    );
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use kinoflock_client::ask::{Ask, Length};
-use kinoflock_client::session::{Client, ClientOptions};
+use kinoflock_client::session::{Client, ClientOptions, Event};
 use kinoflock_client::store::Store;
 use kinoflock_client::ticket::Way;
 use kinoflock_net::Multiaddr;
@@ -160,12 +160,23 @@ impl Rig {
         tokio::time::sleep_until((begin + job.at.saturating_sub(AHEAD)).into()).await;
         self.connect(job.client).await;
         tokio::time::sleep_until((begin + job.at).into()).await;
-        // Nobody listens to the events: a full channel must not hold the job up.
         let (events, mut told) = Client::events();
-        let listener = tokio::spawn(async move { while told.recv().await.is_some() {} });
         let asked_at = Instant::now();
+        // Who listens must not stop: a full channel would hold the job up.
+        let (accepted, routed) = tokio::sync::oneshot::channel();
+        let listener = tokio::spawn(async move {
+            let mut accepted = Some(accepted);
+            while let Some(event) = told.recv().await {
+                if let Event::Accepted { .. } = event
+                    && let Some(accepted) = accepted.take()
+                {
+                    // The run may be over.
+                    let _ = accepted.send(asked_at.elapsed());
+                }
+            }
+        });
         let record = client.submit(&self.ask(job), &self.ways, &events).await.expect("somebody takes it");
-        fate.routed = asked_at.elapsed().as_secs_f64();
+        fate.routed = routed.await.expect("it was accepted").as_secs_f64();
         fate.told = seconds(record.told.unwrap_or_default());
         let cancel = async {
             match job.cancelled_at {

@@ -76,6 +76,9 @@ impl Placing {
     }
 }
 
+/// Places that are not needed, each with the reason.
+type GivenBack<'a> = Vec<(Offered<'a>, ReleaseReason)>;
+
 /// The search for a node: what was offered and refused so far.
 struct Search<'a> {
     found: &'a [Found],
@@ -106,7 +109,7 @@ impl<'a> Search<'a> {
     }
 
     /// Takes offers out, to give them back.
-    fn remove(&mut self, places: Vec<(Quoted, ReleaseReason)>) -> Vec<(Offered<'a>, ReleaseReason)> {
+    fn remove(&mut self, places: Vec<(Quoted, ReleaseReason)>) -> GivenBack<'a> {
         let offer =
             |(quoted, reason): (Quoted, ReleaseReason)| Some((self.offers.remove(&quoted.index)?, reason));
         places.into_iter().filter_map(offer).collect()
@@ -134,9 +137,11 @@ impl Client {
                 Step::Wait(at) => tokio::time::sleep_until(at.into()).await,
                 Step::Order(chosen) => {
                     let taken = self.order(&chosen, &mut placing, &mut search, &mut routing).await?;
-                    if let Some(record) = taken {
-                        self.tell_custodians(&record.job, events).await?;
-                        return Ok(self.store.job(&record.job)?);
+                    if let Some((job, others)) = taken {
+                        let (told, ()) =
+                            tokio::join!(self.tell_custodians(&job, events), self.release(others));
+                        told?;
+                        return Ok(self.store.job(&job)?);
                     }
                 }
                 // Every answer was waited for.
@@ -170,14 +175,15 @@ impl Client {
         search.note(declined).await;
     }
 
-    /// Hands the job to the chosen one. It is signed once, by the clock of the node that was chosen first.
-    async fn order(
+    /// Hands the job to the chosen one; once that has it, gives the places that are not needed. It is signed once, by the
+    /// clock of the node that was chosen first.
+    async fn order<'a>(
         &self,
         chosen: &Quoted,
         placing: &mut Placing,
-        search: &mut Search<'_>,
+        search: &mut Search<'a>,
         routing: &mut Routing,
-    ) -> Result<Option<JobRecord>, SessionError> {
+    ) -> Result<Option<(JobId, GivenBack<'a>)>, SessionError> {
         let offer = search.offers.remove(&chosen.index).expect("invariant: it was offered");
         let job = match &placing.signed {
             Some(job) => job.clone(),
@@ -195,8 +201,7 @@ impl Client {
         match self.hand_over(&offer, placing, job, search).await? {
             Ok(record) => {
                 let others = routing.handle_taken(chosen.index);
-                self.release(search.remove(others)).await;
-                Ok(Some(record))
+                Ok(Some((record.job, search.remove(others))))
             }
             Err(why) => {
                 routing.handle_no(chosen.index, why.is_momentary());
@@ -434,7 +439,7 @@ impl Client {
     }
 
     /// Gives back places that are not needed, each with its reason. A node that does not hear it gives them away by itself.
-    pub(super) async fn release(&self, places: Vec<(Offered<'_>, ReleaseReason)>) {
+    pub(super) async fn release(&self, places: GivenBack<'_>) {
         let released = places.into_iter().map(|(offer, reason)| {
             let request = Request::Release { lease: offer.quote.quote().lease, reason };
             self.net.request(offer.found.candidate.node, request)

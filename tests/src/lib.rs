@@ -1,6 +1,7 @@
 //! Whole-system test support: real daemons and real clients, as processes, in folders of their own.
 //!
 //! - [`sandbox`]: N daemons on free loopback ports, clients beside them, logs shown where a test fails;
+//! - [`bound`]: commands that file permissions bind, whoever runs the tests;
 //! - [`clock`]: wrong clocks for real processes;
 //! - [`dns`]: a name server that answers with the texts it is given;
 //! - [`invariants`]: what must hold of every clip and every node, whatever a test is about;
@@ -10,6 +11,7 @@
 //! - [`sim`]: many nodes and clients in virtual time;
 //! - [`test_engine`]: the worker that fails on demand.
 
+pub mod bound;
 pub mod clock;
 pub mod distance;
 pub mod dns;

@@ -4,10 +4,11 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 use kinoflock_net::{NetConfig, NetEvents, NetHandle};
 use kinoflock_protocol::Keypair;
+use kinoflock_tests::bound::by_permissions;
 use kinoflock_tests::sandbox::{Client, Node, Sandbox, Worker, eventually, said};
 use kinoflock_tests::{clock, invariants};
 
@@ -145,7 +146,7 @@ fn when_nobody_takes_a_job_every_node_says_why() {
 }
 
 #[test]
-fn a_key_that_is_open_or_damaged_is_refused_before_anything_is_sent() {
+fn a_key_that_is_open_closed_or_damaged_is_refused_before_anything_is_sent() {
     let sandbox = Sandbox::start(1, &Worker::test(&[]));
     let (node, client) = (&sandbox.nodes[0], sandbox.client("artist"));
     client.must(["key", "export", "-o", "copy.key"]);
@@ -153,6 +154,10 @@ fn a_key_that_is_open_or_damaged_is_refused_before_anything_is_sent() {
     let with_key = |client: &Client| generate(client, &["--node", &node.ticket(), "--key", "copy.key"]);
     fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
     says(&fails(&with_key(&client), 3), &["open to others", "mode 640, at most 600", "chmod 600 copy.key"]);
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o000)).unwrap();
+    let command = client.command(["generate", PROMPT, "--node", &node.ticket(), "--key", "copy.key"]);
+    let output = by_permissions(&command).stdin(Stdio::null()).output().unwrap();
+    says(&fails(&output, 3), &["copy.key", "Permission denied"]);
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
     fs::write(&key, b"too short").unwrap();
     says(&fails(&with_key(&client), 3), &["has 9 bytes, a key has 32", "kinoflock key restore"]);

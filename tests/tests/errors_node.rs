@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 
 use kinoflock_node::disk::Store;
 use kinoflock_node::queue;
+use kinoflock_tests::bound::by_permissions;
 use kinoflock_tests::sandbox::{Sandbox, Worker, eventually, programs, said};
 use tempfile::TempDir;
 
@@ -105,13 +106,16 @@ fn unknown_keys_and_values_of_the_configuration_are_named_with_what_is_known() {
 }
 
 #[test]
-fn a_key_that_is_open_or_damaged_is_refused_and_left_alone() {
+fn a_key_that_is_open_closed_or_damaged_is_refused_and_left_alone() {
     let folders = Folders::new();
     let node = folders.run(&["init", "--if-missing"]);
     let key = folders.path("state/node.key");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
     let command = format!("chmod 600 {}", key.display());
     says(&folders.refused(""), &["open to others", "mode 644", "at most 600", &command]);
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o000)).unwrap();
+    let line = refusal(&mut by_permissions(&folders.kinoflockd("", &["run"])));
+    says(&line, &["node.key", "Permission denied"]);
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
     let bytes = fs::read(&key).unwrap();
     fs::write(&key, &bytes[..10]).unwrap();

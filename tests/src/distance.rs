@@ -28,7 +28,7 @@ pub async fn way(to: SocketAddr, from: IpAddr, takes: Duration) -> SocketAddr {
     tokio::spawn(async move {
         while let Ok((near, _)) = listener.accept().await {
             // One that cannot be reached hangs up, as it does on who comes directly.
-            let Ok(far) = connect(to, from).await else { continue };
+            let (Ok(far), Ok(())) = (connect(to, from).await, near.set_nodelay(true)) else { continue };
             let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
             tokio::spawn(carry(near_in, far_out, takes));
             tokio::spawn(carry(far_in, near_out, takes));

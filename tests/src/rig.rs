@@ -8,6 +8,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use futures::stream::{self, StreamExt};
 use kinoflock_client::ask::{Ask, Length};
 use kinoflock_client::session::{Client, ClientOptions, Event};
 use kinoflock_client::store::Store;
@@ -26,8 +27,10 @@ use crate::sim::report::{Fate, Report, best};
 
 /// Work units of the plan that are one step.
 const UNIT: f64 = 0.2e6;
-/// How long before a job its client connects.
-const AHEAD: Duration = Duration::from_secs(2);
+/// How long before a job its client begins to connect.
+const AHEAD: Duration = Duration::from_secs(15);
+/// Connections that it makes at once: handshakes with all nodes in one instant would be what is measured.
+const CONNECTED_AT_ONCE: usize = 3;
 /// What a client asks until a node has its job.
 const ROUTING: [&str; 4] = ["capacity", "find_nodes", "quote", "submit"];
 
@@ -140,7 +143,9 @@ impl Rig {
             let node = node.local().node_id;
             !there.iter().any(|peer| peer.node == node)
         });
-        for connected in futures::future::join_all(absent.map(|(_, road)| net.dial(road.clone()))).await {
+        let dials: Vec<_> = absent.map(|(_, road)| net.dial(road.clone())).collect();
+        let mut dials = stream::iter(dials).buffer_unordered(CONNECTED_AT_ONCE);
+        while let Some(connected) = dials.next().await {
             connected.expect("a node is reached");
         }
     }

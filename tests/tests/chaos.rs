@@ -13,6 +13,7 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kinoflock_client::local::LocalNode;
@@ -24,6 +25,8 @@ use rustix::process::Signal;
 const PROMPT: &str = "a white triangle drifts down over a red field";
 /// Jobs that are under way at once.
 const AT_ONCE: usize = 6;
+/// How often is looked whether a node has told its ports.
+const LOOK: Duration = Duration::from_millis(50);
 /// Custodians that do not wait long.
 const QUICK: &str = "[custody]\nafter = \"5 s\"\n";
 
@@ -57,9 +60,22 @@ impl Cut {
     /// None where the system does not let us.
     fn off(node: &Node) -> Option<Self> {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let mut waited = Duration::ZERO;
         // A node that has only just started may not have told its ports.
-        let local = LocalNode::read(&node.path("run"))?;
-        let ports: Vec<_> = local.addresses.iter().filter_map(|address| address.split('/').nth(4)).collect();
+        let ports = loop {
+            let local = LocalNode::read(&node.path("run"));
+            let addresses = local.map(|local| local.addresses).unwrap_or_default();
+            let ports: BTreeSet<_> =
+                addresses.iter().filter_map(|address| Some(address.split('/').nth(4)?.to_owned())).collect();
+            if !ports.is_empty() {
+                break ports.into_iter().collect::<Vec<_>>();
+            }
+            if waited > Duration::from_secs(5) {
+                return None;
+            }
+            thread::sleep(LOOK);
+            waited += LOOK;
+        };
         let number = NEXT.fetch_add(1, Ordering::SeqCst);
         let table = format!("kinoflock_chaos_{}_{number}", std::process::id());
         let of = |what: &str| format!("{what} {{ {} }} drop\n", ports.join(", "));
@@ -70,7 +86,7 @@ impl Cut {
         nft.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut setting = nft.spawn().ok()?;
         setting.stdin.take()?.write_all(rules.as_bytes()).ok()?;
-        setting.wait().ok()?.success().then_some(Self { table })
+        setting.wait().ok()?.success().then(|| Self { table })
     }
 }
 
@@ -118,7 +134,7 @@ fn hurt(nodes: &Mutex<Vec<Node>>, seed: u64, over: &AtomicBool) -> Blows {
 fn wait(span: Duration, over: &AtomicBool) {
     let until = Instant::now() + span;
     while Instant::now() < until && !over.load(Ordering::SeqCst) {
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -142,11 +158,11 @@ fn survives(jobs: usize, nodes: usize, worker: impl Fn(usize) -> Worker, seed: u
     let over = Arc::new(AtomicBool::new(false));
     let chaos = {
         let (nodes, over) = (Arc::clone(&hurting), Arc::clone(&over));
-        std::thread::spawn(move || hurt(&nodes, seed, &over))
+        thread::spawn(move || hurt(&nodes, seed, &over))
     };
     let next = AtomicUsize::new(0);
     let made = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
                 loop {

@@ -30,6 +30,8 @@ const SMALL: usize = 4;
 const FEW: usize = 3;
 /// Time for a connection and an advert.
 const PROBE: Duration = Duration::from_secs(10);
+/// Once somebody answered, how long the others are waited for: dead nodes of old tickets would hold every job up.
+const OTHERS_WAIT: Duration = Duration::from_secs(3);
 /// Time in which nodes of the local network must have answered, if nobody else did.
 const MDNS_WAIT: Duration = Duration::from_secs(2);
 
@@ -192,20 +194,25 @@ impl Client {
         events: &Events,
     ) -> Vec<Found> {
         let asked = told.as_ref().map_or(0, |told| ASKED_FOR_OTHERS.saturating_sub(told.len()));
+        let mut waiting: BTreeMap<usize, String> =
+            targets.iter().map(|target| target.label.clone()).enumerate().collect();
         let probes = targets.into_iter().enumerate().map(|(place, target)| async move {
             let probed = tokio::time::timeout(PROBE, self.probe(&target, place < asked)).await;
             let late = || format!("no answer within {} s", PROBE.as_secs());
-            (
-                target.label,
-                probed.map_err(|_| late()).and_then(|probed| probed.map_err(|error| error.to_string())),
-            )
+            (place, probed.map_err(|_| late()).and_then(|probed| probed.map_err(|error| error.to_string())))
         });
-        let mut probes = stream::iter(probes).buffered(AT_ONCE);
+        let mut probes = stream::iter(probes).buffer_unordered(AT_ONCE);
         let mut found: Vec<Found> = Vec::new();
-        while let Some((way, probed)) = probes.next().await {
+        // Whoever is named is waited for; of all that are known, some are enough.
+        let (mut until, is_search) = (None, told.is_some());
+        while let Some((place, probed)) = next_until(&mut probes, until).await {
+            let way = waiting.remove(&place).expect("invariant: each is probed once");
             match probed {
                 Ok((one, _)) if found.iter().any(|known| known.candidate.node == one.candidate.node) => {}
                 Ok((one, others)) => {
+                    if is_search && until.is_none() {
+                        until = Some(Instant::now() + OTHERS_WAIT);
+                    }
                     if let (Some(told), Some(others)) = (&mut told, others) {
                         told.push((one.skew_ms, others));
                     }
@@ -221,6 +228,11 @@ impl Client {
                     reasons.push((way, why));
                 }
             }
+        }
+        for way in waiting.into_values() {
+            let why = format!("no answer within {} s of another's", OTHERS_WAIT.as_secs());
+            events.tell(Event::Unreachable { way: way.clone(), why: why.clone() }).await;
+            reasons.push((way, why));
         }
         found
     }
@@ -393,6 +405,14 @@ fn offered(found: &[Found]) -> BTreeMap<ModelId, String> {
         models.entry(offer.model).or_insert_with(|| offer.name.to_string());
     }
     models
+}
+
+/// The next one; none if it does not come until then.
+async fn next_until<S: futures::Stream + Unpin>(stream: &mut S, until: Option<Instant>) -> Option<S::Item> {
+    match until {
+        None => stream.next().await,
+        Some(until) => tokio::time::timeout_at(until.into(), stream.next()).await.ok().flatten(),
+    }
 }
 
 /// What each node serves instead.

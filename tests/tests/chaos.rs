@@ -12,7 +12,7 @@ use std::fs;
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -43,6 +43,13 @@ impl Dice {
     }
 }
 
+/// What can be done to a node.
+enum Blow {
+    Kill,
+    CutOff,
+    Stop,
+}
+
 /// What was done to nodes.
 #[derive(Debug, Default)]
 struct Blows {
@@ -60,6 +67,9 @@ impl Cut {
     /// None where the system does not let us.
     fn off(node: &Node) -> Option<Self> {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
+        if !Self::is_allowed() {
+            return None;
+        }
         let mut waited = Duration::ZERO;
         // A node that has only just started may not have told its ports.
         let ports = loop {
@@ -80,13 +90,27 @@ impl Cut {
         let table = format!("kinoflock_chaos_{}_{number}", std::process::id());
         let of = |what: &str| format!("{what} {{ {} }} drop\n", ports.join(", "));
         let drops: String = ["udp dport", "udp sport", "tcp dport", "tcp sport"].map(of).concat();
-        let rules =
-            format!("table inet {table} {{ chain cut {{ type filter hook input priority 0;\n{drops}}} }}\n");
-        let mut nft = Command::new("nft");
-        nft.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut setting = nft.spawn().ok()?;
-        setting.stdin.take()?.write_all(rules.as_bytes()).ok()?;
-        setting.wait().ok()?.success().then(|| Self { table })
+        let rules = format!(
+            "table inet {table} {{\nchain cut {{\ntype filter hook input priority 0;\n{drops}}}\n}}\n"
+        );
+        let mut setting = Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+        setting.stdin.take().unwrap().write_all(rules.as_bytes()).unwrap();
+        assert!(setting.wait().unwrap().success(), "these rules are wrong:\n{rules}");
+        Some(Self { table })
+    }
+
+    /// Whether the system lets us set rules at all.
+    fn is_allowed() -> bool {
+        static ALLOWED: OnceLock<bool> = OnceLock::new();
+        *ALLOWED.get_or_init(|| {
+            let table = format!("kinoflock_chaos_{}", std::process::id());
+            let done = |what: &str| {
+                let mut nft = Command::new("nft");
+                nft.args([what, "table", "inet", &table]).stderr(Stdio::null());
+                nft.status().is_ok_and(|status| status.success())
+            };
+            done("add") && done("delete")
+        })
     }
 }
 
@@ -101,19 +125,24 @@ impl Drop for Cut {
 fn hurt(nodes: &Mutex<Vec<Node>>, seed: u64, over: &AtomicBool) -> Blows {
     let mut dice = Dice(seed);
     let mut blows = Blows::default();
+    // Of three blows in turn each kind is one.
+    let mut bag = Vec::new();
     while !over.load(Ordering::SeqCst) {
         let place = 1 + dice.draw(nodes.lock().unwrap().len() as u64 - 1) as usize;
         let pause = Duration::from_millis(500 + dice.draw(2500));
-        let cut = match dice.draw(3) {
-            0 => {
+        if bag.is_empty() {
+            bag = vec![Blow::Kill, Blow::CutOff, Blow::Stop];
+        }
+        let cut = match bag.swap_remove(dice.draw(bag.len() as u64) as usize) {
+            Blow::Kill => {
                 nodes.lock().unwrap()[place].kill();
                 wait(pause, over);
                 nodes.lock().unwrap()[place].start();
                 blows.killed += 1;
                 continue;
             }
-            1 => Cut::off(&nodes.lock().unwrap()[place]),
-            _ => None,
+            Blow::CutOff => Cut::off(&nodes.lock().unwrap()[place]),
+            Blow::Stop => None,
         };
         if cut.is_some() {
             wait(pause * 4, over);

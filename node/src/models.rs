@@ -11,6 +11,8 @@
 //! - [`manifest`]: from a folder in the published layout to a manifest; rules and work figures come from its
 //!   configuration files.
 //! - [`import`]: takes a folder, or the bundled model, into the store: whole or not at all.
+//! - [`known`]: the models that are known by name, each with a card; [`hub`]: where they are published; [`pull`]: takes one
+//!   from there; [`licence`]: which may be passed on.
 //! - [`verify`]: hashes every file again and names what is missing, cut or changed.
 //! - [`selftest`]: the small fixed job by which a node shows itself that it can run a model.
 
@@ -26,8 +28,12 @@ use kinoflock_protocol::model::{ModelError, ModelManifest};
 pub use self::verify::Fault;
 
 pub mod embedded;
+pub mod hub;
 pub mod import;
+pub mod known;
+pub mod licence;
 pub mod manifest;
+pub mod pull;
 pub mod selftest;
 pub mod verify;
 
@@ -41,6 +47,8 @@ const MANIFEST_JSON: &str = "manifest.json";
 const NAME: &str = "name";
 const CARD: &str = "card.json";
 const FILES: &str = "files";
+/// How the name of a folder begins that is being removed.
+const REMOVED: &str = ".removed-";
 
 /// A model of this node.
 #[derive(Debug, Clone, PartialEq)]
@@ -222,6 +230,25 @@ impl ModelStore {
     /// As [`ModelStore::list`].
     pub fn find(&self, name: &str) -> Result<Option<Model>, ModelsError> {
         Ok(self.list()?.into_iter().find(|model| model.name == name || model.id.to_string() == name))
+    }
+
+    /// Bytes of all models.
+    ///
+    /// # Errors
+    /// As [`ModelStore::list`].
+    pub fn used(&self) -> Result<u64, ModelsError> {
+        Ok(self.list()?.iter().map(|model| model.manifest.total_len()).fold(0, u64::saturating_add))
+    }
+
+    /// Removes a model and its files. A daemon that runs has it until its next start.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn remove(&self, model: &Model) -> Result<(), ModelsError> {
+        let (path, going) = (self.path(&model.id), self.folder.join(format!("{REMOVED}{}", model.id)));
+        // Gone as a model at once, however long its files take.
+        std::fs::rename(&path, &going).map_err(file_error(&path))?;
+        std::fs::remove_dir_all(&going).map_err(file_error(&going))
     }
 
     /// Hashes every file of a model again. What is wrong is named, file by file; nothing is sound.

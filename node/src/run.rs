@@ -429,7 +429,7 @@ impl Daemon {
 }
 
 /// This machine's clock, as it is written in messages.
-fn unix_now() -> UnixMillis {
+pub(crate) fn unix_now() -> UnixMillis {
     UnixMillis::from_system_time(SystemTime::now())
 }
 

@@ -13,6 +13,7 @@
 //! - [`import`]: takes a folder, or the bundled model, into the store: whole or not at all.
 //! - [`known`]: the models that are known by name, each with a card; [`hub`]: where they are published; [`pull`]: takes one
 //!   from there; [`licence`]: which may be passed on.
+//! - [`shelf`]: what other nodes may have of it, piece by piece.
 //! - [`verify`]: hashes every file again and names what is missing, cut or changed.
 //! - [`selftest`]: the small fixed job by which a node shows itself that it can run a model.
 
@@ -35,6 +36,7 @@ pub mod licence;
 pub mod manifest;
 pub mod pull;
 pub mod selftest;
+pub mod shelf;
 pub mod verify;
 
 /// Most models in one store.
@@ -45,7 +47,7 @@ pub const MAX_NAME: usize = 64;
 const MANIFEST: &str = "manifest";
 const MANIFEST_JSON: &str = "manifest.json";
 const NAME: &str = "name";
-const CARD: &str = "card.json";
+pub(crate) const CARD: &str = "card.json";
 const FILES: &str = "files";
 /// How the name of a folder begins that is being removed.
 const REMOVED: &str = ".removed-";
@@ -156,6 +158,16 @@ pub enum ModelsError {
         /// Which limit.
         source: TooLong,
     },
+    /// Files that make another model than the one that was wanted.
+    #[error(
+        "the files make {given} and not {expected}: this release reads their configuration otherwise than the one that listed them"
+    )]
+    OtherModel {
+        /// The model that was wanted.
+        expected: ModelId,
+        /// The one that they make.
+        given: ModelId,
+    },
     /// A card that is none.
     #[error("{}: {reason}", path.display())]
     Card {
@@ -182,6 +194,7 @@ impl ModelsError {
             Self::Name { .. } => "model_name",
             Self::Manifest { source, .. } => source.code(),
             Self::TooLong { .. } => "too_long",
+            Self::OtherModel { .. } => "other_model",
             Self::Card { .. } => "card",
         }
     }
@@ -310,7 +323,7 @@ fn read_card(path: &Path, model: &ModelId) -> Result<Option<Card>, ModelsError> 
     Ok(Some(card))
 }
 
-fn is_name(name: &str) -> bool {
+pub(crate) fn is_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= MAX_NAME
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))

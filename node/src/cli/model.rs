@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Subcommand;
 
-use super::say;
+use super::{control, say};
+use crate::admin::call;
 use crate::config::Config;
 use crate::engine::bench;
 use crate::engine::supervisor::{self, WorkerConfig};
@@ -19,10 +20,13 @@ mod words;
 
 use words::size;
 
+/// With fewer known holders than this a model is at risk of being lost.
+const SAFE_HOLDERS: usize = 3;
+
 /// Commands about models.
 #[derive(Debug, Subcommand)]
 pub(super) enum ModelCommand {
-    /// The models that are here.
+    /// The models that are here; while a daemon runs, how many nodes are known to hold each.
     List {
         /// The models that can be pulled by name instead, with licence and what is told of their training.
         #[arg(long)]
@@ -85,8 +89,8 @@ pub(super) fn run(command: ModelCommand, config: &Config) -> anyhow::Result<Exit
         store.import_bundled()?;
     }
     match command {
-        ModelCommand::List { json, .. } => list(&store, json),
-        ModelCommand::Pull(args) => fetch::run(&args, &store),
+        ModelCommand::List { json, .. } => list(&store, config, json),
+        ModelCommand::Pull(args) => fetch::run(&args, &store, config),
         ModelCommand::Show { model, json } => show::run(&store, &model, json),
         ModelCommand::Remove { model } => remove(&store, &model),
         ModelCommand::Import { folder, name } => import(&store, &folder, name),
@@ -131,8 +135,15 @@ fn chosen(store: &ModelStore, wanted: Option<&str>) -> anyhow::Result<Vec<Model>
     Ok(chosen)
 }
 
-fn list(store: &ModelStore, json: bool) -> anyhow::Result<ExitCode> {
+fn list(store: &ModelStore, config: &Config, json: bool) -> anyhow::Result<ExitCode> {
     let models = store.list()?;
+    // Who else holds a model, a running daemon alone can find out.
+    let counted = call::holders(&control::socket(config)).unwrap_or_default();
+    let holders = |model: &Model| {
+        let told = counted.iter().find(|told| told.model == model.id.to_string());
+        // The bundled model is in every program.
+        told.map(|told| told.holders).filter(|_| model.name != embedded::NAME)
+    };
     if json {
         let rows: Vec<_> = models
             .iter()
@@ -143,6 +154,8 @@ fn list(store: &ModelStore, json: bool) -> anyhow::Result<ExitCode> {
                     "architecture": &*model.manifest.architecture,
                     "bytes": model.manifest.total_len().to_string(),
                     "card": model.card.is_some(),
+                    "holders": holders(model),
+                    "at_risk": holders(model).map(|known| known < SAFE_HOLDERS),
                 })
             })
             .collect();
@@ -154,8 +167,16 @@ fn list(store: &ModelStore, json: bool) -> anyhow::Result<ExitCode> {
             Some(card) => format!("licence {}", card.licence.name.as_str()),
             None => "without a card".to_owned(),
         };
+        let held = match holders(model) {
+            Some(1) => "\n    at risk: no other node is known to hold it".to_owned(),
+            Some(known) if known < SAFE_HOLDERS => {
+                format!("\n    at risk: {known} nodes are known to hold it")
+            }
+            Some(known) => format!("\n    {known} nodes are known to hold it"),
+            None => String::new(),
+        };
         say::data(&format!(
-            "{}  {}  {}, {card}\n    {}",
+            "{}  {}  {}, {card}\n    {}{held}",
             model.name,
             &*model.manifest.architecture,
             size(model.manifest.total_len()),

@@ -264,7 +264,7 @@ pub fn pull(
     let known = plan.known;
     let mut work = Work::at(store, &known.name);
     let _lock = work.lock(&known.name)?;
-    room(store, plan, plan.total() - plan.had(store))?;
+    room(store, plan.total(), plan.total() - plan.had(store))?;
     let mut looked_at = false;
     for file in &plan.files {
         if !looked_at && is_weights(&file.path) {
@@ -399,9 +399,12 @@ fn compare(known: &KnownModel, file: &mut RemoteFile) -> Result<(), PullError> {
     }
 }
 
-/// Whether what is to come has room, in the store's limit and on the disk.
-fn room(store: &ModelStore, plan: &Plan, needed: u64) -> Result<(), PullError> {
-    let (given, used) = (plan.total(), store.used()?);
+/// Whether a model of `given` bytes has room in the store's limit, and the `needed` that are to come on the disk.
+///
+/// # Errors
+/// [`ModelsError::StoreFull`], [`PullError::Space`], and when the disk does not tell.
+pub fn room(store: &ModelStore, given: u64, needed: u64) -> Result<(), PullError> {
+    let used = store.used()?;
     if let Some(limit) = store.limit.filter(|limit| used.saturating_add(given) > *limit) {
         return Err(ModelsError::StoreFull { limit, used, given }.into());
     }

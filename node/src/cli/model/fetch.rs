@@ -2,20 +2,26 @@
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use kinoflock_protocol::id::ModelId;
 
-use super::super::say;
+use super::super::{control, say};
 use super::show::card_lines;
 use super::words::size;
+use crate::admin::call;
+use crate::config::Config;
 use crate::models::hub::Hub;
 use crate::models::known::{self, KnownModel};
 use crate::models::pull::{self, Event, Plan};
 use crate::models::{Model, ModelStore};
 use crate::run::unix_now;
+
+/// Pause between two looks at how far the daemon is.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// Flags of `model pull`.
 #[derive(Debug, Args)]
@@ -25,12 +31,19 @@ pub(in crate::cli) struct PullArgs {
     /// The model's licence was read and is accepted.
     #[arg(long)]
     accept_licence: bool,
+    /// Have the running daemon fetch it from other nodes instead, by id or by the name under which they offer it; only
+    /// models under open licences.
+    #[arg(long, conflicts_with_all = ["accept_licence", "revision"])]
+    from_peers: bool,
     /// Another branch or commit of its repository than the list names; known hashes are not compared then.
     #[arg(long, value_name = "REVISION")]
     revision: Option<String>,
 }
 
-pub(super) fn run(args: &PullArgs, store: &ModelStore) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &PullArgs, store: &ModelStore, config: &Config) -> anyhow::Result<ExitCode> {
+    if args.from_peers {
+        return from_peers(&args.name, config);
+    }
     let known = known::find(&args.name).with_context(|| unknown(&args.name))?;
     if let Some(model) = store.find(&known.name)? {
         say::data(&model.id.to_string());
@@ -62,6 +75,53 @@ pub(super) fn run(args: &PullArgs, store: &ModelStore) -> anyhow::Result<ExitCod
     say::data(&model.id.to_string());
     say::words(&format!("{} is here; a running daemon serves it after its next start", model.name));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Waits until the daemon has a model from other nodes. Interrupted, the daemon goes on.
+fn from_peers(name: &str, config: &Config) -> anyhow::Result<ExitCode> {
+    let socket = control::socket(config);
+    call::keep(&socket, name)?;
+    let bar = moving_bar(0);
+    let mut told = String::new();
+    loop {
+        let report = call::status(&socket)?;
+        let model = report.archive.into_iter().find(|model| model.name == name.trim());
+        let model = model.context("the daemon was started again and does not know of it any more")?;
+        if let Some(id) = model.model {
+            if let Some(bar) = &bar {
+                bar.finish_and_clear();
+            }
+            say::data(&id);
+            say::words(&format!(
+                "{name} is here and given to others; a device computes it after the daemon's next start"
+            ));
+            return Ok(ExitCode::SUCCESS);
+        }
+        if let Some(bar) = &bar {
+            bar.set_length(model.total);
+            bar.set_position(model.done);
+        }
+        if model.text != told && !model.text.is_empty() {
+            let text = format!("{}; the daemon tries again", model.text);
+            match &bar {
+                Some(bar) => bar.println(&text),
+                None => say::words(&text),
+            }
+            told = model.text;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// A bar on a terminal, none elsewhere.
+fn moving_bar(bytes: u64) -> Option<ProgressBar> {
+    std::io::stderr().is_terminal().then(|| {
+        let style = ProgressStyle::with_template(
+            "{msg:>28!} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
+        );
+        let style = style.expect("invariant: the template is well formed");
+        ProgressBar::new(bytes).with_style(style)
+    })
 }
 
 /// Says first what happened and then what to do.
@@ -100,13 +160,7 @@ fn accept(known: &KnownModel, accepted: bool) -> anyhow::Result<()> {
 }
 
 fn fetch(hub: &Hub, store: &ModelStore, plan: &Plan) -> Result<Model, pull::PullError> {
-    let bar = std::io::stderr().is_terminal().then(|| {
-        let style = ProgressStyle::with_template(
-            "{msg:>28!} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
-        );
-        let style = style.expect("invariant: the template is tested by every pull");
-        ProgressBar::new(plan.total()).with_style(style)
-    });
+    let bar = moving_bar(plan.total());
     let mut tell = |event: Event<'_>| match (&bar, event) {
         (Some(bar), Event::File { file, had }) => {
             bar.set_message(tail(&file.path));

@@ -35,6 +35,14 @@ pub(super) enum ModelCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Take a model in from a folder in the published diffusers layout.
+    Import {
+        /// The folder that holds model_index.json.
+        folder: PathBuf,
+        /// The name by which artists ask for it; the folder's name if none is given.
+        #[arg(long)]
+        name: Option<String>,
+    },
     /// Fetch a known model from the hub where it is published, and take it in.
     ///
     /// What is here when it breaks off stays: the same command goes on from there. HF_ENDPOINT names another hub or a
@@ -52,14 +60,6 @@ pub(super) enum ModelCommand {
     Remove {
         /// The model, by name or id.
         model: String,
-    },
-    /// Take a model in from a folder in the published diffusers layout.
-    Import {
-        /// The folder that holds model_index.json.
-        folder: PathBuf,
-        /// The name by which artists ask for it; the folder's name if none is given.
-        #[arg(long)]
-        name: Option<String>,
     },
     /// Hash every file again and compare with the manifest.
     Verify {

@@ -154,6 +154,12 @@ pub fn find(name: &str) -> Option<&'static KnownModel> {
     LIST.model.iter().find(|model| model.name == name)
 }
 
+/// Whether this release computes a pipeline of this class.
+#[must_use]
+pub fn runs(class: &str) -> bool {
+    ARCHITECTURES.iter().any(|architecture| architecture.classes.contains(&class))
+}
+
 /// Names that are like one that is not known, the likest first.
 #[must_use]
 pub fn near(name: &str) -> Vec<&'static str> {
@@ -204,9 +210,7 @@ impl KnownModel {
                 "it is published as the single file {file}, and this release takes folders in the diffusers layout"
             ));
         }
-        let known =
-            ARCHITECTURES.iter().any(|architecture| architecture.classes.contains(&self.class.as_str()));
-        (!known).then(|| format!("this release does not compute its pipeline, {}", self.class))
+        (!runs(&self.class)).then(|| format!("this release does not compute its pipeline, {}", self.class))
     }
 
     /// What the list says of it, as a card about `model`.

@@ -109,8 +109,7 @@ pub(super) fn looked_at(folder: &Path) -> Result<Figures, ModelsError> {
 
 pub(super) type Figures = (&'static str, ModelRules, ModelDefaults, WorkModel);
 
-/// The same before its weights are there.
-pub(super) fn figures(folder: &Path) -> Result<Figures, ModelsError> {
+fn figures(folder: &Path) -> Result<Figures, ModelsError> {
     let path = folder.join("model_index.json");
     if !path.is_file() {
         return Err(ModelsError::Missing { path });

@@ -15,10 +15,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kinoflock_inference::registry::ModelIndex;
 use serde::{Deserialize, Serialize};
 
 use super::hub::{FileHash, Hub, HubError, Listing, RemoteFile};
-use super::known::KnownModel;
+use super::known::{self, KnownModel};
 use super::{CARD, Model, ModelStore, ModelsError, file_error, manifest};
 use crate::disk;
 
@@ -250,6 +251,16 @@ pub fn check(known: &KnownModel) -> Result<(), PullError> {
     }
 }
 
+/// The same of what its configuration says, now that it is here.
+fn check_class(known: &KnownModel, files: &Path) -> Result<(), PullError> {
+    let hindered = |reason| PullError::Hindered { name: known.name.clone(), reason };
+    let class = ModelIndex::read(files).map_err(|error| hindered(error.to_string()))?.class;
+    match known::runs(&class) {
+        true => Ok(()),
+        false => Err(hindered(format!("this release does not compute its pipeline, {class}"))),
+    }
+}
+
 /// Fetches what a plan lists and imports it.
 ///
 /// # Errors
@@ -269,7 +280,7 @@ pub fn pull(
     for file in &plan.files {
         if !looked_at && is_weights(&file.path) {
             // Everything small is here.
-            manifest::figures(&work.files())?;
+            check_class(known, &work.files())?;
             looked_at = true;
         }
         work.fetch(hub, known, &plan.commit, file, pauses, tell).map_err(|error| full(store, plan, error))?;

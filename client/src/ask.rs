@@ -191,7 +191,7 @@ impl Ask {
         spec.returns = Returns {
             latents: self.latents,
             previews: self.previews,
-            step_root: self.audit_share > 0,
+            step_root: self.audit_share > 0 && manifest.work.counts_by_steps(),
             checkpoint_every: self.checkpoint_every.unwrap_or_else(|| checkpoint_every(steps)),
         };
         spec.addressed_to = Audience::Anyone;

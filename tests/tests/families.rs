@@ -6,8 +6,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use kinoflock_protocol::Micro;
+use kinoflock_protocol::clip::BlobRef;
+use kinoflock_protocol::job::Returns;
+use kinoflock_protocol::order::Resume;
+use kinoflock_protocol::{JobSpec, Micro};
 use kinoflock_tests::invariants;
+use kinoflock_tests::requester::{Requester, refused};
 use kinoflock_tests::sandbox::{Client, Node, Sandbox, Worker, eventually, programs, said};
 
 #[path = "../../node/inference/tests/support/torch.rs"]
@@ -128,6 +132,12 @@ fn every_family_of_models_goes_from_its_folder_to_a_verified_clip() {
         assert!(!refused.status.success() && said(&refused).contains(nearest), "{name}: {}", said(&refused));
     }
     invariants::discreet(node, PROMPT);
+    let verified = node.command().args(["model", "verify"]).output().unwrap();
+    assert!(verified.status.success(), "{}", said(&verified));
+    // The fixed job of a model that works in stages is told in a job's steps, not in those of its stages.
+    let print = node.command().args(["model", "fingerprint", "pyramid"]).output().unwrap();
+    let print: serde_json::Value = serde_json::from_slice(&print.stdout).expect(&said(&print));
+    assert_eq!((&print["steps"], &print["frames"]), (&2.into(), &9.into()));
 }
 
 /// How often weights were read.
@@ -164,4 +174,27 @@ fn jobs_that_wait_together_are_done_model_by_model_as_far_as_nobody_waits_for_mo
     }
     // In the order in which they came it would be six.
     assert_eq!(loads(node) - before, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_takes_its_steps_for_states_is_refused_where_a_model_works_in_stages() {
+    let (mut sandbox, mut id) = (Sandbox::new(), String::new());
+    sandbox.add_prepared(&Worker::Real, "", |node| {
+        id = import(node, FAMILIES[6].name, &folder(FAMILIES[6].folder))
+    });
+    let (node, requester) = (&sandbox.nodes[0], Requester::new(&sandbox).await);
+    let spec = JobSpec { model: id.parse().unwrap(), ..requester.spec(node, PROMPT, 2) };
+    let committed = JobSpec { returns: Returns { step_root: true, ..spec.returns }, ..spec.clone() };
+    let lease = requester.lease(node, &committed).await;
+    let ordered = requester.order(node.local().node_id, &committed, lease);
+    let answer = requester.submit(node, &ordered).await;
+    assert_eq!(refused(&answer), ("unknown_operation", "step_root".to_owned()));
+
+    let lease = requester.lease(node, &spec).await;
+    let ordered = requester.order(node.local().node_id, &spec, lease);
+    let blob = BlobRef::of(b"a checkpoint");
+    let resume = Resume { step: 1, checkpoint: blob };
+    let resumed = requester.order_to_resume(node.local().node_id, &ordered.job, lease, resume);
+    let answer = requester.submit(node, &resumed).await;
+    assert_eq!(refused(&answer), ("unknown_operation", "resume".to_owned()));
 }

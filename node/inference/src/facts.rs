@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
-use crate::folder::EXTRAS_FILE;
+use crate::folder::{EXTRAS_FILE, TEXT_STEM, WEIGHTS_STEM};
 use crate::pipeline::PipelineInfo;
 use crate::text::{Encoded, PromptTokenizer, TextError};
 use crate::weights;
@@ -121,6 +121,17 @@ pub struct Part {
 }
 
 impl Part {
+    /// Those of a text-to-video pipeline in the published diffusers layout.
+    pub(crate) fn usual() -> Vec<Self> {
+        vec![
+            Self::with("transformer", WEIGHTS_STEM),
+            Self::with("vae", WEIGHTS_STEM),
+            Self::with("text_encoder", TEXT_STEM),
+            Self::plain("tokenizer"),
+            Self::plain("scheduler"),
+        ]
+    }
+
     /// With weights under this stem.
     pub(crate) fn with(folder: &str, stem: &'static str) -> Self {
         Self { folder: folder.to_owned(), weights: Some(stem) }

@@ -138,6 +138,12 @@ pub struct FrameRule {
 }
 
 impl FrameRule {
+    /// Of a model whose latent frames come in whole tokens, the first of them a single picture.
+    pub(crate) fn of_tokens(work: &WorkConfig) -> Self {
+        let (ratio, patch) = (work.temporal_ratio, work.patch[0]);
+        Self { multiple: ratio * patch, offset: ratio * (patch - 1) + 1 }
+    }
+
     /// Whether `frames` can be made.
     #[must_use]
     pub fn allows(&self, frames: usize) -> bool {
@@ -170,7 +176,7 @@ pub struct Defaults {
 }
 
 /// The sizes from which a job's work is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkConfig {
     /// Transformer blocks.
     pub layers: usize,

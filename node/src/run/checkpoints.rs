@@ -80,11 +80,15 @@ pub(super) fn total_steps(spec: &JobSpec) -> u32 {
     named.unwrap_or(spec.steps)
 }
 
-/// Refuses an order to go on from where there is nothing left to do, or where a step does not say where that is.
-pub(super) fn check_resume(order: &Order, spec: &JobSpec, work: &WorkModel) -> Result<(), Box<Refusal>> {
+/// Refuses an order to go on from where there is nothing left to do, and what takes a job's step for a place in its run
+/// where it is none.
+pub(super) fn check_states(order: &Order, spec: &JobSpec, work: &WorkModel) -> Result<(), Box<Refusal>> {
     match order.resume.as_ref() {
         Some(_) if !work.counts_by_steps() => {
             Err(unsupported("resume", "this model works in stages: let the job begin anew"))
+        }
+        None if spec.returns.step_root && !work.counts_by_steps() => {
+            Err(unsupported("step_root", "this model works in stages, which cannot be audited yet"))
         }
         Some(resume) if resume.step == 0 || resume.step >= total_steps(spec) => {
             let refusal =

@@ -22,7 +22,7 @@ use kinoflock_protocol::rpc::{JobFailure, JobState, JobStatus, Request, Response
 use kinoflock_protocol::units::{Millis, UnixMillis};
 use kinoflock_protocol::work::{JobShape, work};
 
-use super::checkpoints::{Kept, check_resume};
+use super::checkpoints::{Kept, check_states};
 use super::inputs::MAX_INPUT_BYTES;
 use super::refuse::{
     check_adapters, check_inputs_len, invalid, job_refusal, order_refusal, unserved, unsupported,
@@ -216,10 +216,7 @@ impl Daemon {
             return Err(unsupported(name, "this release makes clips from a prompt, and from latents"));
         }
         let model = self.models.get(&spec.model).ok_or_else(|| unserved(&spec.model))?;
-        check_resume(order.order(), spec, &model.manifest.work)?;
-        if spec.returns.step_root && !model.manifest.work.counts_by_steps() {
-            return Err(unsupported("step_root", "this model works in stages, which cannot be audited yet"));
-        }
+        check_states(order.order(), spec, &model.manifest.work)?;
         check_inputs_len(spec.inputs().iter().map(|blob| blob.len).sum())?;
         let extra = jobs::extra(spec).map_err(|name| {
             unsupported(&name, &format!("known for --set are {}", jobs::OPERATIONS.join(", ")))

@@ -7,6 +7,7 @@
 
 mod audit;
 mod check;
+mod colours;
 mod digest;
 mod parts;
 
@@ -24,6 +25,7 @@ use super::{
 };
 use crate::error::Error;
 use crate::frames::RgbFrames;
+use crate::pipeline::latents::LatentRgb;
 use crate::sampler::checkpoint::latents_bytes;
 
 /// The points that a run goes through.
@@ -144,11 +146,9 @@ pub trait VideoModel: Send {
         None
     }
 
-    /// A rough picture of predicted clean latents.
-    ///
-    /// # Errors
-    /// When they cannot be read back from their device.
-    fn preview(&self, plan: &Self::Plan, predicted: &Tensor) -> Result<RgbFrames, Error>;
+    /// How latents are shown before they are decoded, as the folder says it. Without factors they are learnt from the
+    /// decoder when the first preview is due.
+    fn colours(&self) -> &LatentRgb;
 
     /// The latents after the last step as a volume `[1, C, F, H, W]`.
     ///
@@ -272,6 +272,8 @@ struct Run<'a, M: VideoModel> {
     hashes: Vec<[u8; 32]>,
     digest: [u8; 32],
     history: Vec<u8>,
+    /// Colours of previews, where they had to be learnt.
+    colours: Option<LatentRgb>,
 }
 
 impl<'a, M: VideoModel> Run<'a, M> {
@@ -290,7 +292,7 @@ impl<'a, M: VideoModel> Run<'a, M> {
                 (State { latents, memory: BTreeMap::new() }, 0, Vec::new(), Vec::new())
             }
         };
-        Ok(Self { model, request, plan, course, state, done, hashes, digest, history })
+        Ok(Self { model, request, plan, course, state, done, hashes, digest, history, colours: None })
     }
 
     /// Goes one step and gives the clean latents that the model predicted before it.
@@ -320,14 +322,29 @@ impl<'a, M: VideoModel> Run<'a, M> {
             latents: &self.state.latents,
             hash,
         });
-        let due = |every: usize| every > 0 && self.done.is_multiple_of(every);
+        let done = self.done;
+        let due = |every: usize| every > 0 && done.is_multiple_of(every);
         if due(self.request.preview_every) {
-            observer.preview(&self.model.preview(self.plan, predicted)?);
+            observer.preview(&self.preview(predicted)?);
         }
         if due(self.request.checkpoint_every) && self.done < self.course.steps() {
             observer.checkpoint(&self.checkpoint()?);
         }
         Ok(())
+    }
+
+    /// A rough picture of predicted clean latents.
+    fn preview(&mut self, predicted: &Tensor) -> Result<RgbFrames, Error> {
+        let volume = self.model.volume(self.plan, predicted)?;
+        if let Some(colours) = Some(self.model.colours()).filter(|colours| !colours.factors.is_empty()) {
+            return Ok(colours.project(&volume)?);
+        }
+        let colours = match &self.colours {
+            Some(colours) => colours,
+            // A device without room for that is no reason to fail a run: channels are then shown as they are.
+            None => self.colours.insert(colours::learnt(self.model, self.request).unwrap_or_default()),
+        };
+        Ok(colours.project(&volume)?)
     }
 
     fn checkpoint(&self) -> Result<Checkpoint, Error> {

@@ -6,7 +6,7 @@ use super::config::{TransformerConfig, VaeConfig};
 use super::pipeline::{IMAGE_CLASS, NAME, SCHEDULERS, load_scheduler};
 use crate::error::Error;
 use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, TEXT_STEM, WEIGHTS_STEM, read_t5};
+use crate::folder::{Extras, read_t5};
 use crate::pipeline::{Defaults, FrameRule, PipelineInfo, WorkConfig, config_error};
 use crate::registry::ModelIndex;
 use crate::text::token_limit;
@@ -50,14 +50,7 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
         vae_patch: 1,
         staged: false,
     };
-    let parts = vec![
-        Part::with("transformer", WEIGHTS_STEM),
-        Part::with("vae", WEIGHTS_STEM),
-        Part::with("text_encoder", TEXT_STEM),
-        Part::plain("tokenizer"),
-        Part::plain("scheduler"),
-    ];
-    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts })
+    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual() })
 }
 
 /// Transformer and VAE agree about latents.
@@ -118,9 +111,7 @@ fn work_config(config: &TransformerConfig, vae: &VaeConfig, context_tokens: usiz
         temporal_ratio: vae.temporal_ratio(),
         patch: config.patch(),
         latent_channels: vae.latent_channels,
-        transformer_parameters: 0,
-        vae_parameters: 0,
-        text_parameters: 0,
+        ..WorkConfig::default()
     }
 }
 

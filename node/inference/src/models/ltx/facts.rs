@@ -7,7 +7,7 @@ use super::pipeline::{DEFAULTS, LtxClass, NAME, read_vae_config};
 use super::vae::LtxVaeConfig;
 use crate::error::Error;
 use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, TEXT_STEM, WEIGHTS_STEM, load_flow_match, read_t5};
+use crate::folder::{Extras, load_flow_match, read_t5};
 use crate::pipeline::{FrameRule, PipelineInfo, WorkConfig, config_error};
 use crate::registry::ModelIndex;
 use crate::text::token_limit;
@@ -35,7 +35,7 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
     let info = PipelineInfo {
         architecture: NAME.to_owned(),
         size_multiple: work.spatial_ratio * work.patch[2],
-        frame_rule: frame_rule(&work),
+        frame_rule: FrameRule::of_tokens(&work),
         defaults: Extras::read(folder, work.latent_channels)?.defaults.unwrap_or(DEFAULTS),
         token_limit: tokens,
         work,
@@ -50,14 +50,7 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
         vae_patch: vae.patch_size,
         staged: false,
     };
-    let parts = vec![
-        Part::with("transformer", WEIGHTS_STEM),
-        Part::with("vae", WEIGHTS_STEM),
-        Part::with("text_encoder", TEXT_STEM),
-        Part::plain("tokenizer"),
-        Part::plain("scheduler"),
-    ];
-    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts })
+    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual() })
 }
 
 /// Which of the reference's pipelines a folder names.
@@ -65,12 +58,6 @@ pub(super) fn class(folder: &Path, index: &ModelIndex) -> Result<LtxClass, Error
     LtxClass::from_name(&index.class).ok_or_else(|| {
         config_error(folder.join("model_index.json"), "_class_name", &index.class, "no pipeline of LTX-Video")
     })
-}
-
-/// Latent frames come in whole tokens, and the first one is a single picture.
-fn frame_rule(work: &WorkConfig) -> FrameRule {
-    let patch = work.patch[0];
-    FrameRule { multiple: work.temporal_ratio * patch, offset: work.temporal_ratio * (patch - 1) + 1 }
 }
 
 fn work_config(config: &TransformerConfig, vae: &LtxVaeConfig, context_tokens: usize) -> WorkConfig {
@@ -84,9 +71,7 @@ fn work_config(config: &TransformerConfig, vae: &LtxVaeConfig, context_tokens: u
         temporal_ratio: vae.temporal_ratio(),
         patch: [config.patch_size_t, config.patch_size, config.patch_size],
         latent_channels: vae.latent_channels,
-        transformer_parameters: 0,
-        vae_parameters: 0,
-        text_parameters: 0,
+        ..WorkConfig::default()
     }
 }
 

@@ -7,7 +7,7 @@ use super::pipeline::{DEFAULTS, NAME, load_scheduler};
 use super::vae::MochiVaeConfig;
 use crate::error::Error;
 use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, TEXT_STEM, WEIGHTS_STEM, read_t5};
+use crate::folder::{Extras, read_t5};
 use crate::pipeline::{FrameRule, PipelineInfo, WorkConfig, config_error};
 use crate::registry::ModelIndex;
 use crate::text::{T5Config, token_limit};
@@ -49,14 +49,7 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
         vae_patch: 1,
         staged: false,
     };
-    let parts = vec![
-        Part::with("transformer", WEIGHTS_STEM),
-        Part::with("vae", WEIGHTS_STEM),
-        Part::with("text_encoder", TEXT_STEM),
-        Part::plain("tokenizer"),
-        Part::plain("scheduler"),
-    ];
-    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts })
+    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual() })
 }
 
 /// Whether what one part gives is what the next takes, as their configurations say.
@@ -89,9 +82,7 @@ fn work_config(config: &TransformerConfig, vae: &MochiVaeConfig, context_tokens:
         temporal_ratio: vae.temporal_ratio(),
         patch: [1, config.patch_size, config.patch_size],
         latent_channels: vae.latent_channels,
-        transformer_parameters: 0,
-        vae_parameters: 0,
-        text_parameters: 0,
+        ..WorkConfig::default()
     }
 }
 

@@ -108,9 +108,7 @@ fn work_config(config: &TransformerConfig, vae: &PyramidVaeConfig, context_token
         temporal_ratio: vae.downsample_scale,
         patch: [1, PATCH, PATCH],
         latent_channels: vae.latent_channels(),
-        transformer_parameters: 0,
-        vae_parameters: 0,
-        text_parameters: 0,
+        ..WorkConfig::default()
     }
 }
 

@@ -7,7 +7,7 @@ use super::pipeline::{DEFAULTS, NAME, SECOND, TEXT_TOKENS, WanSampler, boundary,
 use super::vae::{WanVaeConfig, config as vae_config};
 use crate::error::Error;
 use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, TEXT_STEM, WEIGHTS_STEM, read_t5};
+use crate::folder::{Extras, WEIGHTS_STEM, read_t5};
 use crate::pipeline::{FrameRule, PipelineInfo, WorkConfig, config_error};
 use crate::registry::ModelIndex;
 use crate::text::clean::clean;
@@ -37,7 +37,7 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
     let info = PipelineInfo {
         architecture: NAME.to_owned(),
         size_multiple: work.spatial_ratio * work.patch[1],
-        frame_rule: frame_rule(&work),
+        frame_rule: FrameRule::of_tokens(&work),
         defaults: Extras::read(folder, work.latent_channels)?.defaults.unwrap_or(DEFAULTS),
         token_limit: tokens,
         work,
@@ -52,13 +52,7 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
         vae_patch: vae.patch(),
         staged: false,
     };
-    let mut parts = vec![
-        Part::with("transformer", WEIGHTS_STEM),
-        Part::with("vae", WEIGHTS_STEM),
-        Part::with("text_encoder", TEXT_STEM),
-        Part::plain("tokenizer"),
-        Part::plain("scheduler"),
-    ];
+    let mut parts = Part::usual();
     if second {
         parts.push(Part::with(SECOND, WEIGHTS_STEM));
     }
@@ -94,12 +88,6 @@ fn check_second(folder: &Path, first: &TransformerConfig) -> Result<(), Error> {
     Err(config_error(file, "patch_size", value, "the first transformer has another"))
 }
 
-/// Latent frames come in whole tokens, and the first one is a single picture.
-fn frame_rule(work: &WorkConfig) -> FrameRule {
-    let patch = work.patch[0];
-    FrameRule { multiple: work.temporal_ratio * patch, offset: work.temporal_ratio * (patch - 1) + 1 }
-}
-
 fn work_config(config: &TransformerConfig, vae: &WanVaeConfig, context_tokens: usize) -> WorkConfig {
     WorkConfig {
         layers: config.num_layers,
@@ -111,9 +99,7 @@ fn work_config(config: &TransformerConfig, vae: &WanVaeConfig, context_tokens: u
         temporal_ratio: vae.temporal_ratio(),
         patch: config.patch_size,
         latent_channels: vae.z_dim,
-        transformer_parameters: 0,
-        vae_parameters: 0,
-        text_parameters: 0,
+        ..WorkConfig::default()
     }
 }
 

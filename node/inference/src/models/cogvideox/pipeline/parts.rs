@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::CogVideoXPipeline;
 use crate::error::Error;
-use crate::frames::RgbFrames;
 use crate::models::cogvideox::transformer::Positions;
+use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::rng::{Stream, normal_tensor};
@@ -169,8 +169,8 @@ impl VideoModel for CogVideoXPipeline {
         Ok(step.predicted)
     }
 
-    fn preview(&self, plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
-        Ok(self.latent_rgb.project(&self.volume(plan, predicted)?)?)
+    fn colours(&self) -> &LatentRgb {
+        &self.latent_rgb
     }
 
     fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {

@@ -4,11 +4,10 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{LtxClass, LtxPipeline, pack, unpack};
 use crate::error::Error;
-use crate::frames::RgbFrames;
 use crate::models::ltx::rope::{Positions, RopeTables};
 use crate::models::ltx::transformer::TextContext;
 use crate::models::ltx::vae::{DecodeSettings, Noise};
-use crate::pipeline::latents::Volume;
+use crate::pipeline::latents::{LatentRgb, Volume};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::rng::{Stream, normal_tensor};
@@ -107,8 +106,8 @@ impl VideoModel for LtxPipeline {
         })
     }
 
-    fn preview(&self, plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
-        Ok(self.latent_rgb.project(&self.volume(plan, predicted)?)?)
+    fn colours(&self) -> &LatentRgb {
+        &self.latent_rgb
     }
 
     fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {

@@ -4,10 +4,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::MochiPipeline;
 use crate::error::Error;
-use crate::frames::RgbFrames;
 use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
-use crate::pipeline::latents::{Volume, pack, unpack};
+use crate::pipeline::latents::{LatentRgb, Volume, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
@@ -130,8 +129,8 @@ impl VideoModel for MochiPipeline {
         Some(plan.schedule.change(index))
     }
 
-    fn preview(&self, plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
-        Ok(self.latent_rgb.project(&self.volume(plan, predicted)?)?)
+    fn colours(&self) -> &LatentRgb {
+        &self.latent_rgb
     }
 
     fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {

@@ -4,10 +4,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{WanPipeline, WanSchedule};
 use crate::error::Error;
-use crate::frames::RgbFrames;
 use crate::models::wan::rope::RopeTables;
 use crate::models::wan::transformer::{TextContext, WanTransformer};
-use crate::pipeline::latents::{pack, unpack};
+use crate::pipeline::latents::{LatentRgb, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
@@ -150,8 +149,8 @@ impl VideoModel for WanPipeline {
         plan.schedule.change(index)
     }
 
-    fn preview(&self, _plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
-        Ok(self.latent_rgb.project(predicted)?)
+    fn colours(&self) -> &LatentRgb {
+        &self.latent_rgb
     }
 
     fn volume(&self, _plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {

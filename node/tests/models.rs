@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use kinoflock_inference::LoadOptions;
+use kinoflock_inference::facts::PromptCounter;
 use kinoflock_node::models::{Fault, ModelStore, ModelsError, embedded, manifest, selftest};
 use kinoflock_protocol::capacity::SelfTest;
 use kinoflock_protocol::id::{BlobId, ModelId};
@@ -85,6 +86,21 @@ fn a_manifest_says_what_the_loaded_model_says_for_every_family() {
         let blocks = transformer.layers + transformer.single_layers;
         assert_eq!(blocks as usize, info.work.layers, "{name}");
         assert_eq!(manifest.work.counts_by_steps(), info.architecture != "pyramid-flow", "{name}");
+    }
+}
+
+#[test]
+fn prompts_are_counted_without_a_model_as_by_it_for_every_family() {
+    for name in FOLDERS {
+        let facts = kinoflock_inference::registry::facts(&tiny(name)).unwrap();
+        let limit = facts.info.token_limit;
+        let counter = PromptCounter::open(&tiny(name), facts.prompts).unwrap();
+        let loaded = kinoflock_inference::load(&tiny(name), &LoadOptions::default()).unwrap();
+        for prompt in ["a red dog", " a &amp;amp;  dog\u{a0}and \u{fb01}re ", "", &"a red dog ".repeat(99)] {
+            let counted = counter.encode(prompt, false, limit).unwrap();
+            assert_eq!(counted.tokens, loaded.count_tokens(prompt).unwrap(), "{name}: {prompt:?}");
+            assert_eq!(counted.cut_text.is_some(), counted.tokens > limit, "{name}: {prompt:?}");
+        }
     }
 }
 

@@ -136,7 +136,8 @@ fn every_family_of_models_goes_from_its_folder_to_a_verified_clip() {
     assert!(verified.status.success(), "{}", said(&verified));
     // The fixed job of a model that works in stages is told in a job's steps, not in those of its stages.
     let print = node.command().args(["model", "fingerprint", "pyramid"]).output().unwrap();
-    let print: serde_json::Value = serde_json::from_slice(&print.stdout).expect(&said(&print));
+    assert!(print.status.success(), "{}", said(&print));
+    let print: serde_json::Value = serde_json::from_slice(&print.stdout).unwrap();
     assert_eq!((&print["steps"], &print["frames"]), (&2.into(), &9.into()));
 }
 

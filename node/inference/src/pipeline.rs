@@ -5,6 +5,7 @@
 //! step `cancelled`, `step`, and where asked for `preview` and `checkpoint`, then `phase(Decode)` with `cancelled`
 //! before it. A cancelled run answers [`Error::Cancelled`] within one step.
 
+pub mod conditions;
 pub mod latents;
 pub mod run;
 
@@ -17,6 +18,7 @@ use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
 pub use crate::sampler::checkpoint::Checkpoint;
+pub use conditions::Condition;
 
 /// How a model is loaded.
 #[derive(Debug, Clone)]
@@ -63,6 +65,9 @@ pub trait Pipeline: Send {
     /// # Errors
     /// When the tokenizer fails.
     fn count_tokens(&self, prompt: &str) -> Result<usize, Error>;
+
+    /// Which pictures are taken beside the prompt.
+    fn pictures(&self) -> conditions::Takes;
 
     /// Checks everything about a request that can be known without computing; [`Pipeline::generate`] does so first.
     ///
@@ -230,14 +235,18 @@ pub struct GenerateRequest {
     pub timesteps: Option<Vec<f64>>,
     /// Guidance that grows over the steps, for models that are run so.
     pub dynamic_guidance: bool,
-    /// The picture that the clip begins with, `[3, height, width]` with values in 0 to 1, for models that take one.
-    pub image: Option<Tensor>,
-    /// The noise with which that picture's latents are drawn instead of noise from the seed, `[1, C, 1, H, W]`.
-    pub image_noise: Option<Tensor>,
+    /// Pictures that frames of the clip are to show, for models that take some.
+    pub conditions: Vec<Condition>,
+    /// The noise with which pictures become latents instead of noise from the seed, `[1, C, F, H, W]`, in the order in
+    /// which it is drawn; empty for noise from the seed.
+    pub condition_noise: Vec<Tensor>,
+    /// How much noise is put on fully given latents at each step, times the square of the noise level, for models that
+    /// are run so.
+    pub condition_noise_scale: f64,
     /// Where to start instead of noise from the seed: `[1, C, F, H, W]`, or in the shape that [`Pipeline::start`] gives.
     pub initial_latents: Option<Tensor>,
-    /// A stochastic sampler's noise instead of noise from the seed, in the order in which its steps take it and in the
-    /// shape of `initial_latents`, or in the shape that a stage begins with; empty for noise from the seed.
+    /// The steps' noise instead of noise from the seed, in the order in which they take it and in the shape of
+    /// [`Pipeline::start`], or in the shape that a stage begins with; empty for noise from the seed.
     pub step_noise: Vec<Tensor>,
     /// How to decode.
     pub decode: DecodeOptions,
@@ -277,8 +286,9 @@ impl GenerateRequest {
             guidance_rescale: 0.0,
             timesteps: None,
             dynamic_guidance: false,
-            image: None,
-            image_noise: None,
+            conditions: Vec::new(),
+            condition_noise: Vec::new(),
+            condition_noise_scale: 0.15,
             initial_latents: None,
             step_noise: Vec::new(),
             decode: DecodeOptions::default(),

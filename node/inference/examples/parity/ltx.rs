@@ -153,7 +153,14 @@ fn request(case: &Case, pipeline: &LtxPipeline) -> Result<GenerateRequest, Strin
     request.guidance_rescale = case.maybe("guidance_rescale")?.unwrap_or(0.0);
     request.decode_timestep = case.maybe("decode_timestep")?.unwrap_or(0.0);
     request.decode_noise_scale = case.maybe("decode_noise_scale")?;
+    request.conditions = common::conditions(case)?;
+    request.condition_noise = case.numbered("noise.condition.");
+    request.condition_noise_scale = case.maybe("image_cond_noise_scale")?.unwrap_or(0.0);
+    request.step_noise = case.numbered("noise.step.");
     let mut noise = case.numbered("noise.");
+    if noise.is_empty() {
+        noise = case.numbered("noise.decode.");
+    }
     if request.initial_latents.is_none() {
         if noise.is_empty() {
             return Err("neither in.latents nor noise.000 is there".to_owned());

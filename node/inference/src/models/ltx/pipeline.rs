@@ -1,12 +1,13 @@
-//! LTX-Video from request to frames: `LTXPipeline`, and `LTXConditionPipeline` as pure text-to-video.
+//! LTX-Video from request to frames: `LTXPipeline` with `LTXImageToVideoPipeline`, and `LTXConditionPipeline`.
 //!
-//! The two differ in their schedule (shifted by the number of tokens; linear-quadratic and unshifted), in positions
+//! The two forms differ in their schedule (shifted by the number of tokens; linear-quadratic and unshifted), in positions
 //! (cells; pixels and seconds with the first frame counted once), in the step's rule (by index; by timestep), and in
 //! the text encoder's attention (to the filling too; to the prompt alone).
 
+mod conditions;
 mod parts;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -26,21 +27,25 @@ use crate::pipeline::{
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
 use crate::text::PromptEncoder;
+use crate::weights::Weights;
 
 /// The architecture's name.
 pub const NAME: &str = "ltx-video";
 /// The pipeline classes that this module computes.
-pub const CLASSES: &[&str] = &["LTXPipeline", "LTXConditionPipeline"];
+pub const CLASSES: &[&str] = &["LTXPipeline", IMAGE_CLASS, "LTXConditionPipeline"];
+const IMAGE_CLASS: &str = "LTXImageToVideoPipeline";
+/// A tensor that a VAE's weights hold where its encoder is among them.
+const ENCODER_TENSOR: &str = "encoder.conv_in.conv.weight";
 /// What the reference makes when it is told nothing.
 pub const DEFAULTS: Defaults =
     Defaults { width: 704, height: 512, frames: 161, fps: 25.0, steps: 50, guidance: 3.0 };
 
-/// Which of the reference's two pipelines is computed.
+/// Which of the reference's two forms is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LtxClass {
-    /// `LTXPipeline`.
+    /// `LTXPipeline`, and `LTXImageToVideoPipeline` where a picture is given for the beginning.
     Text,
-    /// `LTXConditionPipeline` without conditions.
+    /// `LTXConditionPipeline`.
     Condition,
 }
 
@@ -49,7 +54,7 @@ impl LtxClass {
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         match name {
-            "LTXPipeline" => Some(Self::Text),
+            "LTXPipeline" | IMAGE_CLASS => Some(Self::Text),
             "LTXConditionPipeline" => Some(Self::Condition),
             _ => None,
         }
@@ -74,6 +79,10 @@ pub struct LtxPipeline {
     transformer: LtxTransformer,
     vae: LtxVae,
     latent_rgb: LatentRgb,
+    /// Whether the VAE's files hold an encoder.
+    encodes: bool,
+    folder: PathBuf,
+    options: LoadOptions,
     device: Device,
     dtype: DType,
 }
@@ -101,6 +110,9 @@ impl LtxPipeline {
         let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens())?;
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let encodes = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?
+            .builder()
+            .contains_tensor(ENCODER_TENSOR);
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
         let token_limit = text.limit();
         let work = work_config(transformer.config(), &vae, token_limit, parameters);
@@ -115,8 +127,26 @@ impl LtxPipeline {
             token_limit,
             work,
         };
-        let device = options.device.clone();
-        Ok(Self { info, class, scheduler, text, transformer, vae, latent_rgb, device, dtype: options.dtype })
+        Ok(Self {
+            info,
+            class,
+            scheduler,
+            text,
+            transformer,
+            vae,
+            latent_rgb,
+            encodes,
+            folder: folder.to_owned(),
+            options: options.clone(),
+            device: options.device.clone(),
+            dtype: options.dtype,
+        })
+    }
+
+    /// The VAE's encoder. It is read when a run needs it and given back after, since most runs have no pictures.
+    fn load_encoder(&self) -> Result<LtxVae, Error> {
+        let (config, weights) = open_vae(&self.folder, &self.options)?;
+        weights.build(|vb| LtxVae::load_encoder(&config, vb))
     }
 
     /// Computes as the other pipeline class from now on.
@@ -182,14 +212,18 @@ pub fn load_transformer(folder: &Path, options: &LoadOptions) -> Result<(LtxTran
 /// # Errors
 /// See [`crate::load`].
 pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(LtxVae, u64), Error> {
+    let (config, weights) = open_vae(folder, options)?;
+    let load = if encoder { LtxVae::load } else { LtxVae::load_decoder };
+    let vae = weights.build(|vb| load(&config, vb))?;
+    Ok((vae, weights.parameters()))
+}
+
+fn open_vae(folder: &Path, options: &LoadOptions) -> Result<(LtxVaeConfig, Weights), Error> {
     let part = folder.join("vae");
     let file = part.join("config.json");
     let config = LtxVaeConfig::from_value(&read_json(&file)?)
         .map_err(|error| config_error(&file, &error.key, &error.value, &error.reason))?;
-    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
-    let load = if encoder { LtxVae::load } else { LtxVae::load_decoder };
-    let vae = weights.build(|vb| load(&config, vb))?;
-    Ok((vae, weights.parameters()))
+    Ok((config, open_weights(&part, WEIGHTS_STEM, options, options.dtype)?))
 }
 
 /// Latent frames come in whole tokens, and the first one is a single picture.

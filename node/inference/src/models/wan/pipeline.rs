@@ -1,12 +1,13 @@
-//! Wan from request to frames: `WanPipeline`, text to video.
+//! Wan from request to frames: `WanPipeline`, text to video, and `WanImageToVideoPipeline`, which begins with a picture.
 //!
 //! The prompt is made plain and encoded, and what is filled up is zeros; with guidance the negative prompt is a second
 //! pass through the transformer. The sampler is UniPC, or Euler steps with a constant shift. A folder with two
 //! transformers and a `boundary_ratio` (Wan 2.2 A14B) uses the first for timesteps from `1000 boundary_ratio` on and the
 //! second below, for which `low_noise_guidance` in `kinoflock.json` may give a guidance of its own. `expand_timesteps`
-//! (Wan 2.2 TI2V-5B) gives every token a timestep, which without an image is the same for all: there is nothing to do.
+//! (Wan 2.2 TI2V-5B) gives every token a timestep, which without a picture is the same for all.
 
 mod parts;
+mod pictures;
 mod sampler;
 
 use std::path::Path;
@@ -28,12 +29,14 @@ use crate::pipeline::{
 use crate::registry::ModelIndex;
 use crate::text::PromptEncoder;
 use crate::text::clean::clean;
+use pictures::{Pictures, check_together};
 pub use sampler::{WanSampler, WanSchedule};
 
 /// The architecture's name.
 pub const NAME: &str = "wan";
 /// The pipeline classes that this module computes.
-pub const CLASSES: &[&str] = &["WanPipeline"];
+pub const CLASSES: &[&str] = &["WanPipeline", IMAGE_CLASS];
+const IMAGE_CLASS: &str = "WanImageToVideoPipeline";
 /// What the reference makes when it is told nothing.
 pub const DEFAULTS: Defaults =
     Defaults { width: 832, height: 480, frames: 81, fps: 16.0, steps: 50, guidance: 5.0 };
@@ -49,6 +52,7 @@ pub struct WanPipeline {
     transformer: WanTransformer,
     low_noise: Option<LowNoise>,
     vae: WanVae,
+    pictures: Pictures,
     latent_rgb: LatentRgb,
     device: Device,
 }
@@ -93,8 +97,11 @@ impl WanPipeline {
         index.expect(folder, "vae", &[vae::config::CLASS])?;
         index.expect(folder, "text_encoder", &["UMT5EncoderModel", "T5EncoderModel"])?;
         index.expect(folder, "scheduler", sampler::CLASSES)?;
+        index.expect(folder, "image_encoder", &["CLIPVisionModel", "CLIPVisionModelWithProjection"])?;
+        index.expect(folder, "image_processor", &["CLIPImageProcessor"])?;
         index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
         let sampler = WanSampler::load(folder)?;
+        let (pictures, more) = Pictures::load(folder, index, options)?;
         let (text, text_parameters) = PromptEncoder::load(folder, options, TEXT_TOKENS)?;
         let (transformer, mut parameters) = load_transformer(folder, "transformer", options)?;
         let mut low_noise = None;
@@ -104,13 +111,13 @@ impl WanPipeline {
             let guidance = LowNoiseExtras::read(folder)?;
             low_noise = Some(LowNoise { transformer, boundary, guidance });
         }
-        let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let (vae, vae_parameters) = load_vae(folder, options, pictures.encodes())?;
         check_together(folder, &transformer, low_noise.as_ref(), &vae)?;
         let work = work_config(
             transformer.config(),
             vae.config(),
             text.limit(),
-            [parameters, vae_parameters, text_parameters],
+            [parameters, vae_parameters, text_parameters + more],
         );
         let extras = Extras::read(folder, work.latent_channels)?;
         let info = PipelineInfo {
@@ -123,7 +130,7 @@ impl WanPipeline {
         };
         let latent_rgb = extras.latent_rgb.unwrap_or_default();
         let device = options.device.clone();
-        Ok(Self { info, sampler, text, transformer, low_noise, vae, latent_rgb, device })
+        Ok(Self { info, sampler, text, transformer, low_noise, vae, pictures, latent_rgb, device })
     }
 
     /// Uses another sampler from now on.
@@ -205,34 +212,6 @@ fn boundary(folder: &Path, index: &ModelIndex, train_timesteps: usize) -> Result
             None => Err(config_error(file, "boundary_ratio", value, "it must be a number")),
         },
     }
-}
-
-/// Checks what one part's configuration says about another part.
-fn check_together(
-    folder: &Path,
-    transformer: &WanTransformer,
-    low_noise: Option<&LowNoise>,
-    vae: &WanVae,
-) -> Result<(), Error> {
-    let (config, latents) = (transformer.config(), vae.config());
-    let file = folder.join("vae").join("config.json");
-    if latents.z_dim != config.in_channels {
-        let reason = format!("the transformer reads {} channels", config.in_channels);
-        return Err(config_error(file, "z_dim", latents.z_dim, reason));
-    }
-    let ratios = [
-        ("scale_factor_spatial", latents.scale_factor_spatial, latents.spatial_ratio()),
-        ("scale_factor_temporal", latents.scale_factor_temporal, latents.temporal_ratio()),
-    ];
-    if let Some((key, said, made)) = ratios.into_iter().find(|(_, said, made)| said != made) {
-        return Err(config_error(file, key, said, format!("the levels make it {made}")));
-    }
-    if let Some(low) = low_noise.filter(|low| low.transformer.config().patch_size != config.patch_size) {
-        let file = folder.join("transformer_2").join("config.json");
-        let value = format!("{:?}", low.transformer.config().patch_size);
-        return Err(config_error(file, "patch_size", value, "the first transformer has another"));
-    }
-    Ok(())
 }
 
 /// A folder's transformer of that name, and how many parameters it has.

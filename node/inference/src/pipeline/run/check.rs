@@ -2,7 +2,7 @@
 
 use super::VideoModel;
 use crate::error::Error;
-use crate::pipeline::{GenerateRequest, PipelineInfo};
+use crate::pipeline::{GenerateRequest, PipelineInfo, conditions};
 use crate::sampler::checkpoint::MAX_STEPS;
 use crate::text::PromptTokenizer;
 
@@ -13,7 +13,7 @@ pub(super) fn check<M: VideoModel>(model: &M, request: &GenerateRequest) -> Resu
         return Err(Error::ZeroSteps);
     }
     check_numbers(request)?;
-    check_image(model, request)?;
+    conditions::check(&model.facts().architecture, model.takes(), request)?;
     let negative = model.is_guided(request).then_some(&request.negative_prompt);
     for prompt in [Some(&request.prompt), negative].into_iter().flatten() {
         model.prompt_fits(prompt, request.truncate_prompt)?;
@@ -55,20 +55,6 @@ fn check_size(multiple: usize, side: &'static str, given: usize) -> Result<(), E
     }
     let nearest = ((given + multiple / 2) / multiple).max(1) * multiple;
     Err(Error::Size { side, given, multiple, nearest })
-}
-
-fn check_image<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<(), Error> {
-    let needed = [3, request.height, request.width];
-    let rule = match (&request.image, model.takes_image()) {
-        (None, true) => "needs a picture to begin with, and none was given",
-        (Some(_), false) => "takes no picture, and one was given",
-        (Some(image), true) if image.dims() != needed => {
-            let given = image.dims().to_vec();
-            return Err(Error::LatentShape { what: "image", given, needed: needed.to_vec() });
-        }
-        _ => return Ok(()),
-    };
-    Err(Error::Image { architecture: model.facts().architecture.clone(), rule })
 }
 
 fn check_numbers(request: &GenerateRequest) -> Result<(), Error> {

@@ -216,6 +216,8 @@ fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<Gen
         guidance: request.guidance,
         guidance_rescale: extra.guidance_rescale.unwrap_or(base.guidance_rescale),
         timesteps: extra.timesteps.clone().map(|list| list.into_vec()),
+        conditions: super::pictures::conditions(request, pipeline)?,
+        condition_noise_scale: extra.picture_noise_scale.unwrap_or(base.condition_noise_scale),
         initial_latents,
         decode: DecodeOptions {
             tile: extra.decode_tile.map(|pixels| pixels as usize),
@@ -249,7 +251,7 @@ fn made(generated: Generated, commitment: Commitment) -> Result<Made, Failure> {
     })
 }
 
-fn read_state(path: &str) -> Result<Vec<u8>, Failure> {
+pub(super) fn read_state(path: &str) -> Result<Vec<u8>, Failure> {
     let fault =
         |error: std::io::Error| Failure::new("input", &format!("an input cannot be read: {error}"), true);
     let len = std::fs::metadata(path).map_err(fault)?.len();

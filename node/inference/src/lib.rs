@@ -30,6 +30,6 @@ pub use crate::error::Error;
 pub use crate::frames::RgbFrames;
 pub use crate::pipeline::{
     Checkpoint, Condition, DecodeOptions, Defaults, FrameRule, GenerateRequest, Generated, LoadOptions,
-    Observer, Phase, Pipeline, PipelineInfo, Silent, StepEvent, WorkConfig, open_device,
+    Observer, Phase, Pipeline, PipelineInfo, SecondPass, Silent, StepEvent, WorkConfig, open_device,
 };
 pub use crate::registry::load;

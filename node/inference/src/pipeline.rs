@@ -245,6 +245,8 @@ pub struct GenerateRequest {
     pub condition_noise_scale: f64,
     /// Where to start instead of noise from the seed: `[1, C, F, H, W]`, or in the shape that [`Pipeline::start`] gives.
     pub initial_latents: Option<Tensor>,
+    /// How a run goes on from `initial_latents` as finished ones, for models that do; `None` takes them for noise.
+    pub second_pass: Option<SecondPass>,
     /// The steps' noise instead of noise from the seed, in the order in which they take it and in the shape of
     /// [`Pipeline::start`], or in the shape that a stage begins with; empty for noise from the seed.
     pub step_noise: Vec<Tensor>,
@@ -290,6 +292,7 @@ impl GenerateRequest {
             condition_noise: Vec::new(),
             condition_noise_scale: 0.15,
             initial_latents: None,
+            second_pass: None,
             step_noise: Vec::new(),
             decode: DecodeOptions::default(),
             decode_timestep: 0.05,
@@ -300,6 +303,27 @@ impl GenerateRequest {
             preview_every: 0,
             resume: None,
         }
+    }
+}
+
+/// How a run goes on from finished latents.
+#[derive(Debug, Clone)]
+pub struct SecondPass {
+    /// Part of the schedule that is run, above 0 to 1: how much may change.
+    pub strength: f64,
+    /// The noise that hides them instead of noise from the seed, in the shape of the clip's latents.
+    pub noise: Option<Tensor>,
+    /// How far latents that were made larger get back the mean and spread of each channel, 0 to 1.
+    pub adain: f64,
+    /// How far large values of theirs are pulled in, 0 to 1.
+    pub tone_map: f64,
+}
+
+impl SecondPass {
+    /// With a part of the schedule, and nothing else changed.
+    #[must_use]
+    pub fn new(strength: f64) -> Self {
+        Self { strength, noise: None, adain: 0.0, tone_map: 0.0 }
     }
 }
 

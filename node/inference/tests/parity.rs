@@ -38,6 +38,11 @@ fn ltx_video_with_pictures_is_within_tolerance() {
 }
 
 #[test]
+fn ltx_videos_second_pass_is_within_tolerance() {
+    assert_parity("ltx-video-second-pass", 8);
+}
+
+#[test]
 fn cogvideox_2b_is_within_tolerance() {
     assert_parity("cogvideox-2b", 100);
 }

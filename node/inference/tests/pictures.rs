@@ -61,6 +61,22 @@ fn a_run_with_pictures_goes_on_from_any_checkpoint_bit_for_bit() {
 }
 
 #[test]
+fn half_types_stay_near_f32() {
+    for name in ["ltx-video-0.9.5", "wan2.1-i2v", "wan2.2-i2v-a14b"] {
+        let first = vec![Condition::new(pictures(1, 0.3), 0)];
+        let made = |dtype: DType| {
+            let options = LoadOptions { dtype, ..LoadOptions::default() };
+            let mut pipeline = load(&golden(name), &options).unwrap();
+            let request = GenerateRequest { steps: 2, ..request(&*pipeline, first.clone()) };
+            pipeline.generate(&request, &mut Silent).unwrap().latents
+        };
+        let difference = (made(DType::F32) - made(DType::BF16)).unwrap().abs().unwrap();
+        let mean = difference.mean_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(mean < 0.1, "{name}: {mean}");
+    }
+}
+
+#[test]
 fn every_part_of_what_is_given_changes_the_run_and_its_commitment() {
     let mut pipeline = open(&golden("ltx-video-0.9.5"));
     let one = |value: f32, frame: usize, strength: f64| {

@@ -9,6 +9,7 @@ use kinoflock_inference::models::cogvideox::transformer::CogVideoXTransformer;
 use kinoflock_inference::models::cogvideox::vae::CogVideoXVae;
 use kinoflock_inference::models::ltx::config::TransformerConfig;
 use kinoflock_inference::models::ltx::transformer::LtxTransformer;
+use kinoflock_inference::models::ltx::upsampler::{LtxUpsampler, UpsamplerConfig};
 use kinoflock_inference::models::mochi;
 use kinoflock_inference::models::pyramid::config::TransformerConfig as PyramidConfig;
 use kinoflock_inference::models::pyramid::transformer::PyramidTransformer;
@@ -48,6 +49,14 @@ fn ltx_video_13b() {
     assert_eq!(shapes["transformer_blocks.0.ff.net.0.proj.weight"], [16384, 4096]);
     assert_eq!(shapes["proj_out.weight"], [128, 4096]);
     assert_eq!((shapes.len(), count_parameters(&shapes)), (1_215, 13_042_569_344));
+}
+
+#[test]
+fn ltx_videos_latent_upsampler() {
+    let config: UpsamplerConfig = config(serde_json::json!({}));
+    let shapes = tensor_shapes(|vb| LtxUpsampler::load(&config, &vb)).unwrap();
+    assert_eq!(shapes["upsampler.0.weight"], [2048, 512, 3, 3]);
+    assert_eq!((shapes.len(), count_parameters(&shapes)), (72, 126_250_624));
 }
 
 #[test]

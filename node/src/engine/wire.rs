@@ -253,6 +253,14 @@ pub struct Extra {
     pub extend: Option<BlobId>,
     /// How many.
     pub extend_frames: Option<u32>,
+    /// Grey pictures where the model needs some and none are given: for self-tests, which bring none.
+    pub grey_pictures: bool,
+    /// Part of the schedule that is run from `initial_latents` as finished ones.
+    pub denoise_strength: Option<f64>,
+    /// How far latents that were made larger get back each channel's mean and spread.
+    pub upsample_adain: Option<f64>,
+    /// How far large values of theirs are pulled in.
+    pub upsample_tone_map: Option<f64>,
     /// How much noise is put on fully given latents at each step.
     pub picture_noise_scale: Option<f64>,
 }

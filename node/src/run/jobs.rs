@@ -30,7 +30,7 @@ const END_PAUSE: Duration = Duration::from_secs(5);
 const STEPS_SHARE: u64 = 900;
 
 /// The named operations that [`extra`] knows.
-pub(super) const OPERATIONS: [&str; 8] = [
+pub(super) const OPERATIONS: [&str; 11] = [
     "timesteps",
     "decode_timestep",
     "decode_noise_scale",
@@ -39,6 +39,9 @@ pub(super) const OPERATIONS: [&str; 8] = [
     "truncate_prompt",
     "extend_frames",
     "picture_noise_scale",
+    "denoise_strength",
+    "upsample_adain",
+    "upsample_tone_map",
 ];
 
 impl Daemon {
@@ -361,6 +364,13 @@ pub(super) fn extra(spec: &JobSpec) -> Result<Extra, String> {
             ("decode_tile", value) => extra.decode_tile = Some(whole(value).ok_or("decode_tile")?),
             ("decode_chunk", value) => extra.decode_chunk = Some(whole(value).ok_or("decode_chunk")?),
             ("extend_frames", value) => extra.extend_frames = Some(whole(value).ok_or("extend_frames")?),
+            ("denoise_strength", value) => {
+                extra.denoise_strength = Some(number(value).ok_or("denoise_strength")?)
+            }
+            ("upsample_adain", value) => extra.upsample_adain = Some(number(value).ok_or("upsample_adain")?),
+            ("upsample_tone_map", value) => {
+                extra.upsample_tone_map = Some(number(value).ok_or("upsample_tone_map")?)
+            }
             ("picture_noise_scale", value) => {
                 extra.picture_noise_scale = Some(number(value).ok_or("picture_noise_scale")?)
             }

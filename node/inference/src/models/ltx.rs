@@ -5,6 +5,7 @@ pub mod config;
 pub mod pipeline;
 pub mod rope;
 pub mod transformer;
+pub mod upsampler;
 pub mod vae;
 
 pub use pipeline::{LtxClass, LtxPipeline};

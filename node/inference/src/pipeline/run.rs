@@ -90,6 +90,11 @@ pub trait VideoModel: Send {
         Takes::NOTHING
     }
 
+    /// Whether a run may go on from finished latents.
+    fn makes_second_pass(&self) -> bool {
+        false
+    }
+
     /// The schedule and the sizes of a request that has passed every other check.
     ///
     /// # Errors

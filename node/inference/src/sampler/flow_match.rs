@@ -182,6 +182,14 @@ impl Schedule {
         Ok(Self { sigmas, timesteps, train_timesteps: train })
     }
 
+    /// The same without its first steps.
+    #[must_use]
+    pub fn without_first(mut self, steps: usize) -> Self {
+        self.sigmas.drain(..steps);
+        self.timesteps.drain(..steps);
+        self
+    }
+
     /// Steps of the run.
     #[must_use]
     pub fn steps(&self) -> usize {

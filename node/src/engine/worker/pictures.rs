@@ -23,6 +23,9 @@ const MAX_DECODED: u64 = 512 << 20;
 /// What a run's frames are to show, in the order in which models expect it: the beginning first, the end last.
 pub(super) fn conditions(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<Vec<Condition>, Failure> {
     let extra = &request.extra;
+    if extra.grey_pictures && extra.inputs.is_none() {
+        return grey(pipeline.pictures(), request.frames, (request.width, request.height));
+    }
     let Some(folder) = &extra.inputs else { return Ok(Vec::new()) };
     let read = |blob: &BlobId| super::local::read_state(&input_path(folder, blob));
     let size = (request.width, request.height);
@@ -39,6 +42,20 @@ pub(super) fn conditions(request: &RunRequest, pipeline: &dyn Pipeline) -> Resul
     }
     conditions.sort_by_key(|condition| condition.frame);
     Ok(conditions)
+}
+
+/// Grey pictures where a model cannot do without.
+fn grey(takes: Takes, frames: u32, size: (u32, u32)) -> Result<Vec<Condition>, Failure> {
+    let places = match takes {
+        Takes::First { needed: true } | Takes::Ends { needed: true } => vec![0],
+        Takes::Both => vec![0, frames.saturating_sub(1) as usize],
+        _ => Vec::new(),
+    };
+    let picture = |frame: usize| {
+        let grey = RgbImage::from_pixel(size.0, size.1, image::Rgb([128; 3]));
+        Ok(Condition::new(tensor(vec![grey], size)?, frame))
+    };
+    places.into_iter().map(picture).collect()
 }
 
 /// How many frames of a clip a new one begins with where it goes on: whole latent frames, where the model takes so many.
@@ -140,6 +157,20 @@ mod tests {
         assert_eq!(decode(&cut).unwrap_err().code.as_str(), "picture");
         let wide = png(MAX_SIDE + 1, 1, |_, _| [0; 3]);
         assert!(decode(&wide).is_err(), "a picture wider than {MAX_SIDE} pixels is read");
+    }
+
+    #[test]
+    fn a_self_test_shows_grey_pictures_to_models_that_need_some() {
+        let places = |takes| -> Vec<usize> {
+            grey(takes, 9, (32, 16)).unwrap().iter().map(|condition| condition.frame).collect()
+        };
+        assert_eq!(places(Takes::Both), [0, 8]);
+        assert_eq!(places(Takes::First { needed: true }), [0]);
+        assert_eq!(places(Takes::Ends { needed: true }), [0]);
+        for takes in [Takes::NOTHING, Takes::Any, Takes::First { needed: false }] {
+            assert!(places(takes).is_empty());
+        }
+        assert_eq!(grey(Takes::Both, 9, (32, 16)).unwrap()[0].pictures.dims(), [1, 3, 16, 32]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod conditions;
 mod parts;
+mod second;
 
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::config::TransformerConfig;
 use super::transformer::LtxTransformer;
+use super::upsampler::UpsamplerConfig;
 use super::vae::{LtxVae, LtxVaeConfig};
 use crate::error::Error;
 use crate::folder::{Extras, load_flow_match, open_weights};
@@ -79,6 +81,8 @@ pub struct LtxPipeline {
     transformer: LtxTransformer,
     vae: LtxVae,
     latent_rgb: LatentRgb,
+    /// Of the folder's upsampler, where it has one.
+    upsampler: Option<UpsamplerConfig>,
     /// Whether the VAE's files hold an encoder.
     encodes: bool,
     folder: PathBuf,
@@ -135,6 +139,7 @@ impl LtxPipeline {
             transformer,
             vae,
             latent_rgb,
+            upsampler: UpsamplerConfig::find(folder)?,
             encodes,
             folder: folder.to_owned(),
             options: options.clone(),

@@ -40,6 +40,15 @@ pub(super) fn digest(request: &GenerateRequest, course: &Course<'_>) -> Result<[
     for noise in &request.condition_noise {
         hasher.update(b"condition noise").update(&latents_bytes(noise)?);
     }
+    if let Some(second) = &request.second_pass {
+        hasher.update(b"second pass");
+        for number in [second.strength, second.adain, second.tone_map] {
+            hasher.update(&number.to_bits().to_le_bytes());
+        }
+        if let Some(noise) = &second.noise {
+            hasher.update(&latents_bytes(noise)?);
+        }
+    }
     for noise in &request.step_noise {
         hasher.update(b"step noise").update(&latents_bytes(noise)?);
     }

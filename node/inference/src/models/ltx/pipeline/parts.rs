@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::conditions::{Given, Layout};
+use super::second;
 use super::{LtxClass, LtxPipeline, pack, unpack};
 use crate::error::Error;
 use crate::frames::RgbFrames;
@@ -28,6 +29,8 @@ pub struct Plan {
     pub(super) class: LtxClass,
     /// Where the request's pictures go.
     pub(super) layout: Layout,
+    /// Whether the run goes on from finished latents.
+    second: bool,
 }
 
 impl Plan {
@@ -77,10 +80,17 @@ impl VideoModel for LtxPipeline {
         Takes::Any
     }
 
+    fn makes_second_pass(&self) -> bool {
+        true
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
         let volume = Volume::new(&self.info.work, request);
         let layout = Layout::new(request, volume.cells[0], self.info.work.temporal_ratio);
-        let plan = Plan { schedule: schedule(self, request)?, volume, class: class(self, request), layout };
+        second::check(self, request, &volume)?;
+        let schedule = schedule(self, request)?;
+        let second = request.second_pass.is_some();
+        let plan = Plan { schedule, volume, class: class(self, request), layout, second };
         check_noise(request, &plan)?;
         Ok(plan)
     }
@@ -99,6 +109,12 @@ impl VideoModel for LtxPipeline {
 
     fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
         let volume = &plan.volume;
+        // What a second pass goes on from is hidden once the context is there; a run begins with the noise alone.
+        let noise = request
+            .second_pass
+            .as_ref()
+            .map(|second| GenerateRequest { initial_latents: second.noise.clone(), ..request.clone() });
+        let request = noise.as_ref().unwrap_or(request);
         let whole = request.initial_latents.as_ref().filter(|given| given.dims() == plan.shape());
         if let Some(given) = whole {
             return Ok(given.to_dtype(DType::F32)?.contiguous()?);
@@ -122,6 +138,9 @@ impl VideoModel for LtxPipeline {
         context: &Context,
         state: &mut State,
     ) -> Result<(), Error> {
+        if let Some(clean) = &context.clean {
+            state.latents = self.enter_second(plan, clean, &state.latents)?;
+        }
         if let Some(given) = &context.given {
             state.latents = given.lay(&state.latents, &plan.layout, &plan.volume)?;
         }
@@ -164,7 +183,7 @@ impl VideoModel for LtxPipeline {
     }
 
     fn change(&self, plan: &Plan, index: usize) -> Option<f32> {
-        if !plan.layout.is_empty() {
+        if !plan.layout.is_empty() || plan.second {
             return None;
         }
         Some(match plan.class {
@@ -196,6 +215,7 @@ impl VideoModel for LtxPipeline {
 /// picture, takes one for the beginning; everything else is given as `LTXConditionPipeline` takes it.
 fn class(model: &LtxPipeline, request: &GenerateRequest) -> LtxClass {
     match request.conditions.as_slice() {
+        _ if request.second_pass.is_some() => LtxClass::Condition,
         [] => model.class,
         [only] if only.frame == 0 && only.count() == 1 && only.strength >= 1.0 => model.class,
         _ => LtxClass::Condition,
@@ -223,6 +243,10 @@ fn check_noise(request: &GenerateRequest, plan: &Plan) -> Result<(), Error> {
 
 /// The points of a request's run.
 pub(super) fn schedule(model: &LtxPipeline, request: &GenerateRequest) -> Result<Schedule, Error> {
+    second::part(whole_schedule(model, request)?, request)
+}
+
+fn whole_schedule(model: &LtxPipeline, request: &GenerateRequest) -> Result<Schedule, Error> {
     let given = request.timesteps.as_ref().map(|t| t.iter().map(|&t| t as f32).collect::<Vec<f32>>());
     let config = &model.scheduler;
     match class(model, request) {
@@ -261,6 +285,8 @@ pub struct Context {
     guided: bool,
     /// Where there are pictures.
     given: Option<Given>,
+    /// What a second pass goes on from.
+    clean: Option<Tensor>,
 }
 
 impl Context {
@@ -279,7 +305,8 @@ impl Context {
             true => None,
             false => Some(Given::new(model, request, &plan.layout, &plan.volume)?),
         };
-        Ok(Self { text, rope: rope(model, request, plan)?, guided, given })
+        let clean = second::clean(model, request, &plan.volume)?;
+        Ok(Self { text, rope: rope(model, request, plan)?, guided, given, clean })
     }
 }
 

@@ -253,7 +253,9 @@ impl Ask {
             latents: self.latents,
             previews: self.previews,
             // Steps that pictures reach into cannot be looked at alone.
-            step_root: self.audit_share > 0 && self.pictures.files().next().is_none(),
+            step_root: self.audit_share > 0
+                && manifest.work.counts_by_steps()
+                && self.pictures.files().next().is_none(),
             checkpoint_every: self.checkpoint_every.unwrap_or_else(|| checkpoint_every(steps)),
         };
         spec.addressed_to = Audience::Anyone;

@@ -9,6 +9,7 @@
 
 pub mod audit;
 pub mod error;
+pub mod facts;
 pub mod folder;
 pub mod frames;
 pub mod models;
@@ -27,6 +28,7 @@ pub use candle_core::{DType, Device, Tensor};
 
 pub use crate::audit::{Commitment, Transition};
 pub use crate::error::Error;
+pub use crate::facts::Facts;
 pub use crate::frames::RgbFrames;
 pub use crate::pipeline::{
     Checkpoint, Condition, DecodeOptions, Defaults, FrameRule, GenerateRequest, Generated, LoadOptions,

@@ -203,6 +203,13 @@ pub struct WorkConfig {
     pub text_parameters: u64,
 }
 
+impl WorkConfig {
+    /// With the numbers of parameters of transformer, VAE and text encoder.
+    pub(crate) fn with_parameters(self, [transformer, vae, text]: [u64; 3]) -> Self {
+        Self { transformer_parameters: transformer, vae_parameters: vae, text_parameters: text, ..self }
+    }
+}
+
 /// What to make.
 #[derive(Debug, Clone)]
 pub struct GenerateRequest {

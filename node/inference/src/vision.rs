@@ -242,6 +242,24 @@ impl ClipVisionEncoder {
     }
 }
 
+/// The folder of the encoder, within a model's.
+pub const PART: &str = "image_encoder";
+/// The folder of what is done to a picture first.
+pub const PROCESSOR_PART: &str = "image_processor";
+
+/// The configurations of a folder's `image_encoder` and `image_processor`, checked.
+///
+/// # Errors
+/// When they cannot be read, or hold something that is not computed here.
+pub fn read_vision(folder: &Path) -> std::result::Result<(ClipVisionConfig, Preprocessor), Error> {
+    let file = folder.join(PART).join("config.json");
+    let config: ClipVisionConfig = read_json(&file)?;
+    config.check(&file)?;
+    let file = folder.join(PROCESSOR_PART).join("preprocessor_config.json");
+    let preprocessor = Preprocessor::read(&file, config.image_size)?;
+    Ok((config, preprocessor))
+}
+
 /// A folder's `image_encoder` and `image_processor`, and how many parameters the encoder's files hold. They are small, and
 /// f32 in whatever numbers the rest is, as the reference recommends.
 ///
@@ -251,13 +269,8 @@ pub fn load_vision(
     folder: &Path,
     options: &LoadOptions,
 ) -> std::result::Result<(ClipVisionEncoder, Preprocessor, u64), Error> {
-    let part = folder.join("image_encoder");
-    let file = part.join("config.json");
-    let config: ClipVisionConfig = read_json(&file)?;
-    config.check(&file)?;
-    let file = folder.join("image_processor").join("preprocessor_config.json");
-    let preprocessor = Preprocessor::read(&file, config.image_size)?;
-    let weights = open_weights(&part, TEXT_STEM, options, DType::F32)?;
+    let (config, preprocessor) = read_vision(folder)?;
+    let weights = open_weights(&folder.join(PART), TEXT_STEM, options, DType::F32)?;
     let encoder = weights.build(|vb| ClipVisionEncoder::load(&config, &vb))?;
     Ok((encoder, preprocessor, weights.parameters()))
 }

@@ -160,7 +160,10 @@ impl Daemon {
                 if let Some(device) = self.devices.get_mut(&device) {
                     device.dtype = report.dtype.to_string();
                 }
-                self.phase_took("load", report.seconds);
+                // A model that was there already is no load.
+                if report.seconds > 0.0 {
+                    self.phase_took("load", report.seconds);
+                }
             }
             EngineEvent::Phase { job: Some(job), phase } => match phase {
                 Phase::Load => self.boards.tell(&job, JobEvent::Loading),
@@ -189,7 +192,7 @@ impl Daemon {
         let done = u64::from(report.done) * STEPS_SHARE / u64::from(report.total.max(1));
         self.scheduler.handle_progress(device, &report.job, done.min(STEPS_SHARE) as u16, now);
         if let Some(live) = self.live.get_mut(&report.job) {
-            live.steps_done = report.done;
+            (live.steps_done, live.steps_total) = (report.done, Some(report.total));
         }
         if let Some(device) = self.devices.get(&device) {
             let labels = DeviceLabels { device: device.name.clone() };

@@ -212,15 +212,17 @@ impl Daemon {
                 "a clip that goes on from another begins with its frames",
             ));
         }
-        check_resume(order.order(), spec)?;
+        let model = self.models.get(&spec.model).ok_or_else(|| unserved(&spec.model))?;
+        check_resume(order.order(), spec, &model.manifest.work)?;
+        if spec.returns.step_root && !model.manifest.work.counts_by_steps() {
+            return Err(unsupported("step_root", "this model works in stages, which cannot be audited yet"));
+        }
         check_inputs_len(spec.inputs().iter().map(|blob| blob.len).sum())?;
         let extra = jobs::extra(spec).map_err(|name| {
             unsupported(&name, &format!("known for --set are {}", jobs::OPERATIONS.join(", ")))
         })?;
         let wanted = self.wanted(&spec.model, spec.shape())?;
-        if !extra.truncate_prompt
-            && let Some(model) = self.models.get(&spec.model)
-        {
+        if !extra.truncate_prompt {
             self.prompts.check(model, spec)?;
         }
         let origin = self.origin(job.requester(), addr);
@@ -321,6 +323,7 @@ impl Daemon {
             submitter: Some(ordered.submitter),
             mirrored: ordered.mirrored,
             steps_done: 0,
+            steps_total: None,
             checkpoints: Kept::of(ordered.order.order()),
         };
         self.live.insert(id, live);

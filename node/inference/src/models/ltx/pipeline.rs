@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 
 use super::config::TransformerConfig;
+use super::facts::{class, facts};
 use super::transformer::LtxTransformer;
 use super::upsampler::UpsamplerConfig;
 use super::vae::{LtxVae, LtxVaeConfig};
@@ -23,8 +24,7 @@ use crate::pipeline::latents::LatentRgb;
 pub use crate::pipeline::latents::{pack, unpack};
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{
-    Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
-    read_json,
+    Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json,
 };
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
@@ -97,19 +97,8 @@ impl LtxPipeline {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
-        let class = LtxClass::from_name(&index.class).ok_or_else(|| {
-            config_error(
-                folder.join("model_index.json"),
-                "_class_name",
-                &index.class,
-                "no pipeline of LTX-Video",
-            )
-        })?;
-        index.expect(folder, "transformer", &["LTXVideoTransformer3DModel"])?;
-        index.expect(folder, "vae", &["AutoencoderKLLTXVideo"])?;
-        index.expect(folder, "text_encoder", &["T5EncoderModel"])?;
-        index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
-        index.expect(folder, "scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
+        let mut info = facts(folder, index)?.info;
+        let class = class(folder, index)?;
         let scheduler = load_flow_match(folder)?;
         let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens())?;
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
@@ -118,19 +107,8 @@ impl LtxPipeline {
             .builder()
             .contains_tensor(ENCODER_TENSOR);
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
-        let token_limit = text.limit();
-        let work = work_config(transformer.config(), &vae, token_limit, parameters);
-        let extras = Extras::read(folder, work.latent_channels)?;
-        let latent_rgb = extras.latent_rgb.unwrap_or_default();
-        let defaults = extras.defaults.unwrap_or(DEFAULTS);
-        let info = PipelineInfo {
-            architecture: NAME.to_owned(),
-            size_multiple: work.spatial_ratio * work.patch[2],
-            frame_rule: frame_rule(&work),
-            defaults,
-            token_limit,
-            work,
-        };
+        info.work = info.work.with_parameters(parameters);
+        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
             info,
             class,
@@ -224,38 +202,13 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
 }
 
 fn open_vae(folder: &Path, options: &LoadOptions) -> Result<(LtxVaeConfig, Weights), Error> {
-    let part = folder.join("vae");
-    let file = part.join("config.json");
-    let config = LtxVaeConfig::from_value(&read_json(&file)?)
-        .map_err(|error| config_error(&file, &error.key, &error.value, &error.reason))?;
-    Ok((config, open_weights(&part, WEIGHTS_STEM, options, options.dtype)?))
+    let weights = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?;
+    Ok((read_vae_config(folder)?, weights))
 }
 
-/// Latent frames come in whole tokens, and the first one is a single picture.
-fn frame_rule(work: &WorkConfig) -> FrameRule {
-    let patch = work.patch[0];
-    FrameRule { multiple: work.temporal_ratio * patch, offset: work.temporal_ratio * (patch - 1) + 1 }
-}
-
-fn work_config(
-    config: &TransformerConfig,
-    vae: &LtxVae,
-    context_tokens: usize,
-    parameters: [u64; 3],
-) -> WorkConfig {
-    const FEED_FACTOR: usize = 4;
-    WorkConfig {
-        layers: config.num_layers,
-        hidden: config.inner(),
-        feed_forward: FEED_FACTOR * config.inner(),
-        context_tokens,
-        context_width: config.caption_channels,
-        spatial_ratio: vae.config().spatial_ratio(),
-        temporal_ratio: vae.config().temporal_ratio(),
-        patch: [config.patch_size_t, config.patch_size, config.patch_size],
-        latent_channels: vae.config().latent_channels,
-        transformer_parameters: parameters[0],
-        vae_parameters: parameters[1],
-        text_parameters: parameters[2],
-    }
+/// A folder's VAE configuration, checked.
+pub(super) fn read_vae_config(folder: &Path) -> Result<LtxVaeConfig, Error> {
+    let file = folder.join("vae").join("config.json");
+    LtxVaeConfig::from_value(&read_json(&file)?)
+        .map_err(|error| config_error(&file, &error.key, &error.value, &error.reason))
 }

@@ -4,14 +4,12 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 
-use super::{LowNoise, WanPipeline};
+use super::WanPipeline;
 use crate::error::Error;
 use crate::models::wan::config::TransformerConfig;
-use crate::models::wan::transformer::WanTransformer;
-use crate::models::wan::vae::{WanVae, WanVaeConfig};
+use crate::models::wan::facts::Form;
 use crate::pipeline::conditions::Takes;
-use crate::pipeline::{GenerateRequest, LoadOptions, config_error};
-use crate::registry::ModelIndex;
+use crate::pipeline::{GenerateRequest, LoadOptions};
 use crate::vision::{ClipVisionEncoder, Preprocessor, load_vision};
 
 /// How a model takes pictures.
@@ -32,47 +30,20 @@ pub(super) struct Clip {
 }
 
 impl Pictures {
-    /// What a folder's configurations say, with the encoder's parameters.
+    /// What a form needs, and how many parameters the image encoder's files hold.
     ///
     /// # Errors
-    /// Configurations that contradict each other, and what reading the encoder reports.
-    pub(super) fn load(
-        folder: &Path,
-        index: &ModelIndex,
-        options: &LoadOptions,
-    ) -> Result<(Self, u64), Error> {
-        let file = folder.join("transformer").join("config.json");
-        let config = TransformerConfig::read(&file)?;
-        let vae = WanVaeConfig::read(&folder.join("vae").join("config.json"))?;
-        let latents = vae.z_dim;
-        let (given, further) = (config.in_channels, 2 * latents + vae.temporal_ratio());
-        let is_image = index.class == super::IMAGE_CLASS;
-        if index.flag(folder, "expand_timesteps")?.unwrap_or(false) && given == latents {
-            return Ok((Self::First, 0));
-        }
-        let needed = if is_image { further } else { latents };
-        if given != needed {
-            let reason = format!("{} reads {needed} with this VAE", index.class);
-            return Err(config_error(file, "in_channels", given, reason));
-        }
-        let Some(dim) = config.image_dim else {
-            return Ok((if is_image { Self::Channels(None) } else { Self::None }, 0));
-        };
-        if !is_image {
-            let reason = format!("{} reads no pictures", index.class);
-            return Err(config_error(file, "image_dim", dim, reason));
-        }
-        let (encoder, preprocessor, parameters) = load_vision(folder, options)?;
-        let seen = encoder.config();
-        if seen.hidden_size != dim {
-            let reason = format!("the image encoder's states have {}", seen.hidden_size);
-            return Err(config_error(file, "image_dim", dim, reason));
-        }
-        if let Some(tokens) = config.pos_embed_seq_len.filter(|&tokens| tokens != 2 * seen.tokens()) {
-            let reason = format!("two pictures have {} tokens", 2 * seen.tokens());
-            return Err(config_error(file, "pos_embed_seq_len", tokens, reason));
-        }
-        Ok((Self::Channels(Some(Box::new(Clip { encoder, preprocessor }))), parameters))
+    /// What reading the image encoder reports.
+    pub(super) fn load(folder: &Path, form: Form, options: &LoadOptions) -> Result<(Self, u64), Error> {
+        Ok(match form {
+            Form::Text => (Self::None, 0),
+            Form::First => (Self::First, 0),
+            Form::Channels => (Self::Channels(None), 0),
+            Form::Clip => {
+                let (encoder, preprocessor, parameters) = load_vision(folder, options)?;
+                (Self::Channels(Some(Box::new(Clip { encoder, preprocessor }))), parameters)
+            }
+        })
     }
 
     /// Whether the VAE's encoder is needed.
@@ -146,41 +117,5 @@ pub(super) fn with_first(latents: &Tensor, first: &Tensor) -> candle_core::Resul
     match latents.dim(2)? {
         1 => Ok(first.clone()),
         frames => Tensor::cat(&[first, &latents.narrow(2, 1, frames - 1)?], 2),
-    }
-}
-
-/// Checks what one part's configuration says about another part.
-pub(super) fn check_together(
-    folder: &Path,
-    transformer: &WanTransformer,
-    low_noise: Option<&LowNoise>,
-    vae: &WanVae,
-) -> Result<(), Error> {
-    let (config, latents) = (transformer.config(), vae.config());
-    let file = folder.join("vae").join("config.json");
-    if latents.z_dim != config.outputs() {
-        let reason = format!("the transformer predicts {} channels", config.outputs());
-        return Err(config_error(file, "z_dim", latents.z_dim, reason));
-    }
-    let ratios = [
-        ("scale_factor_spatial", latents.scale_factor_spatial, latents.spatial_ratio()),
-        ("scale_factor_temporal", latents.scale_factor_temporal, latents.temporal_ratio()),
-    ];
-    if let Some((key, said, made)) = ratios.into_iter().find(|(_, said, made)| said != made) {
-        return Err(config_error(file, key, said, format!("the levels make it {made}")));
-    }
-    let Some(second) = low_noise.map(|low| low.transformer.config()) else { return Ok(()) };
-    let file = folder.join("transformer_2").join("config.json");
-    let text = |config: &TransformerConfig| {
-        [
-            ("patch_size", format!("{:?}", config.patch_size)),
-            ("in_channels", config.in_channels.to_string()),
-            ("out_channels", config.outputs().to_string()),
-            ("image_dim", format!("{:?}", config.image_dim)),
-        ]
-    };
-    match text(second).into_iter().zip(text(config)).find(|(second, first)| second != first) {
-        Some(((key, value), _)) => Err(config_error(file, key, value, "the first transformer has another")),
-        None => Ok(()),
     }
 }

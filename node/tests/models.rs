@@ -41,7 +41,7 @@ fn walk(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// The tiny folders of all families.
-const FOLDERS: [&str; 13] = [
+const FOLDERS: [&str; 16] = [
     "cogvideox-1.5",
     "cogvideox-1.5-i2v",
     "cogvideox-2b",
@@ -52,7 +52,10 @@ const FOLDERS: [&str; 13] = [
     "mochi-1",
     "pyramid-flow-miniflux",
     "wan2.1",
+    "wan2.1-flf2v",
+    "wan2.1-i2v",
     "wan2.2-a14b",
+    "wan2.2-i2v-a14b",
     "wan2.2-ti2v-5b",
     "../../models/motif",
 ];

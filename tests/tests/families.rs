@@ -141,6 +141,44 @@ fn every_family_of_models_goes_from_its_folder_to_a_verified_clip() {
     assert_eq!((&print["steps"], &print["frames"]), (&2.into(), &9.into()));
 }
 
+/// Models that make nothing without a picture.
+const FROM_PICTURES: [Family; 2] = [
+    family("wan-ends", "wan", "wan2.1-flf2v", (64, 48, 5), ("6", "are 5 and 9")),
+    family("cogvideox-i2v", "cogvideox", "cogvideox-1.5-i2v", (48, 32, 9), ("12", "are 9 and 17")),
+];
+
+#[test]
+fn models_that_need_pictures_pass_their_self_test_and_make_clips_from_them() {
+    const SIDE: usize = 16;
+    let mut sandbox = Sandbox::new();
+    sandbox.add_prepared(&Worker::Real, "", |node| {
+        for one in &FROM_PICTURES {
+            import(node, one.name, &folder(one.folder));
+        }
+    });
+    let (node, client) = (&sandbox.nodes[0], sandbox.client("artist"));
+    client.must(["join", &node.ticket()]);
+    let red: Vec<u8> = [200, 30, 30].repeat(SIDE * SIDE);
+    let red = kinoflock_node::engine::frames::png(&red, SIDE, SIDE).unwrap();
+    fs::write(client.path("red.png"), red).unwrap();
+    for (family, flags, said_without) in [
+        (&FROM_PICTURES[0], &["--image", "red.png", "--end-image", "red.png"][..], "one to end with"),
+        (&FROM_PICTURES[1], &["--image", "red.png"], "needs a picture to begin with"),
+    ] {
+        let (name, frames) = (family.name, family.frames.to_string());
+        let file = format!("{name}.mp4");
+        let output = generate(&client, family, &frames, &[flags, &["-o", &file]].concat());
+        assert!(output.status.success(), "{name}: {}", said(&output));
+        let receipt = invariants::delivered(&client.path(&file), node).receipt;
+        assert!(
+            receipt.receipt().step_root.is_none(),
+            "{name}: steps that pictures reach into are committed to"
+        );
+        let refused = generate(&client, family, &frames, &[]);
+        assert!(!refused.status.success() && said(&refused).contains(said_without), "{}", said(&refused));
+    }
+}
+
 /// How often weights were read.
 fn loads(node: &Node) -> u64 {
     let metrics = node.metrics();

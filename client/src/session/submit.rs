@@ -33,8 +33,8 @@ impl Client {
         found: &[Found],
         events: &Events,
     ) -> Result<JobRecord, SessionError> {
-        if let Some(latents) = &ask.initial_latents {
-            self.store.insert_blob(latents)?;
+        for input in ask.initial_latents.iter().chain(ask.pictures.files()) {
+            self.store.insert_blob(input)?;
         }
         self.inputs.serve(placing.spec.inputs().iter().map(|blob| blob.id));
         self.place(placing, found, events).await

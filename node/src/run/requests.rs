@@ -206,14 +206,11 @@ impl Daemon {
             return Err(unsupported("train", "this release makes clips only"));
         }
         check_adapters(spec.adapters.len())?;
-        let inputs = [
-            ("start_image", spec.start_image.is_some()),
-            ("end_image", spec.end_image.is_some()),
-            ("keyframes", !spec.keyframes.is_empty()),
-            ("extend", spec.extend.is_some()),
-        ];
-        if let Some((name, _)) = inputs.iter().find(|(_, wanted)| *wanted) {
-            return Err(unsupported(name, "this release makes clips from a prompt, and from latents"));
+        if spec.extend.is_some() && spec.start_image.is_some() {
+            return Err(unsupported(
+                "start_image",
+                "a clip that goes on from another begins with its frames",
+            ));
         }
         let model = self.models.get(&spec.model).ok_or_else(|| unserved(&spec.model))?;
         check_states(order.order(), spec, &model.manifest.work)?;

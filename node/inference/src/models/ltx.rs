@@ -6,6 +6,7 @@ pub mod facts;
 pub mod pipeline;
 pub mod rope;
 pub mod transformer;
+pub mod upsampler;
 pub mod vae;
 
 pub use pipeline::{LtxClass, LtxPipeline};

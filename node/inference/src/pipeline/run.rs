@@ -19,6 +19,7 @@ pub use check::check_prompt;
 use digest::digest;
 pub use parts::{initial, watched};
 
+use super::conditions::Takes;
 use super::{
     Checkpoint, Commitment, GenerateRequest, Generated, Observer, Phase, Pipeline, PipelineInfo, StepEvent,
     Transition,
@@ -86,8 +87,13 @@ pub trait VideoModel: Send {
         request.guidance > 1.0
     }
 
-    /// Whether a clip begins with a given picture.
-    fn takes_image(&self) -> bool {
+    /// Which pictures are taken beside the prompt.
+    fn takes(&self) -> Takes {
+        Takes::NOTHING
+    }
+
+    /// Whether a run may go on from finished latents.
+    fn makes_second_pass(&self) -> bool {
         false
     }
 
@@ -109,11 +115,25 @@ pub trait VideoModel: Send {
     /// [`Error::LatentShape`] for given latents of another shape.
     fn begin(&self, request: &GenerateRequest, plan: &Self::Plan) -> Result<Tensor, Error>;
 
-    /// Encodes the text and computes what stays the same over all steps.
+    /// Encodes text and pictures and computes what stays the same over all steps.
     ///
     /// # Errors
     /// What the device reports.
     fn context(&self, request: &GenerateRequest, plan: &Self::Plan) -> Result<Self::Context, Error>;
+
+    /// Puts what the context holds of given pictures into the latents that a run begins with.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn enter(
+        &self,
+        _request: &GenerateRequest,
+        _plan: &Self::Plan,
+        _context: &Self::Context,
+        _state: &mut State,
+    ) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// The network's output at step `index` with guidance applied, f32, in the latents' shape.
     ///
@@ -136,6 +156,7 @@ pub trait VideoModel: Send {
         &self,
         request: &GenerateRequest,
         plan: &Self::Plan,
+        context: &Self::Context,
         index: usize,
         state: &mut State,
         output: &Tensor,
@@ -175,6 +196,10 @@ impl<M: VideoModel> Pipeline for M {
 
     fn count_tokens(&self, prompt: &str) -> Result<usize, Error> {
         self.prompt_tokens(prompt)
+    }
+
+    fn pictures(&self) -> Takes {
+        self.takes()
     }
 
     fn check(&self, request: &GenerateRequest) -> Result<(), Error> {
@@ -298,8 +323,11 @@ impl<'a, M: VideoModel> Run<'a, M> {
     /// Goes one step and gives the clean latents that the model predicted before it.
     fn step(&mut self, context: &M::Context) -> Result<Tensor, Error> {
         let (model, request, plan) = (self.model, self.request, self.plan);
+        if self.done == 0 {
+            model.enter(request, plan, context, &mut self.state)?;
+        }
         let output = model.output(request, plan, context, self.done, &self.state)?;
-        let predicted = model.advance(request, plan, self.done, &mut self.state, &output)?;
+        let predicted = model.advance(request, plan, context, self.done, &mut self.state, &output)?;
         self.done += 1;
         Ok(predicted)
     }

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use super::config::TransformerConfig;
 use super::pipeline::{DEFAULTS, LtxClass, NAME, read_vae_config};
+use super::upsampler::{self, UpsamplerConfig};
 use super::vae::LtxVaeConfig;
 use crate::error::Error;
 use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, load_flow_match, read_t5};
+use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, read_t5};
 use crate::pipeline::{FrameRule, PipelineInfo, WorkConfig, config_error};
 use crate::registry::ModelIndex;
 use crate::text::token_limit;
@@ -50,7 +51,11 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
         vae_patch: vae.patch_size,
         staged: false,
     };
-    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual() })
+    let mut parts = Part::usual();
+    if UpsamplerConfig::find(folder)?.is_some() {
+        parts.push(Part::with(upsampler::PART, WEIGHTS_STEM));
+    }
+    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts })
 }
 
 /// Which of the reference's pipelines a folder names.

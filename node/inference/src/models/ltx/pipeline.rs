@@ -1,18 +1,21 @@
-//! LTX-Video from request to frames: `LTXPipeline`, and `LTXConditionPipeline` as pure text-to-video.
+//! LTX-Video from request to frames: `LTXPipeline` with `LTXImageToVideoPipeline`, and `LTXConditionPipeline`.
 //!
-//! The two differ in their schedule (shifted by the number of tokens; linear-quadratic and unshifted), in positions
+//! The two forms differ in their schedule (shifted by the number of tokens; linear-quadratic and unshifted), in positions
 //! (cells; pixels and seconds with the first frame counted once), in the step's rule (by index; by timestep), and in
 //! the text encoder's attention (to the filling too; to the prompt alone).
 
+mod conditions;
 mod parts;
+mod second;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
 use super::config::TransformerConfig;
 use super::facts::{class, facts};
 use super::transformer::LtxTransformer;
+use super::upsampler::UpsamplerConfig;
 use super::vae::{LtxVae, LtxVaeConfig};
 use crate::error::Error;
 use crate::folder::{Extras, load_flow_match, open_weights};
@@ -26,21 +29,25 @@ use crate::pipeline::{
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
 use crate::text::PromptEncoder;
+use crate::weights::Weights;
 
 /// The architecture's name.
 pub const NAME: &str = "ltx-video";
 /// The pipeline classes that this module computes.
-pub const CLASSES: &[&str] = &["LTXPipeline", "LTXConditionPipeline"];
+pub const CLASSES: &[&str] = &["LTXPipeline", IMAGE_CLASS, "LTXConditionPipeline"];
+const IMAGE_CLASS: &str = "LTXImageToVideoPipeline";
+/// A tensor that a VAE's weights hold where its encoder is among them.
+const ENCODER_TENSOR: &str = "encoder.conv_in.conv.weight";
 /// What the reference makes when it is told nothing.
 pub const DEFAULTS: Defaults =
     Defaults { width: 704, height: 512, frames: 161, fps: 25.0, steps: 50, guidance: 3.0 };
 
-/// Which of the reference's two pipelines is computed.
+/// Which of the reference's two forms is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LtxClass {
-    /// `LTXPipeline`.
+    /// `LTXPipeline`, and `LTXImageToVideoPipeline` where a picture is given for the beginning.
     Text,
-    /// `LTXConditionPipeline` without conditions.
+    /// `LTXConditionPipeline`.
     Condition,
 }
 
@@ -49,7 +56,7 @@ impl LtxClass {
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         match name {
-            "LTXPipeline" => Some(Self::Text),
+            "LTXPipeline" | IMAGE_CLASS => Some(Self::Text),
             "LTXConditionPipeline" => Some(Self::Condition),
             _ => None,
         }
@@ -74,6 +81,12 @@ pub struct LtxPipeline {
     transformer: LtxTransformer,
     vae: LtxVae,
     latent_rgb: LatentRgb,
+    /// Of the folder's upsampler, where it has one.
+    upsampler: Option<UpsamplerConfig>,
+    /// Whether the VAE's files hold an encoder.
+    encodes: bool,
+    folder: PathBuf,
+    options: LoadOptions,
     device: Device,
     dtype: DType,
 }
@@ -90,11 +103,33 @@ impl LtxPipeline {
         let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens())?;
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let encodes = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?
+            .builder()
+            .contains_tensor(ENCODER_TENSOR);
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
         info.work = info.work.with_parameters(parameters);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
-        let device = options.device.clone();
-        Ok(Self { info, class, scheduler, text, transformer, vae, latent_rgb, device, dtype: options.dtype })
+        Ok(Self {
+            info,
+            class,
+            scheduler,
+            text,
+            transformer,
+            vae,
+            latent_rgb,
+            upsampler: UpsamplerConfig::find(folder)?,
+            encodes,
+            folder: folder.to_owned(),
+            options: options.clone(),
+            device: options.device.clone(),
+            dtype: options.dtype,
+        })
+    }
+
+    /// The VAE's encoder. It is read when a run needs it and given back after, since most runs have no pictures.
+    fn load_encoder(&self) -> Result<LtxVae, Error> {
+        let (config, weights) = open_vae(&self.folder, &self.options)?;
+        weights.build(|vb| LtxVae::load_encoder(&config, vb))
     }
 
     /// Computes as the other pipeline class from now on.
@@ -160,11 +195,15 @@ pub fn load_transformer(folder: &Path, options: &LoadOptions) -> Result<(LtxTran
 /// # Errors
 /// See [`crate::load`].
 pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(LtxVae, u64), Error> {
-    let config = read_vae_config(folder)?;
-    let weights = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?;
+    let (config, weights) = open_vae(folder, options)?;
     let load = if encoder { LtxVae::load } else { LtxVae::load_decoder };
     let vae = weights.build(|vb| load(&config, vb))?;
     Ok((vae, weights.parameters()))
+}
+
+fn open_vae(folder: &Path, options: &LoadOptions) -> Result<(LtxVaeConfig, Weights), Error> {
+    let weights = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?;
+    Ok((read_vae_config(folder)?, weights))
 }
 
 /// A folder's VAE configuration, checked.

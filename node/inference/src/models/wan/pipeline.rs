@@ -1,12 +1,13 @@
-//! Wan from request to frames: `WanPipeline`, text to video.
+//! Wan from request to frames: `WanPipeline`, text to video, and `WanImageToVideoPipeline`, which begins with a picture.
 //!
 //! The prompt is made plain and encoded, and what is filled up is zeros; with guidance the negative prompt is a second
 //! pass through the transformer. The sampler is UniPC, or Euler steps with a constant shift. A folder with two
 //! transformers and a `boundary_ratio` (Wan 2.2 A14B) uses the first for timesteps from `1000 boundary_ratio` on and the
 //! second below, for which `low_noise_guidance` in `kinoflock.json` may give a guidance of its own. `expand_timesteps`
-//! (Wan 2.2 TI2V-5B) gives every token a timestep, which without an image is the same for all: there is nothing to do.
+//! (Wan 2.2 TI2V-5B) gives every token a timestep, which without a picture is the same for all.
 
 mod parts;
+mod pictures;
 pub(super) mod sampler;
 
 use std::path::Path;
@@ -15,7 +16,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use super::config::TransformerConfig;
-use super::facts::facts;
+use super::facts::{facts, form};
 use super::transformer::WanTransformer;
 use super::vae::{WanVae, WanVaeConfig};
 use crate::error::Error;
@@ -28,12 +29,14 @@ use crate::pipeline::{
 use crate::registry::ModelIndex;
 use crate::text::PromptEncoder;
 use crate::text::clean::clean;
+use pictures::Pictures;
 pub use sampler::{WanSampler, WanSchedule};
 
 /// The architecture's name.
 pub const NAME: &str = "wan";
 /// The pipeline classes that this module computes.
-pub const CLASSES: &[&str] = &["WanPipeline"];
+pub const CLASSES: &[&str] = &["WanPipeline", IMAGE_CLASS];
+pub(super) const IMAGE_CLASS: &str = "WanImageToVideoPipeline";
 /// What the reference makes when it is told nothing.
 pub const DEFAULTS: Defaults =
     Defaults { width: 832, height: 480, frames: 81, fps: 16.0, steps: 50, guidance: 5.0 };
@@ -51,6 +54,7 @@ pub struct WanPipeline {
     transformer: WanTransformer,
     low_noise: Option<LowNoise>,
     vae: WanVae,
+    pictures: Pictures,
     latent_rgb: LatentRgb,
     device: Device,
 }
@@ -92,6 +96,7 @@ impl WanPipeline {
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
         let mut info = facts(folder, index)?.info;
         let sampler = WanSampler::load(folder)?;
+        let (pictures, more) = Pictures::load(folder, form(folder, index)?, options)?;
         let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit)?;
         let (transformer, mut parameters) = load_transformer(folder, "transformer", options)?;
         let mut low_noise = None;
@@ -101,11 +106,11 @@ impl WanPipeline {
             let guidance = LowNoiseExtras::read(folder)?;
             low_noise = Some(LowNoise { transformer, boundary, guidance });
         }
-        let (vae, vae_parameters) = load_vae(folder, options, false)?;
-        info.work = info.work.with_parameters([parameters, vae_parameters, text_parameters]);
+        let (vae, vae_parameters) = load_vae(folder, options, pictures.encodes())?;
+        info.work = info.work.with_parameters([parameters, vae_parameters, text_parameters + more]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         let device = options.device.clone();
-        Ok(Self { info, sampler, text, transformer, low_noise, vae, latent_rgb, device })
+        Ok(Self { info, sampler, text, transformer, low_noise, vae, pictures, latent_rgb, device })
     }
 
     /// Uses another sampler from now on.

@@ -114,6 +114,7 @@ impl VideoModel for MochiPipeline {
         &self,
         _request: &GenerateRequest,
         plan: &Plan,
+        _context: &Context,
         index: usize,
         state: &mut State,
         output: &Tensor,

@@ -121,6 +121,7 @@ impl VideoModel for PyramidPipeline {
         &self,
         request: &GenerateRequest,
         plan: &Plan,
+        _context: &Context,
         index: usize,
         state: &mut State,
         output: &Tensor,

@@ -156,9 +156,8 @@ fn load_grow(width: usize, vb: &VarBuilder<'_>) -> Result<Conv3d> {
     let weight = vb.get((cells * width, width, 3, 3), "weight")?.unsqueeze(2)?;
     let bias = vb.get(cells * width, "bias")?;
     let order: Vec<u32> = (0..cells * width).map(order).collect();
-    let order = Tensor::from_vec(order, cells * width, weight.device())?;
     let form = Conv3dConfig { kernel: [1, 3, 3], ..cube(width, cells * width) };
-    Conv3d::new(form, weight.index_select(&order, 0)?, Some(bias.index_select(&order, 0)?))
+    Conv3d::new_ordered(form, &order, weight, bias)
 }
 
 /// Three taps along each axis, zeros beyond every edge.

@@ -9,6 +9,7 @@ use kinoflock_inference::facts::PromptCounter;
 use kinoflock_node::models::{Fault, ModelStore, ModelsError, embedded, manifest, selftest};
 use kinoflock_protocol::capacity::SelfTest;
 use kinoflock_protocol::id::{BlobId, ModelId};
+use kinoflock_protocol::model::ModelDefaults;
 use kinoflock_protocol::units::UnixMillis;
 
 #[path = "../inference/tests/support/torch.rs"]
@@ -89,6 +90,24 @@ fn a_manifest_says_what_the_loaded_model_says_for_every_family() {
         let blocks = transformer.layers + transformer.single_layers;
         assert_eq!(blocks as usize, info.work.layers, "{name}");
         assert_eq!(manifest.work.counts_by_steps(), info.architecture != "pyramid-flow", "{name}");
+    }
+}
+
+#[test]
+fn each_family_has_defaults_of_its_own() {
+    for (name, size, frames, fps) in [
+        ("ltx-video-0.9.5", (704, 512), 161, 25.0),
+        ("cogvideox-2b", (64, 48), 9, 8.0),
+        ("cogvideox-1.5", (1360, 768), 81, 16.0),
+        ("mochi-1", (848, 480), 19, 30.0),
+        ("pyramid-flow-miniflux", (640, 384), 121, 24.0),
+        ("wan2.1", (832, 480), 81, 16.0),
+        ("wan2.2-ti2v-5b", (1280, 704), 121, 24.0),
+    ] {
+        let manifest = manifest::of_folder(&tiny(name)).unwrap();
+        let ModelDefaults { width, height, frames: made, fps: rate, .. } = manifest.defaults;
+        assert_eq!(((width, height), made, rate.to_f64()), (size, frames, fps), "{name}");
+        assert_eq!(manifest.rules.check(made, width, height), Ok(()), "{name}: its own defaults");
     }
 }
 

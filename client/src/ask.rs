@@ -4,10 +4,10 @@
 
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::{List, Text, TooLong};
-use kinoflock_protocol::job::{Audience, Op, OpValue, Returns, Share};
+use kinoflock_protocol::job::{Audience, Keyframe, Op, OpValue, Returns, Share};
 use kinoflock_protocol::limits::{MAX_NAME, MAX_OPS};
 use kinoflock_protocol::model::{ModelManifest, RuleError};
-use kinoflock_protocol::{JobShape, JobSpec, Micro, Millis, ModelId, Nonce, Prompt, UnixMillis};
+use kinoflock_protocol::{ClipId, JobShape, JobSpec, Micro, Millis, ModelId, Nonce, Prompt, UnixMillis};
 
 /// Checkpoints of a job with many steps.
 const CHECKPOINTS: u32 = 8;
@@ -37,6 +37,8 @@ pub struct Ask {
     pub ops: Vec<(String, OpValue)>,
     /// Latents to begin from: bytes of a safetensors file.
     pub initial_latents: Option<Vec<u8>>,
+    /// What frames are to show.
+    pub pictures: Pictures,
     /// Whether the final latents are wanted too.
     pub latents: bool,
     /// Whether small pictures of how it looks are wanted meanwhile.
@@ -59,6 +61,46 @@ pub struct Ask {
     pub audit_share: u8,
     /// After how long the result is of no more use.
     pub deadline: Option<Millis>,
+}
+
+/// What frames of a clip are to show: bytes of PNG or JPEG files, and of a clip.
+#[derive(Debug, Clone, Default)]
+pub struct Pictures {
+    /// What it begins with.
+    pub start: Option<Vec<u8>>,
+    /// What it ends with.
+    pub end: Option<Vec<u8>>,
+    /// What frames between are to show, fully.
+    pub keyframes: Vec<(u32, Vec<u8>)>,
+    /// The clip whose last frames it begins with.
+    pub extend: Option<Vec<u8>>,
+}
+
+impl Pictures {
+    /// Every file.
+    pub fn files(&self) -> impl Iterator<Item = &Vec<u8>> {
+        let between = self.keyframes.iter().map(|(_, image)| image);
+        self.start.iter().chain(&self.end).chain(&self.extend).chain(between)
+    }
+
+    fn enter(&self, spec: &mut JobSpec) -> Result<(), AskError> {
+        let blob = |bytes: &Option<Vec<u8>>| bytes.as_deref().map(BlobRef::of);
+        (spec.start_image, spec.end_image, spec.extend) =
+            (blob(&self.start), blob(&self.end), blob(&self.extend));
+        let parents = spec.extend.map(|clip| ClipId::from(clip.id));
+        spec.parents = List::first_of(parents);
+        let keyframe = |(frame, image): &(u32, Vec<u8>)| Keyframe {
+            frame: *frame,
+            image: BlobRef::of(image),
+            strength: Micro::ONE,
+        };
+        spec.keyframes = List::new(self.keyframes.iter().map(keyframe).collect::<Vec<_>>())
+            .map_err(|TooLong { limit, given, .. }| AskError::TooManyKeyframes { limit, given })?;
+        match self.keyframes.iter().find(|(frame, _)| *frame >= spec.frames) {
+            Some((given, _)) => Err(AskError::KeyframeBeyondEnd { frames: spec.frames, given: *given }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// How long a clip is to be.
@@ -106,6 +148,22 @@ pub enum AskError {
         /// Operations given.
         given: usize,
     },
+    /// Too many keyframes.
+    #[error("{given} keyframes exceed the limit of {limit}")]
+    TooManyKeyframes {
+        /// Most keyframes.
+        limit: usize,
+        /// Keyframes given.
+        given: usize,
+    },
+    /// A keyframe that the clip does not reach.
+    #[error("keyframe {given} lies beyond the last frame, {}", frames.saturating_sub(1))]
+    KeyframeBeyondEnd {
+        /// Frames of the clip.
+        frames: u32,
+        /// Keyframe given.
+        given: u32,
+    },
     /// What the model cannot make.
     #[error(transparent)]
     Rule(#[from] RuleError),
@@ -120,6 +178,8 @@ impl AskError {
             Self::NotPositive { .. } => "not_positive",
             Self::TooLong { .. } => "too_long",
             Self::TooManyOps { .. } => "too_many_operations",
+            Self::TooManyKeyframes { .. } => "too_many_keyframes",
+            Self::KeyframeBeyondEnd { .. } => "keyframe_beyond_end",
             Self::Rule(error) => error.code(),
         }
     }
@@ -188,10 +248,14 @@ impl Ask {
         spec.fps = fps;
         spec.guidance = guidance;
         spec.initial_latents = self.initial_latents.as_deref().map(BlobRef::of);
+        self.pictures.enter(&mut spec)?;
         spec.returns = Returns {
             latents: self.latents,
             previews: self.previews,
-            step_root: self.audit_share > 0,
+            // Steps that pictures reach into cannot be looked at alone.
+            step_root: self.audit_share > 0
+                && manifest.work.counts_by_steps()
+                && self.pictures.files().next().is_none(),
             checkpoint_every: self.checkpoint_every.unwrap_or_else(|| checkpoint_every(steps)),
         };
         spec.addressed_to = Audience::Anyone;

@@ -48,17 +48,29 @@ fn wrong_use_exits_with_2_and_the_nearest_flag() {
 #[test]
 fn what_is_not_there_yet_says_so_before_anything_is_sent() {
     let home = Home::new();
-    for flag in [
-        ["--image", "a.png"],
-        ["--end-image", "a.png"],
-        ["--extend", "x"],
-        ["--lora", "x@1"],
-        ["--collective", "x"],
-    ] {
+    for flag in [["--lora", "x@1"], ["--collective", "x"]] {
         let output = home.kinoflock(&["generate", "x", flag[0], flag[1]]);
         assert_eq!(output.status.code(), Some(2));
         let words = text(&output.stderr);
         assert!(words.contains(flag[0]) && words.contains("not there yet"), "{words}");
+    }
+}
+
+#[test]
+fn a_file_that_is_no_image_and_a_clip_that_is_not_here_are_named_before_anything_is_sent() {
+    let home = Home::new();
+    let file = home.path().join("a.png");
+    std::fs::write(&file, b"GIF89a").unwrap();
+    let file = file.to_str().unwrap();
+    for (flag, value, said) in [
+        ("--image", file, "neither PNG nor JPEG"),
+        ("--end-image", "nowhere.png", "nowhere.png"),
+        ("--keyframe", "4", "FRAME=FILE"),
+        ("--extend", "clip1zzzz", "clip1zzzz"),
+    ] {
+        let output = home.kinoflock(&["generate", "x", flag, value]);
+        assert!(!output.status.success());
+        assert!(text(&output.stderr).contains(said), "{}", text(&output.stderr));
     }
 }
 

@@ -151,6 +151,8 @@ struct LiveJob {
     /// Where its large inputs lie sealed, if its submitter is reached over a relay only.
     mirrored: Option<Box<MirroredInputs>>,
     steps_done: u32,
+    /// As its worker counts them; a model that works in stages has more than the job says.
+    steps_total: Option<u32>,
     checkpoints: checkpoints::Kept,
 }
 

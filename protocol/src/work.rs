@@ -266,7 +266,7 @@ fn pyramid_step(transformer: &Transformer, latent: &LatentShape) -> u128 {
         .saturating_add((7 * older).saturating_mul(older + 1))
         .saturating_add(older.saturating_mul(older + 1).saturating_mul(2 * older + 1) / 6);
     let mut total = 0u128;
-    for stage in 0..3 {
+    for stage in 0..STAGES {
         let q = latent.frame_tokens * 4u128.pow(stage);
         let linear = b.saturating_mul(q).saturating_mul(4 + sum) / PARTS;
         let square = c.saturating_mul(q).saturating_mul(q).saturating_mul(16 + squares) / (PARTS * PARTS);
@@ -278,10 +278,32 @@ fn pyramid_step(transformer: &Transformer, latent: &LatentShape) -> u128 {
     total
 }
 
+/// Stages of a latent frame that is made in stages.
+const STAGES: u32 = 3;
+
 /// T5 v1.1 XXL, encoder only.
 const T5_XXL: u64 = 4_762_000_000;
 /// UMT5 XXL, encoder only.
 const UMT5_XXL: u64 = 5_681_000_000;
+
+/// What the published files of a model say, whatever its architecture: everything from which its work follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Figures<'a> {
+    /// The transformer.
+    pub transformer: Transformer,
+    /// Parameters of the text encoder that each token meets.
+    pub text_parameters: u64,
+    /// Pixels along one side of one latent pixel.
+    pub spatial: u32,
+    /// Frames in one latent frame.
+    pub temporal: u32,
+    /// The VAE decoder's levels from the finest to the coarsest: channels and residual blocks.
+    pub decoder: &'a [(u32, u32)],
+    /// Pixels along one side of what the finest level works on.
+    pub vae_patch: u32,
+    /// How steps and frames make passes.
+    pub schedule: Schedule,
+}
 
 /// The configuration of an LTX-Video model, from its published files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -311,12 +333,24 @@ pub struct LtxConfig<'a> {
 }
 
 impl WorkModel {
+    /// Any model, from its figures. The text encoder reads as many tokens as the transformer sees.
+    pub fn of(figures: &Figures<'_>) -> Self {
+        let Figures { transformer, text_parameters, spatial, temporal, decoder, vae_patch, schedule } =
+            *figures;
+        let coarsest = spatial.saturating_mul(spatial).saturating_mul(temporal);
+        let levels = levels(decoder, vae_patch.saturating_mul(vae_patch), coarsest, temporal);
+        Self {
+            transformer,
+            vae: Vae { spatial, temporal, levels },
+            text: TextEncoder { parameters: text_parameters, tokens: transformer.text_tokens },
+            schedule,
+        }
+    }
+
     /// Any model of the LTX-Video architecture.
     pub fn ltx(config: &LtxConfig<'_>) -> Self {
         let width = config.heads.saturating_mul(config.head_dim);
-        let coarsest = config.spatial.saturating_mul(config.spatial).saturating_mul(config.temporal);
-        let finest = config.vae_patch.saturating_mul(config.vae_patch);
-        Self {
+        Self::of(&Figures {
             transformer: Transformer {
                 attention: Attention::Cross,
                 layers: config.layers,
@@ -330,18 +364,31 @@ impl WorkModel {
                 patch_frames: 1,
                 patch_side: 1,
             },
-            vae: Vae {
-                spatial: config.spatial,
-                temporal: config.temporal,
-                levels: levels(config.decoder, finest, coarsest, 8),
-            },
-            text: TextEncoder { parameters: config.text_parameters, tokens: config.text_tokens },
+            text_parameters: config.text_parameters,
+            spatial: config.spatial,
+            temporal: config.temporal,
+            decoder: config.decoder,
+            vae_patch: config.vae_patch,
             schedule: Schedule::Whole,
-        }
+        })
     }
 
     /// LTX-Video 2B (0.9.0).
     pub fn ltx_2b() -> Self {
+        Self::ltx_with(&[(128, 4), (256, 3), (512, 3), (512, 7)])
+    }
+
+    /// LTX-Video 2B with the decoder of 0.9.1.
+    pub fn ltx_2b_091() -> Self {
+        Self::ltx_with(&[(256, 5), (512, 6), (1024, 7), (1024, 8)])
+    }
+
+    /// LTX-Video 2B with the decoder of 0.9.5 and later.
+    pub fn ltx_2b_095() -> Self {
+        Self::ltx_with(&[(256, 5), (512, 5), (1024, 5), (1024, 5)])
+    }
+
+    fn ltx_with(decoder: &[(u32, u32)]) -> Self {
         Self::ltx(&LtxConfig {
             layers: 28,
             heads: 32,
@@ -352,21 +399,9 @@ impl WorkModel {
             text_parameters: T5_XXL,
             spatial: 32,
             temporal: 8,
-            decoder: &[(128, 4), (256, 3), (512, 3), (512, 7)],
+            decoder,
             vae_patch: 4,
         })
-    }
-
-    /// LTX-Video 2B with the decoder of 0.9.1.
-    pub fn ltx_2b_091() -> Self {
-        let decoder = &[(256, 5), (512, 6), (1024, 7), (1024, 8)];
-        Self { vae: Vae { levels: levels(decoder, 16, 8192, 8), ..Self::ltx_2b().vae }, ..Self::ltx_2b() }
-    }
-
-    /// LTX-Video 2B with the decoder of 0.9.5 and later.
-    pub fn ltx_2b_095() -> Self {
-        let decoder = &[(256, 5), (512, 5), (1024, 5), (1024, 5)];
-        Self { vae: Vae { levels: levels(decoder, 16, 8192, 8), ..Self::ltx_2b().vae }, ..Self::ltx_2b() }
     }
 
     /// LTX-Video 13B (0.9.7 and later).
@@ -397,7 +432,7 @@ impl WorkModel {
     }
 
     fn cogvideox(layers: u32, width: u32, patch_frames: u32) -> Self {
-        Self {
+        Self::of(&Figures {
             transformer: Transformer {
                 attention: Attention::Shared,
                 layers,
@@ -411,19 +446,18 @@ impl WorkModel {
                 patch_frames,
                 patch_side: 2,
             },
-            vae: Vae {
-                spatial: 8,
-                temporal: 4,
-                levels: levels(&[(128, 4), (256, 4), (256, 4), (512, 6)], 1, 256, 4),
-            },
-            text: TextEncoder { parameters: T5_XXL, tokens: 226 },
+            text_parameters: T5_XXL,
+            spatial: 8,
+            temporal: 4,
+            decoder: &[(128, 4), (256, 4), (256, 4), (512, 6)],
+            vae_patch: 1,
             schedule: Schedule::Whole,
-        }
+        })
     }
 
     /// Mochi 1 preview.
     pub fn mochi_1() -> Self {
-        Self {
+        Self::of(&Figures {
             transformer: Transformer {
                 attention: Attention::Joint,
                 layers: 48,
@@ -437,19 +471,18 @@ impl WorkModel {
                 patch_frames: 1,
                 patch_side: 2,
             },
-            vae: Vae {
-                spatial: 8,
-                temporal: 6,
-                levels: levels(&[(128, 3), (256, 4), (512, 6), (768, 3)], 1, 384, 6),
-            },
-            text: TextEncoder { parameters: T5_XXL, tokens: 256 },
+            text_parameters: T5_XXL,
+            spatial: 8,
+            temporal: 6,
+            decoder: &[(128, 3), (256, 4), (512, 6), (768, 3)],
+            vae_patch: 1,
             schedule: Schedule::Whole,
-        }
+        })
     }
 
     /// Pyramid Flow miniFLUX.
     pub fn pyramid_flow_miniflux() -> Self {
-        Self {
+        Self::of(&Figures {
             transformer: Transformer {
                 attention: Attention::Joint,
                 layers: 8,
@@ -463,14 +496,13 @@ impl WorkModel {
                 patch_frames: 1,
                 patch_side: 2,
             },
-            vae: Vae {
-                spatial: 8,
-                temporal: 8,
-                levels: levels(&[(128, 4), (256, 4), (512, 4), (512, 6)], 1, 512, 8),
-            },
-            text: TextEncoder { parameters: T5_XXL, tokens: 128 },
+            text_parameters: T5_XXL,
+            spatial: 8,
+            temporal: 8,
+            decoder: &[(128, 4), (256, 4), (512, 4), (512, 6)],
+            vae_patch: 1,
             schedule: Schedule::Pyramid,
-        }
+        })
     }
 
     /// Wan 2.1 T2V 1.3B.
@@ -484,7 +516,7 @@ impl WorkModel {
     }
 
     fn wan(layers: u32, width: u32, feed_forward: u32) -> Self {
-        Self {
+        Self::of(&Figures {
             transformer: Transformer {
                 attention: Attention::Cross,
                 layers,
@@ -498,13 +530,29 @@ impl WorkModel {
                 patch_frames: 1,
                 patch_side: 2,
             },
-            vae: Vae {
-                spatial: 8,
-                temporal: 4,
-                levels: levels(&[(96, 3), (192, 3), (384, 3), (384, 5)], 1, 256, 4),
-            },
-            text: TextEncoder { parameters: UMT5_XXL, tokens: 512 },
+            text_parameters: UMT5_XXL,
+            spatial: 8,
+            temporal: 4,
+            decoder: &[(96, 3), (192, 3), (384, 3), (384, 5)],
+            vae_patch: 1,
             schedule: Schedule::Whole,
+        })
+    }
+
+    /// Whether a run has as many states as its job has steps. Elsewhere every stage has all the steps, so that neither a
+    /// checkpoint nor a state for an audit can be told by a job's step.
+    pub fn counts_by_steps(&self) -> bool {
+        self.schedule == Schedule::Whole
+    }
+
+    /// About how many passes a step of a clip of so many frames is.
+    pub fn passes(&self, frames: u32) -> u32 {
+        match self.schedule {
+            Schedule::Whole => 1,
+            Schedule::Pyramid => {
+                let latent = frames.saturating_sub(1) / self.vae.temporal.max(1);
+                latent.saturating_add(1).saturating_mul(STAGES)
+            }
         }
     }
 }

@@ -80,6 +80,17 @@ fn work_grows_strictly_in_frames_size_steps_and_guidance_for_every_model() {
 }
 
 #[test]
+fn a_model_that_works_in_stages_has_more_passes_than_steps() {
+    for (name, model, _) in models() {
+        let staged = name == "pyramid flow";
+        assert_eq!(model.counts_by_steps(), !staged, "{name}");
+        let passes = [1, 121, u32::MAX].map(|frames| model.passes(frames));
+        let most = (u32::MAX / 8 + 1) * 3;
+        assert_eq!(passes, if staged { [3, 48, most] } else { [1; 3] }, "{name}");
+    }
+}
+
+#[test]
 fn attention_is_quadratic_in_tokens() {
     let model = WorkModel::ltx_2b();
     let ratio = |scale: u32| {

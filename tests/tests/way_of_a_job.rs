@@ -40,6 +40,46 @@ fn a_prompt_becomes_a_verified_clip_over_quic() {
     over("udp");
 }
 
+/// A picture of one colour.
+fn picture(client: &kinoflock_tests::sandbox::Client, name: &str, colour: [u8; 3]) {
+    const SIDE: usize = 96;
+    let rgb: Vec<u8> = std::iter::repeat_n(colour, SIDE * SIDE).flatten().collect();
+    fs::write(client.path(name), kinoflock_node::engine::frames::png(&rgb, SIDE, SIDE).unwrap()).unwrap();
+}
+
+/// The mean of a frame's red, green and blue.
+fn colour(file: &std::path::Path, frame: usize) -> [f64; 3] {
+    let clip = kinoflock_node::engine::mp4::decode_mp4(file).unwrap();
+    let pixels = clip.frame(frame).unwrap();
+    let sum = |channel: usize| pixels.iter().skip(channel).step_by(3).map(|&v| f64::from(v)).sum::<f64>();
+    std::array::from_fn(|channel| sum(channel) / (pixels.len() / 3) as f64)
+}
+
+#[test]
+fn pictures_and_a_clip_reach_the_model_over_the_network() {
+    let sandbox = Sandbox::start(1, &Worker::Real);
+    let (node, client) = (&sandbox.nodes[0], sandbox.client("artist"));
+    let ticket = node.ticket();
+    picture(&client, "red.png", [200, 30, 30]);
+    picture(&client, "blue.png", [30, 30, 200]);
+    let make = |flags: &[&str], file: &str| {
+        let fixed = ["generate", PROMPT, "--seed", "7", "--steps", "2", "--node", &ticket, "-o", file];
+        client.must(fixed.iter().chain(flags).copied());
+        invariants::delivered(&client.path(file), node).clip
+    };
+    let begun = make(&["--image", "red.png"], "begun.mp4");
+    let [red, _, blue] = colour(&client.path("begun.mp4"), 0);
+    assert!(red > 120.0 && blue < 90.0, "a clip that begins with a red picture begins with {red}, {blue}");
+    let flags = ["--image", "red.png", "--keyframe", "8=blue.png", "--end-image", "blue.png"];
+    assert!(make(&flags, "between.mp4") != begun, "a keyframe and an end change nothing");
+    make(&["--extend", &begun.to_string(), "--set", "extend_frames=1"], "on.mp4");
+    let (last, first) = (colour(&client.path("begun.mp4"), 16), colour(&client.path("on.mp4"), 0));
+    let apart = last.iter().zip(first).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(apart < 25.0, "the clip went on from {last:?} with {first:?}");
+    let output = client.run(["generate", PROMPT, "--node", &ticket, "--keyframe", "17=red.png"]);
+    assert!(said(&output).contains("keyframe 17 lies beyond the last frame, 16"), "{}", said(&output));
+}
+
 #[test]
 fn a_changed_byte_is_named_and_the_exit_code_is_7() {
     let sandbox = Sandbox::start(1, &Worker::Real);

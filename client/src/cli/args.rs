@@ -320,23 +320,27 @@ pub struct Generate {
     /// How closely to follow the prompt; 1 is not at all forced
     #[arg(long, value_parser = number, allow_negative_numbers = true)]
     pub guidance: Option<Micro>,
-    /// Image that the clip begins with (not there yet)
-    #[arg(long, value_name = "FILE")]
+    /// Image that the clip begins with, PNG or JPEG; it is scaled and cut to the clip's size
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     pub image: Option<PathBuf>,
-    /// Image that the clip ends with (not there yet)
-    #[arg(long, value_name = "FILE")]
+    /// Image that the clip ends with
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     pub end_image: Option<PathBuf>,
+    /// Image that a frame shows, such as 24=door.png; frames count from 0
+    #[arg(long, value_name = "FRAME=FILE", value_parser = keyframe, conflicts_with = "detach")]
+    pub keyframe: Vec<(u32, PathBuf)>,
     /// Latents to begin from instead of noise: a safetensors file
     #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     pub init_latents: Option<PathBuf>,
-    /// Clip to go on from (not there yet)
-    #[arg(long, value_name = "CLIP")]
+    /// Clip of yours to go on from: the new one begins with its last frames, as many as the model can take or as
+    /// --set extend_frames=N says
+    #[arg(long, value_name = "CLIP", conflicts_with_all = ["image", "detach"])]
     pub extend: Option<String>,
     /// Adapter and its weight, such as blob1...@0.8 (not there yet)
     #[arg(long, value_name = "ID@WEIGHT")]
     pub lora: Vec<String>,
     /// A further operation by name: timesteps, decode_timestep, decode_noise_scale, decode_tile, decode_chunk,
-    /// truncate_prompt, and whatever the node knows; one that does not know it says so
+    /// truncate_prompt, extend_frames, picture_noise_scale, denoise_strength, upsample_adain, upsample_tone_map, and whatever the node knows; one that does not know it says so
     #[arg(long, value_name = "K=V", value_parser = operation)]
     pub set: Vec<(String, OpValue)>,
     /// Which node is to make it.
@@ -431,6 +435,13 @@ fn size(text: &str) -> Result<(u32, u32), String> {
     let parse = |side: &str| side.trim().parse::<u32>().ok();
     let sides = text.split_once(['x', 'X', '×']).and_then(|(w, h)| parse(w).zip(parse(h)));
     sides.ok_or_else(|| "a size is width x height in pixels, such as 768x512".to_owned())
+}
+
+/// `FRAME=FILE`.
+fn keyframe(text: &str) -> Result<(u32, PathBuf), String> {
+    let parts =
+        text.split_once('=').and_then(|(frame, file)| Some((frame.parse().ok()?, PathBuf::from(file))));
+    parts.ok_or_else(|| "a keyframe is FRAME=FILE, such as 24=door.png".to_owned())
 }
 
 /// `K=V`: true and false, whole numbers, numbers, lists of numbers with commas; everything else is text.

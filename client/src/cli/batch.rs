@@ -45,6 +45,7 @@ const KEYS: &[&str] = &[
     "guidance",
     "image",
     "end-image",
+    "keyframe",
     "init-latents",
     "extend",
     "lora",

@@ -11,7 +11,7 @@ use super::args::{Generate, Save};
 use super::context::Context;
 use super::failure::Failure;
 use super::{audit, batch, follow, many, survey};
-use crate::ask::{Ask, Length};
+use crate::ask::{Ask, Length, Pictures};
 use crate::provenance::{self, Statement};
 use crate::session::{Client, Delivered};
 use crate::store::JobRecord;
@@ -19,6 +19,10 @@ use crate::ticket::Way;
 
 /// Greatest file of latents that is read, in bytes (1 GiB).
 const MAX_LATENTS: u64 = 1 << 30;
+/// Greatest image that is read, in bytes (64 MiB).
+const MAX_IMAGE: u64 = 64 << 20;
+/// How a PNG and a JPEG begin.
+const IMAGE_MARKS: [&[u8]; 2] = [b"\x89PNG\r\n", b"\xff\xd8\xff"];
 
 #[derive(Serialize)]
 struct Saved<'a> {
@@ -179,9 +183,6 @@ async fn submit(
 
 pub(super) fn refuse_what_is_not_there(args: &Generate) -> Result<(), Failure> {
     let flags = [
-        ("--image", args.image.is_some(), "images as the beginning of a clip"),
-        ("--end-image", args.end_image.is_some(), "images as the end of a clip"),
-        ("--extend", args.extend.is_some(), "going on from a clip"),
         ("--lora", !args.lora.is_empty(), "adapters"),
         ("--collective", args.collective.is_some(), "collectives"),
     ];
@@ -203,6 +204,7 @@ pub(super) fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure
     };
     let length = args.frames.map(Length::Frames).or(args.seconds.map(Length::Seconds));
     let initial_latents = args.init_latents.as_deref().map(read_latents).transpose()?;
+    let pictures = pictures(args, context)?;
     Ok(Ask {
         model: args.model.clone().or_else(|| context.config.model.clone()),
         prompt,
@@ -215,6 +217,7 @@ pub(super) fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure
         guidance: args.guidance,
         ops: args.set.clone(),
         initial_latents,
+        pictures,
         latents: args.latents,
         artist: context.config.artist.clone(),
         licence: args.licence.clone().or_else(|| context.config.licence.clone()),
@@ -224,6 +227,30 @@ pub(super) fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure
         audit_share: context.config.audit_share,
         ..Ask::default()
     })
+}
+
+fn pictures(args: &Generate, context: &Context<'_>) -> Result<Pictures, Failure> {
+    let image = |path: &Option<PathBuf>| path.as_deref().map(read_image).transpose();
+    let keyframe = |(frame, path): &(u32, PathBuf)| Ok((*frame, read_image(path)?));
+    let extend = |text: &String| -> Result<Vec<u8>, Failure> {
+        let store = context.store()?;
+        Ok(store.read_blob(&store.find_clip(text)?.into())?)
+    };
+    Ok(Pictures {
+        start: image(&args.image)?,
+        end: image(&args.end_image)?,
+        keyframes: args.keyframe.iter().map(keyframe).collect::<Result<_, Failure>>()?,
+        extend: args.extend.as_ref().map(extend).transpose()?,
+    })
+}
+
+fn read_image(path: &Path) -> Result<Vec<u8>, Failure> {
+    let bytes = read_file(path, "an image", MAX_IMAGE)?;
+    let is_known = IMAGE_MARKS.iter().any(|mark| bytes.starts_with(mark));
+    match is_known {
+        true => Ok(bytes),
+        false => Err(Failure::usage(format!("{} is neither PNG nor JPEG", path.display()))),
+    }
 }
 
 /// A prompt from a file; one line's end at the end is the editor's, not the artist's.
@@ -241,13 +268,14 @@ fn read_prompt(path: &Path) -> Result<String, Failure> {
 }
 
 fn read_latents(path: &Path) -> Result<Vec<u8>, Failure> {
+    read_file(path, "latents", MAX_LATENTS)
+}
+
+fn read_file(path: &Path, what: &str, limit: u64) -> Result<Vec<u8>, Failure> {
     let fault = |error: std::io::Error| Failure::file("read", path, &error);
     let given = std::fs::metadata(path).map_err(fault)?.len();
-    if given > MAX_LATENTS {
-        return Err(Failure::usage(format!(
-            "{} has {given} bytes, latents may have {MAX_LATENTS}",
-            path.display()
-        )));
+    if given > limit {
+        return Err(Failure::usage(format!("{} has {given} bytes, {what} may have {limit}", path.display())));
     }
     std::fs::read(path).map_err(fault)
 }

@@ -33,8 +33,8 @@ impl Client {
         found: &[Found],
         events: &Events,
     ) -> Result<JobRecord, SessionError> {
-        if let Some(latents) = &ask.initial_latents {
-            self.store.insert_blob(latents)?;
+        for input in ask.initial_latents.iter().chain(ask.pictures.files()) {
+            self.store.insert_blob(input)?;
         }
         self.inputs.serve(placing.spec.inputs().iter().map(|blob| blob.id));
         self.place(placing, found, events).await
@@ -66,6 +66,8 @@ impl Client {
         if let (true, [only]) = (ask.pinned, found) {
             spec.addressed_to = Audience::Node(only.candidate.node);
         }
+        // Without a commitment there is nothing that an auditor could look at.
+        let share = if ask.pinned || !spec.returns.step_root { 0 } else { ask.audit_share };
         Ok(Placing {
             work: work(&manifest.work, &spec.shape()),
             spec,
@@ -81,7 +83,7 @@ impl Client {
             wanted_custodians: if ask.pinned { 0 } else { ask.custodians.unwrap_or(CUSTODIANS) },
             custodians: Vec::new(),
             batch: None,
-            audits: Audits { share: if ask.pinned { 0 } else { ask.audit_share }, ..Audits::default() },
+            audits: Audits { share, ..Audits::default() },
         })
     }
 }

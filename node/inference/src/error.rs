@@ -77,6 +77,14 @@ pub enum Error {
         /// What it needs.
         rule: &'static str,
     },
+    /// A second pass that a model does not make, or not so.
+    #[error("{architecture} {rule}")]
+    SecondPass {
+        /// The model's architecture.
+        architecture: String,
+        /// What it needs.
+        rule: &'static str,
+    },
     /// A checkpoint that belongs to another request or cannot be read.
     #[error("checkpoint cannot be resumed: {reason}")]
     Checkpoint {
@@ -179,6 +187,7 @@ impl Error {
             Self::Number { .. } => "number",
             Self::LatentShape { .. } => "latent_shape",
             Self::Image { .. } => "image",
+            Self::SecondPass { .. } => "second_pass",
             Self::Checkpoint { .. } => "checkpoint",
             Self::Cancelled { .. } => "cancelled",
             Self::UnknownArchitecture { .. } => "unknown_architecture",

@@ -19,6 +19,8 @@ use crate::weights::Weights;
 pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
 /// Stem of a text encoder's weight files.
 pub const TEXT_STEM: &str = "model";
+/// The greatest count that is believed: a product of two fits 64 bits.
+const MOST: usize = 1 << 24;
 /// What the published layout has no place for.
 pub const EXTRAS_FILE: &str = "kinoflock.json";
 
@@ -61,13 +63,22 @@ pub fn open_weights(part: &Path, stem: &str, options: &LoadOptions, dtype: DType
 /// # Errors
 /// See [`crate::load`].
 pub fn load_t5(part: &Path, options: &LoadOptions) -> Result<(T5Encoder, u64), Error> {
-    let file = part.join("config.json");
-    let config: T5Config = read_json(&file)?;
-    config.check(&file)?;
+    let config = read_t5(part)?;
     let dtype = if options.dtype == DType::F16 { DType::BF16 } else { options.dtype };
     let weights = open_weights(part, TEXT_STEM, options, dtype)?;
     let encoder = weights.build(|vb| T5Encoder::load(&config, &vb))?;
     Ok((encoder, weights.parameters()))
+}
+
+/// The configuration of a T5 or UMT5 encoder from its component's folder, checked.
+///
+/// # Errors
+/// When it cannot be read or holds a setting that is not computed here.
+pub fn read_t5(part: &Path) -> Result<T5Config, Error> {
+    let file = part.join("config.json");
+    let config: T5Config = read_json(&file)?;
+    config.check(&file)?;
+    Ok(config)
 }
 
 /// A folder's flow-matching scheduler configuration, checked.
@@ -112,13 +123,14 @@ pub fn check_only<T: PartialEq + std::fmt::Debug>(
     Err(config_error(file, key, format!("{value:?}"), format!("only {only:?} is known")))
 }
 
-/// Checks that no count is 0.
+/// Checks that no count is 0, nor so large that no model can have it.
 ///
 /// # Errors
 /// The first that is, with file and key.
 pub fn check_counts(file: &Path, counts: &[(&str, usize)]) -> Result<(), Error> {
-    match counts.iter().find(|(_, value)| *value == 0) {
-        Some((key, value)) => Err(config_error(file, key, value, "it must be at least 1")),
+    match counts.iter().find(|(_, value)| !(1..=MOST).contains(value)) {
+        Some((key, 0)) => Err(config_error(file, key, 0, "it must be at least 1")),
+        Some((key, value)) => Err(config_error(file, key, value, format!("it must be at most {MOST}"))),
         None => Ok(()),
     }
 }

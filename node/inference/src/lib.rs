@@ -3,12 +3,13 @@
 //! [`load`] reads a model folder in the published diffusers layout and answers a [`Pipeline`]; the pipeline turns a
 //! [`GenerateRequest`] into [`Generated`] frames while an [`Observer`] sees phases, steps, previews and checkpoints,
 //! and may cancel. A model is a folder under [`models`] and one line in [`registry`]; what models share lies in
-//! [`nn`], [`sampler`], [`text`], [`folder`], [`weights`] and [`tiling`]; the run itself is [`pipeline::run`].
+//! [`nn`], [`sampler`], [`text`], [`vision`], [`folder`], [`weights`] and [`tiling`]; the run itself is [`pipeline::run`].
 //!
 //! Everything here computes for seconds or minutes: call it from a plain thread, never from an async worker.
 
 pub mod audit;
 pub mod error;
+pub mod facts;
 pub mod folder;
 pub mod frames;
 pub mod models;
@@ -20,15 +21,17 @@ pub mod rng;
 pub mod sampler;
 pub mod text;
 pub mod tiling;
+pub mod vision;
 pub mod weights;
 
 pub use candle_core::{DType, Device, Tensor};
 
 pub use crate::audit::{Commitment, Transition};
 pub use crate::error::Error;
+pub use crate::facts::Facts;
 pub use crate::frames::RgbFrames;
 pub use crate::pipeline::{
-    Checkpoint, DecodeOptions, Defaults, FrameRule, GenerateRequest, Generated, LoadOptions, Observer, Phase,
-    Pipeline, PipelineInfo, Silent, StepEvent, WorkConfig, open_device,
+    Checkpoint, Condition, DecodeOptions, Defaults, FrameRule, GenerateRequest, Generated, LoadOptions,
+    Observer, Phase, Pipeline, PipelineInfo, SecondPass, Silent, StepEvent, WorkConfig, open_device,
 };
 pub use crate::registry::load;

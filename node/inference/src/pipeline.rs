@@ -5,6 +5,7 @@
 //! step `cancelled`, `step`, and where asked for `preview` and `checkpoint`, then `phase(Decode)` with `cancelled`
 //! before it. A cancelled run answers [`Error::Cancelled`] within one step.
 
+pub mod conditions;
 pub mod latents;
 pub mod run;
 
@@ -17,6 +18,7 @@ use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
 pub use crate::sampler::checkpoint::Checkpoint;
+pub use conditions::Condition;
 
 /// How a model is loaded.
 #[derive(Debug, Clone)]
@@ -63,6 +65,9 @@ pub trait Pipeline: Send {
     /// # Errors
     /// When the tokenizer fails.
     fn count_tokens(&self, prompt: &str) -> Result<usize, Error>;
+
+    /// Which pictures are taken beside the prompt.
+    fn pictures(&self) -> conditions::Takes;
 
     /// Checks everything about a request that can be known without computing; [`Pipeline::generate`] does so first.
     ///
@@ -138,6 +143,12 @@ pub struct FrameRule {
 }
 
 impl FrameRule {
+    /// Of a model whose latent frames come in whole tokens, the first of them a single picture.
+    pub(crate) fn of_tokens(work: &WorkConfig) -> Self {
+        let (ratio, patch) = (work.temporal_ratio, work.patch[0]);
+        Self { multiple: ratio * patch, offset: ratio * (patch - 1) + 1 }
+    }
+
     /// Whether `frames` can be made.
     #[must_use]
     pub fn allows(&self, frames: usize) -> bool {
@@ -170,7 +181,7 @@ pub struct Defaults {
 }
 
 /// The sizes from which a job's work is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkConfig {
     /// Transformer blocks.
     pub layers: usize,
@@ -196,6 +207,13 @@ pub struct WorkConfig {
     pub vae_parameters: u64,
     /// Parameters of the text encoder.
     pub text_parameters: u64,
+}
+
+impl WorkConfig {
+    /// With the numbers of parameters of transformer, VAE and text encoder.
+    pub(crate) fn with_parameters(self, [transformer, vae, text]: [u64; 3]) -> Self {
+        Self { transformer_parameters: transformer, vae_parameters: vae, text_parameters: text, ..self }
+    }
 }
 
 /// What to make.
@@ -230,14 +248,20 @@ pub struct GenerateRequest {
     pub timesteps: Option<Vec<f64>>,
     /// Guidance that grows over the steps, for models that are run so.
     pub dynamic_guidance: bool,
-    /// The picture that the clip begins with, `[3, height, width]` with values in 0 to 1, for models that take one.
-    pub image: Option<Tensor>,
-    /// The noise with which that picture's latents are drawn instead of noise from the seed, `[1, C, 1, H, W]`.
-    pub image_noise: Option<Tensor>,
+    /// Pictures that frames of the clip are to show, for models that take some.
+    pub conditions: Vec<Condition>,
+    /// The noise with which pictures become latents instead of noise from the seed, `[1, C, F, H, W]`, in the order in
+    /// which it is drawn; empty for noise from the seed.
+    pub condition_noise: Vec<Tensor>,
+    /// How much noise is put on fully given latents at each step, times the square of the noise level, for models that
+    /// are run so.
+    pub condition_noise_scale: f64,
     /// Where to start instead of noise from the seed: `[1, C, F, H, W]`, or in the shape that [`Pipeline::start`] gives.
     pub initial_latents: Option<Tensor>,
-    /// A stochastic sampler's noise instead of noise from the seed, in the order in which its steps take it and in the
-    /// shape of `initial_latents`, or in the shape that a stage begins with; empty for noise from the seed.
+    /// How a run goes on from `initial_latents` as finished ones, for models that do; `None` takes them for noise.
+    pub second_pass: Option<SecondPass>,
+    /// The steps' noise instead of noise from the seed, in the order in which they take it and in the shape of
+    /// [`Pipeline::start`], or in the shape that a stage begins with; empty for noise from the seed.
     pub step_noise: Vec<Tensor>,
     /// How to decode.
     pub decode: DecodeOptions,
@@ -277,9 +301,11 @@ impl GenerateRequest {
             guidance_rescale: 0.0,
             timesteps: None,
             dynamic_guidance: false,
-            image: None,
-            image_noise: None,
+            conditions: Vec::new(),
+            condition_noise: Vec::new(),
+            condition_noise_scale: 0.15,
             initial_latents: None,
+            second_pass: None,
             step_noise: Vec::new(),
             decode: DecodeOptions::default(),
             decode_timestep: 0.05,
@@ -290,6 +316,27 @@ impl GenerateRequest {
             preview_every: 0,
             resume: None,
         }
+    }
+}
+
+/// How a run goes on from finished latents.
+#[derive(Debug, Clone)]
+pub struct SecondPass {
+    /// Part of the schedule that is run, above 0 to 1: how much may change.
+    pub strength: f64,
+    /// The noise that hides them instead of noise from the seed, in the shape of the clip's latents.
+    pub noise: Option<Tensor>,
+    /// How far latents that were made larger get back the mean and spread of each channel, 0 to 1.
+    pub adain: f64,
+    /// How far large values of theirs are pulled in, 0 to 1.
+    pub tone_map: f64,
+}
+
+impl SecondPass {
+    /// With a part of the schedule, and nothing else changed.
+    #[must_use]
+    pub fn new(strength: f64) -> Self {
+        Self { strength, noise: None, adain: 0.0, tone_map: 0.0 }
     }
 }
 

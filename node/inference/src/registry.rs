@@ -5,11 +5,15 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::Error;
+use crate::facts::{Facts, INDEX_FILE};
 use crate::models;
 use crate::pipeline::{LoadOptions, Pipeline, config_error, read_json};
 
 /// Reads a model folder whose index is read already.
 pub type Loader = fn(&Path, &ModelIndex, &LoadOptions) -> Result<Box<dyn Pipeline>, Error>;
+
+/// Says what a model folder is, whose index is read already, without reading its weights.
+pub type Teller = fn(&Path, &ModelIndex) -> Result<Facts, Error>;
 
 /// An architecture that can be loaded.
 pub struct Architecture {
@@ -17,6 +21,8 @@ pub struct Architecture {
     pub name: &'static str,
     /// The pipeline classes that `model_index.json` may name.
     pub classes: &'static [&'static str],
+    /// What a folder says of itself: everything that others need to know about a model of this architecture.
+    pub facts: Teller,
     /// Reads a folder.
     pub load: Loader,
 }
@@ -44,7 +50,7 @@ impl ModelIndex {
     /// # Errors
     /// When it is not there, is not JSON, or names no class.
     pub fn read(folder: &Path) -> Result<Self, Error> {
-        let file = folder.join("model_index.json");
+        let file = folder.join(INDEX_FILE);
         if let Some(class) = (!file.exists()).then(|| models::pyramid::implied_class(folder)).flatten() {
             return Ok(Self { class, fields: Map::new() });
         }
@@ -70,7 +76,7 @@ impl ModelIndex {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Bool(on)) => Ok(Some(*on)),
             Some(other) => {
-                let file = folder.join("model_index.json");
+                let file = folder.join(INDEX_FILE);
                 Err(config_error(file, name, other, "it must be true or false"))
             }
         }
@@ -90,7 +96,7 @@ impl ModelIndex {
         match self.component(component) {
             Some(class) if !known.contains(&class) => {
                 let reason = format!("known are {}", known.join(", "));
-                Err(config_error(folder.join("model_index.json"), component, class, reason))
+                Err(config_error(folder.join(INDEX_FILE), component, class, reason))
             }
             _ => Ok(()),
         }
@@ -103,13 +109,27 @@ impl ModelIndex {
 /// An unknown architecture, a configuration value that is not known, a missing or broken weight file, or a device
 /// without room; each names the file and what is wrong with it.
 pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, Error> {
+    let (architecture, index) = find(folder)?;
+    (architecture.load)(folder, &index, options)
+}
+
+/// What a model folder says of itself, from its configuration files alone.
+///
+/// # Errors
+/// As [`load`], as far as it can be known without weights.
+pub fn facts(folder: &Path) -> Result<Facts, Error> {
+    let (architecture, index) = find(folder)?;
+    (architecture.facts)(folder, &index)
+}
+
+fn find(folder: &Path) -> Result<(&'static Architecture, ModelIndex), Error> {
     let index = ModelIndex::read(folder)?;
     let found =
         ARCHITECTURES.iter().find(|architecture| architecture.classes.contains(&index.class.as_str()));
     let architecture = found.ok_or_else(|| Error::UnknownArchitecture {
         class: index.class.clone(),
-        file: folder.join("model_index.json"),
+        file: folder.join(INDEX_FILE),
         known: ARCHITECTURES.iter().flat_map(|a| a.classes).copied().collect::<Vec<_>>().join(", "),
     })?;
-    (architecture.load)(folder, &index, options)
+    Ok((architecture, index))
 }

@@ -15,8 +15,8 @@ pub enum Stream {
     Initial,
     /// The noise that a timestep-conditioned decoder's input gets.
     Decode,
-    /// The draw from the latents' distribution that a picture is encoded to.
-    Image,
+    /// The n-th draw for given pictures: from the distribution of latents that one is encoded to, or what hides it.
+    Image(u32),
     /// The n-th spatial noise that a decoder injects.
     Inject(u32),
     /// The noise of the n-th step of a stochastic sampler.
@@ -32,6 +32,7 @@ pub enum Stream {
 
 impl Stream {
     fn number(self) -> u32 {
+        const IMAGE: u32 = 0x1000_0000;
         const BLOCK: u32 = 0x2000_0000;
         const UNITS: u32 = 1 << 20;
         const STAGES: u32 = 1 << 8;
@@ -40,7 +41,8 @@ impl Stream {
         match self {
             Self::Initial => 0,
             Self::Decode => 1,
-            Self::Image => 2,
+            Self::Image(0) => 2,
+            Self::Image(n) => IMAGE | (n & (IMAGE - 1)),
             Self::Inject(n) => INJECT | (n & (INJECT - 1)),
             Self::Step(n) => STEP | (n & (STEP - 1)),
             Self::Block { unit, stage } => BLOCK | (unit % UNITS * STAGES) | (stage % STAGES),

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 pub use clip::{ClipTextConfig, ClipTextEncoder};
 pub use prompt::PromptEncoder;
 pub use t5::{T5Config, T5Encoder};
-pub use tokenizer::{Encoded, PromptTokenizer};
+pub use tokenizer::{Encoded, PromptTokenizer, token_limit};
 
 /// What is wrong with a tokenizer or a text encoder.
 #[derive(Debug, thiserror::Error)]

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use kinoflock_inference::audit::frames_deviation;
 use kinoflock_inference::{
-    Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, RgbFrames,
-    Silent, StepEvent, Tensor, load,
+    Checkpoint, Condition, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline,
+    RgbFrames, Silent, StepEvent, Tensor, load,
 };
 
 const FORMS: [&str; 3] = ["cogvideox-2b", "cogvideox-5b", "cogvideox-1.5"];
@@ -300,29 +300,37 @@ fn a_clip_begins_with_a_picture_where_the_model_takes_one() {
         let error = pipeline.check(&without).unwrap_err();
         assert_eq!(error.code(), "image");
         assert!(error.to_string().contains("needs a picture"), "{error}");
-        let picture = |value: f32| Tensor::full(value, (3, 32, 48), &Device::Cpu).unwrap();
-        let with = GenerateRequest { image: Some(picture(0.2)), checkpoint_every: 2, ..without };
+        let picture =
+            |value: f32| vec![Condition::new(Tensor::full(value, (1, 3, 32, 48), &Device::Cpu).unwrap(), 0)];
+        let with = GenerateRequest { conditions: picture(0.2), checkpoint_every: 2, ..without };
         let mut watch = Watch::default();
         let whole = pipeline.generate(&with, &mut watch).unwrap();
         assert_eq!((whole.frames.count, whole.latents.dims()), (9, &[1, 4, 3, 4, 6][..]));
         let resume = watch.checkpoints.first().cloned();
         let resumed = GenerateRequest { resume: resume.clone(), ..with.clone() };
         assert_eq!(pipeline.generate(&resumed, &mut Silent).unwrap().step_hashes, whole.step_hashes);
-        let other = GenerateRequest { image: Some(picture(0.9)), resume, ..with.clone() };
+        let other = GenerateRequest { conditions: picture(0.9), resume, ..with.clone() };
         assert_eq!(pipeline.generate(&other, &mut Silent).unwrap_err().code(), "checkpoint");
         let other = GenerateRequest { resume: None, ..other };
         assert_ne!(pipeline.generate(&other, &mut Silent).unwrap().step_hashes, whole.step_hashes);
-        let small = Tensor::zeros((3, 16, 48), DType::F32, &Device::Cpu).unwrap();
-        let small = GenerateRequest { image: Some(small), ..with };
-        assert!(pipeline.check(&small).unwrap_err().to_string().contains("image has shape [3, 16, 48]"));
+        let with_pictures = |pictures: Vec<Condition>| {
+            let other = GenerateRequest { conditions: pictures, ..with.clone() };
+            pipeline.check(&other).unwrap_err().to_string()
+        };
+        let small = Tensor::zeros((1, 3, 16, 48), DType::F32, &Device::Cpu).unwrap();
+        assert!(with_pictures(vec![Condition::new(small, 0)]).contains("a picture has shape [1, 3, 16, 48]"));
+        let late = Condition { frame: 4, ..picture(0.2).remove(0) };
+        assert!(with_pictures(vec![late]).contains("takes one picture, fully, which a clip begins with"));
     }
     let pipeline = open("cogvideox-5b");
-    let image = Some(Tensor::zeros((3, 32, 48), DType::F32, &Device::Cpu).unwrap());
-    let error = pipeline.check(&GenerateRequest { image, ..request(&*pipeline) }).unwrap_err();
+    let pictures = Tensor::zeros((1, 3, 32, 48), DType::F32, &Device::Cpu).unwrap();
+    let conditions = vec![Condition::new(pictures, 0)];
+    let error = pipeline.check(&GenerateRequest { conditions, ..request(&*pipeline) }).unwrap_err();
     assert!(error.to_string().contains("takes no picture"), "{error}");
     let pipeline = open("cogvideox-5b-i2v");
-    let image = Some(Tensor::zeros((3, 48, 48), DType::F32, &Device::Cpu).unwrap());
-    let tall = GenerateRequest { image, height: 48, ..request(&*pipeline) };
+    let pictures = Tensor::zeros((1, 3, 48, 48), DType::F32, &Device::Cpu).unwrap();
+    let conditions = vec![Condition::new(pictures, 0)];
+    let tall = GenerateRequest { conditions, height: 48, ..request(&*pipeline) };
     assert!(pipeline.check(&tall).unwrap_err().to_string().contains("positions for the size"));
 }
 

@@ -70,3 +70,52 @@ fn the_bundled_model_takes_a_prompt_at_its_defaults() {
     let (low, high) = (made.frames.data.iter().min().unwrap(), made.frames.data.iter().max().unwrap());
     assert!(high - low > 50, "the clip is flat: {low} to {high}");
 }
+
+/// Keeps the last preview.
+#[derive(Default)]
+struct Preview(Option<RgbFrames>);
+
+impl kinoflock_inference::Observer for Preview {
+    fn preview(&mut self, frames: &RgbFrames) {
+        self.0 = Some(frames.clone());
+    }
+}
+
+/// How far a preview is from its clip, of 255: over the cells of the first frame, which is a latent frame of its own.
+fn distance(preview: &RgbFrames, clip: &RgbFrames) -> f64 {
+    let side = clip.width / preview.width;
+    let (small, large) = (preview.frame(0).unwrap(), clip.frame(0).unwrap());
+    let mut sum = 0.0;
+    for (index, shown) in small.iter().enumerate() {
+        let (cell, colour) = (index / 3, index % 3);
+        let (row, column) = (cell / preview.width * side, cell % preview.width * side);
+        let pixel = |at: usize| {
+            let (y, x) = (row + at / side, column + at % side);
+            f64::from(large[(y * clip.width + x) * 3 + colour])
+        };
+        let mean = (0..side * side).map(pixel).sum::<f64>() / (side * side) as f64;
+        sum += (mean - f64::from(*shown)).abs();
+    }
+    sum / small.len() as f64
+}
+
+#[test]
+fn a_preview_has_the_colours_of_the_clip() {
+    let folder = tempfile::tempdir().unwrap();
+    motif::write_to(folder.path()).unwrap();
+    let mut pipeline = load(folder.path(), &LoadOptions::default()).unwrap();
+    for (prompt, seed) in [
+        ("a red circle drifts left over a blue field", 7),
+        ("a yellow star floats up over a purple ground", 3),
+    ] {
+        let mut request = GenerateRequest::new(prompt, &pipeline.info().defaults);
+        (request.seed, request.preview_every) = (seed, request.steps);
+        let mut seen = Preview::default();
+        let made = pipeline.generate(&request, &mut seen).unwrap();
+        let far = distance(&seen.0.unwrap(), &made.frames);
+        let plain =
+            kinoflock_inference::pipeline::latents::LatentRgb::default().project(&made.latents).unwrap();
+        let without = distance(&plain, &made.frames);
+        assert!(far < 0.5 * without, "{prompt}: {far} against {without}");
+    }
+}

@@ -33,6 +33,16 @@ fn ltx_video_0_9_5_is_within_tolerance() {
 }
 
 #[test]
+fn ltx_video_with_pictures_is_within_tolerance() {
+    assert_parity("ltx-video-pictures", 44);
+}
+
+#[test]
+fn ltx_videos_second_pass_is_within_tolerance() {
+    assert_parity("ltx-video-second-pass", 8);
+}
+
+#[test]
 fn cogvideox_2b_is_within_tolerance() {
     assert_parity("cogvideox-2b", 100);
 }
@@ -69,6 +79,14 @@ fn wan_2_1_is_within_tolerance() {
 fn wan_2_2_is_within_tolerance() {
     assert_parity("wan2.2-a14b", 15);
     assert_parity("wan2.2-ti2v-5b", 12);
+}
+
+#[test]
+fn wan_image_to_video_is_within_tolerance() {
+    assert_parity("wan2.1-i2v", 7);
+    assert_parity("wan2.1-flf2v", 7);
+    assert_parity("wan2.2-i2v-a14b", 14);
+    assert_parity("wan2.2-ti2v-pictures", 7);
 }
 
 #[test]

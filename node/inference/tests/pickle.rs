@@ -2,13 +2,17 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use kinoflock_inference::models::pyramid::pipeline::load_vae;
 use kinoflock_inference::tiling::Tiling;
 use kinoflock_inference::weights::{self, Weights};
 use kinoflock_inference::{DType, Device, LoadOptions, Tensor};
+
+#[path = "support/torch.rs"]
+mod torch;
+
+use torch::written;
 
 const STEM: &str = "diffusion_pytorch_model";
 
@@ -83,12 +87,10 @@ fn the_vae_decodes_alike_from_both_forms() {
     let folder = tempfile::tempdir().unwrap();
     let part = folder.path().join("causal_video_vae");
     std::fs::create_dir(&part).unwrap();
-    std::fs::copy(source.join("config.json"), part.join("config.json")).unwrap();
-    let tensors = candle_core::safetensors::load(source.join(format!("{STEM}.safetensors")), &Device::Cpu);
-    let tensors = tensors.unwrap().into_iter().map(|(name, tensor)| {
-        (name, (tensor.dims().to_vec(), tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap()))
-    });
-    std::fs::write(part.join(format!("{STEM}.bin")), written(&tensors.collect())).unwrap();
+    for file in ["config.json", &format!("{STEM}.safetensors")] {
+        std::fs::copy(source.join(file), part.join(file)).unwrap();
+    }
+    torch::turn(&part, STEM);
     let z =
         Tensor::arange(0f32, 48.0, &Device::Cpu).unwrap().cos().unwrap().reshape((1, 4, 2, 2, 3)).unwrap();
     let decoded = |folder: &Path| {
@@ -97,78 +99,4 @@ fn the_vae_decodes_alike_from_both_forms() {
         (parameters, video.flatten_all().unwrap().to_vec1::<f32>().unwrap())
     };
     assert_eq!(decoded(folder.path()), decoded(source.parent().unwrap()));
-}
-
-/// Tensors in the form of `torch.save`: an uncompressed zip file of a pickle and one file for each tensor.
-fn written(tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) -> Vec<u8> {
-    let mut files = Vec::new();
-    let mut pickle = b"\x80\x02}(".to_vec();
-    for (index, (name, (shape, values))) in tensors.iter().enumerate() {
-        text(&mut pickle, name);
-        pickle.extend_from_slice(b"ctorch._utils\n_rebuild_tensor_v2\n((");
-        text(&mut pickle, "storage");
-        pickle.extend_from_slice(b"ctorch\nFloatStorage\n");
-        text(&mut pickle, &index.to_string());
-        text(&mut pickle, "cpu");
-        number(&mut pickle, values.len());
-        pickle.extend_from_slice(b"tQK\0(");
-        shape.iter().for_each(|&size| number(&mut pickle, size));
-        pickle.extend_from_slice(b"t(");
-        for axis in 0..shape.len() {
-            number(
-                &mut pickle,
-                shape[axis + 1..].iter().fold(1, |all: usize, &size| all.saturating_mul(size)),
-            );
-        }
-        pickle.extend_from_slice(b"t\x89ccollections\nOrderedDict\n)RtR");
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        files.push((format!("archive/data/{index}"), bytes));
-    }
-    pickle.extend_from_slice(b"u.");
-    files.insert(0, ("archive/data.pkl".to_owned(), pickle));
-    zip(&files)
-}
-
-fn text(pickle: &mut Vec<u8>, text: &str) {
-    pickle.push(b'X');
-    pickle.extend_from_slice(&(text.len() as u32).to_le_bytes());
-    pickle.extend_from_slice(text.as_bytes());
-}
-
-/// A whole number of up to 31 bits, as Python's pickler writes most of them.
-fn number(pickle: &mut Vec<u8>, number: usize) {
-    pickle.push(b'J');
-    pickle.extend_from_slice(&i32::try_from(number).unwrap_or(i32::MAX).to_le_bytes());
-}
-
-fn zip(files: &[(String, Vec<u8>)]) -> Vec<u8> {
-    let mut out = Vec::new();
-    let mut directory = Vec::new();
-    for (name, bytes) in files {
-        let start = out.len() as u32;
-        let mut facts = Vec::new();
-        let length = (bytes.len() as u32).to_le_bytes();
-        facts.write_all(&[20, 0, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap();
-        facts.write_all(&crc32(bytes).to_le_bytes()).unwrap();
-        facts.write_all(&[length, length].concat()).unwrap();
-        facts.write_all(&(name.len() as u16).to_le_bytes()).unwrap();
-        facts.write_all(&[0, 0]).unwrap();
-        out.extend_from_slice(&[b"PK\x03\x04", &facts[..], name.as_bytes(), bytes].concat());
-        directory.extend_from_slice(&[b"PK\x01\x02\x14\0", &facts[..], &[0; 10]].concat());
-        directory.extend_from_slice(&[&start.to_le_bytes(), name.as_bytes()].concat());
-    }
-    let (start, length) = (out.len() as u32, directory.len() as u32);
-    out.extend_from_slice(&directory);
-    let count = (files.len() as u16).to_le_bytes();
-    out.extend_from_slice(&[&b"PK\x05\x06\0\0\0\0"[..], &count, &count].concat());
-    out.extend_from_slice(&[&length.to_le_bytes()[..], &start.to_le_bytes(), &[0, 0]].concat());
-    out
-}
-
-fn crc32(bytes: &[u8]) -> u32 {
-    let step = |crc: u32, &byte: &u8| {
-        let shift = |crc: u32, _| if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 };
-        (0..8).fold(crc ^ u32::from(byte), shift)
-    };
-    !bytes.iter().fold(!0, step)
 }

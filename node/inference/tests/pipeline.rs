@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use kinoflock_inference::{
     Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, RgbFrames,
-    Silent, StepEvent, Tensor, load,
+    SecondPass, Silent, StepEvent, Tensor, load,
 };
 
 fn golden(name: &str) -> PathBuf {
@@ -414,4 +414,78 @@ fn defaults_and_preview_factors_come_from_the_folder() {
     let wrong = serde_json::json!({"latent_rgb": {"factors": [[1.0, 0.0, 0.0]]}});
     std::fs::write(&file, wrong.to_string()).unwrap();
     assert!(load_error(folder.path()).to_string().contains("latent_rgb"));
+}
+
+/// Latents of a finished clip, of so many rows and columns.
+fn finished(rows: usize, columns: usize) -> Option<Tensor> {
+    let count = 8 * 2 * rows * columns;
+    let values = (0..count).map(|i| ((i * 37 % 101) as f32 - 50.0) / 40.0).collect::<Vec<_>>();
+    Some(Tensor::from_vec(values, (1, 8, 2, rows, columns), &Device::Cpu).unwrap())
+}
+
+#[test]
+fn a_second_pass_goes_on_from_latents_of_the_clips_size_or_of_half_of_it() {
+    let mut pipeline = open(&golden("ltx-video-0.9.5"));
+    let mut seen = std::collections::BTreeSet::new();
+    for (rows, columns, strength, steps) in [(2, 6, 0.5, 2), (1, 3, 0.5, 2), (1, 3, 0.8, 3), (1, 3, 1.0, 4)] {
+        let request = GenerateRequest {
+            height: 64,
+            width: 192,
+            initial_latents: finished(rows, columns),
+            second_pass: Some(SecondPass::new(strength)),
+            checkpoint_every: 1,
+            ..request(&*pipeline)
+        };
+        let mut seen_checkpoints = Checkpoints::default();
+        let made = pipeline.generate(&request, &mut seen_checkpoints).unwrap();
+        assert_eq!((made.latents.dims(), made.step_hashes.len()), (&[1, 8, 2, 2, 6][..], steps));
+        assert!(seen.insert(*made.step_hashes.last().unwrap()));
+        let resume = seen_checkpoints.0.first().cloned();
+        let rest = pipeline.generate(&GenerateRequest { resume, ..request.clone() }, &mut Silent).unwrap();
+        assert_eq!(rest.step_hashes, made.step_hashes);
+        let start = pipeline.start(&request).unwrap();
+        assert_eq!(pipeline.transition(&request, 0, &start).unwrap_err().code(), "not_auditable");
+    }
+}
+
+#[derive(Default)]
+struct Checkpoints(Vec<Checkpoint>);
+
+impl Observer for Checkpoints {
+    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
+        self.0.push(checkpoint.clone());
+    }
+}
+
+#[test]
+fn a_second_pass_that_cannot_be_made_is_refused_with_the_reason() {
+    let refused = |name: &str, initial_latents: Option<Tensor>, second: SecondPass| {
+        let pipeline = open(&golden(name));
+        let request = GenerateRequest {
+            height: 64,
+            width: 192,
+            initial_latents,
+            second_pass: Some(second),
+            ..request(&*pipeline)
+        };
+        pipeline.check(&request).unwrap_err().to_string()
+    };
+    let half = SecondPass::new(0.5);
+    let text = refused("ltx-video-0.9.5", None, half.clone());
+    assert!(text.contains("second pass from given latents, and none were given"), "{text}");
+    let text = refused("ltx-video-0.9.5", finished(2, 3), half.clone());
+    assert!(text.contains("initial_latents has shape [1, 8, 2, 2, 3]"), "{text}");
+    // This folder has no upsampler.
+    let text = refused("ltx-video-0.9.0", finished(1, 3), half.clone());
+    assert!(text.contains("initial_latents has shape [1, 8, 2, 1, 3]"), "{text}");
+    for strength in [0.0, -1.0, 1.5, f64::NAN] {
+        let text = refused("ltx-video-0.9.5", finished(2, 6), SecondPass::new(strength));
+        assert!(text.contains("denoise_strength is"), "{text}");
+    }
+    let text = refused("ltx-video-0.9.5", finished(2, 6), SecondPass::new(0.2));
+    assert!(text.contains("of so few steps no whole one is left"), "{text}");
+    let text =
+        refused("ltx-video-0.9.5", finished(2, 6), SecondPass { adain: f64::INFINITY, ..half.clone() });
+    assert!(text.contains("upsample_adain is inf"), "{text}");
+    assert!(refused("wan2.1", None, half).contains("wan makes no second pass"));
 }

@@ -9,6 +9,7 @@ use kinoflock_inference::models::cogvideox::transformer::CogVideoXTransformer;
 use kinoflock_inference::models::cogvideox::vae::CogVideoXVae;
 use kinoflock_inference::models::ltx::config::TransformerConfig;
 use kinoflock_inference::models::ltx::transformer::LtxTransformer;
+use kinoflock_inference::models::ltx::upsampler::{LtxUpsampler, UpsamplerConfig};
 use kinoflock_inference::models::mochi;
 use kinoflock_inference::models::pyramid::config::TransformerConfig as PyramidConfig;
 use kinoflock_inference::models::pyramid::transformer::PyramidTransformer;
@@ -17,6 +18,7 @@ use kinoflock_inference::models::wan;
 use kinoflock_inference::models::wan::transformer::WanTransformer;
 use kinoflock_inference::models::wan::vae::{WanVae, WanVaeConfig};
 use kinoflock_inference::text::{ClipTextConfig, ClipTextEncoder, T5Config, T5Encoder};
+use kinoflock_inference::vision::{ClipVisionConfig, ClipVisionEncoder};
 use kinoflock_inference::weights::{count_parameters, tensor_shapes};
 
 /// A class's defaults with some keys changed.
@@ -35,6 +37,26 @@ fn ltx_video_2b() {
     assert_eq!(shapes["transformer_blocks.27.attn2.to_k.weight"], [2048, 2048]);
     assert_eq!(shapes["caption_projection.linear_1.weight"], [2048, 4096]);
     assert_eq!(count_parameters(&shapes) / 1_000_000, 1_923);
+}
+
+#[test]
+fn ltx_video_13b() {
+    let config: TransformerConfig = config(serde_json::json!({
+        "num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096,
+    }));
+    let shapes = tensor_shapes(|vb| LtxTransformer::load(&config, &vb)).unwrap();
+    assert_eq!(shapes["transformer_blocks.47.attn1.norm_q.weight"], [4096]);
+    assert_eq!(shapes["transformer_blocks.0.ff.net.0.proj.weight"], [16384, 4096]);
+    assert_eq!(shapes["proj_out.weight"], [128, 4096]);
+    assert_eq!((shapes.len(), count_parameters(&shapes)), (1_215, 13_042_569_344));
+}
+
+#[test]
+fn ltx_videos_latent_upsampler() {
+    let config: UpsamplerConfig = config(serde_json::json!({}));
+    let shapes = tensor_shapes(|vb| LtxUpsampler::load(&config, &vb)).unwrap();
+    assert_eq!(shapes["upsampler.0.weight"], [2048, 512, 3, 3]);
+    assert_eq!((shapes.len(), count_parameters(&shapes)), (72, 126_250_624));
 }
 
 #[test]
@@ -150,6 +172,41 @@ fn wan_2_1_14b_and_1_3b() {
     let shapes = tensor_shapes(|vb| WanTransformer::load(&small, &vb)).unwrap();
     assert_eq!(shapes["condition_embedder.text_embedder.linear_1.weight"], [1536, 4096]);
     assert_eq!((shapes.len(), count_parameters(&shapes) / 1_000_000), (825, 1_418));
+}
+
+#[test]
+fn wan_image_to_video() {
+    let pictures = serde_json::json!({"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120});
+    let count = |value: serde_json::Value| {
+        let config: wan::config::TransformerConfig = config(value);
+        let shapes = tensor_shapes(|vb| WanTransformer::load(&config, &vb)).unwrap();
+        (shapes.len(), count_parameters(&shapes), shapes)
+    };
+    let (tensors, parameters, shapes) = count(pictures.clone());
+    assert_eq!(shapes["patch_embedding.weight"], [5120, 36, 1, 2, 2]);
+    assert_eq!(shapes["blocks.39.attn2.add_k_proj.weight"], [5120, 5120]);
+    assert_eq!(shapes["condition_embedder.image_embedder.ff.net.2.weight"], [5120, 1280]);
+    assert_eq!((tensors, parameters), (1_303, 16_394_878_784));
+    let mut ends = pictures;
+    ends["pos_embed_seq_len"] = 514.into();
+    let (tensors, parameters, _) = count(ends);
+    assert_eq!((tensors, parameters), (1_304, 16_395_536_704));
+    // 2.2 A14B, whose two transformers read no states of CLIP.
+    let (_, parameters, _) = count(serde_json::json!({"in_channels": 36}));
+    assert_eq!(parameters, 14_288_901_184);
+}
+
+/// CLIP's ViT-H/14 without its last block and the norm after it, which nobody reads.
+#[test]
+fn clip_vision() {
+    let config: ClipVisionConfig = config(serde_json::json!({
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "patch_size": 14, "hidden_act": "gelu",
+    }));
+    assert_eq!(config.tokens(), 257);
+    let shapes = tensor_shapes(|vb| ClipVisionEncoder::load(&config, &vb)).unwrap();
+    assert_eq!(shapes["vision_model.embeddings.patch_embedding.weight"], [1280, 3, 14, 14]);
+    assert_eq!(count_parameters(&shapes), 611_086_080);
 }
 
 #[test]

@@ -311,7 +311,7 @@ fn configuration_values_that_are_not_known_are_named() {
         ("model_index.json", "scheduler", serde_json::json!(["diffusers", "DDIM"]), "DDIM"),
         ("transformer/config.json", "_class_name", serde_json::json!("WanVACE"), "WanVACE"),
         ("transformer/config.json", "qk_norm", serde_json::json!("layer_norm"), "layer_norm"),
-        ("transformer/config.json", "image_dim", serde_json::json!(1280), "image_dim is 1280"),
+        ("transformer/config.json", "image_dim", serde_json::json!(1280), "added_kv_proj_dim is None"),
         ("transformer/config.json", "added_kv_proj_dim", serde_json::json!(48), "added_kv_proj_dim"),
         ("transformer/config.json", "num_layers", serde_json::json!(0), "num_layers"),
         ("transformer/config.json", "attention_head_dim", serde_json::json!(5), "attention_head_dim"),

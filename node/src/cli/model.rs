@@ -35,9 +35,9 @@ pub(super) enum ModelCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Take a model in from a folder in the published diffusers layout.
+    /// Take a model in from a folder as it is published.
     Import {
-        /// The folder that holds model_index.json.
+        /// The folder that holds model_index.json, or Pyramid Flow's parts.
         folder: PathBuf,
         /// The name by which artists ask for it; the folder's name if none is given.
         #[arg(long)]

@@ -29,7 +29,8 @@ pub fn speed(model: &WorkModel, request: &RunRequest, report: &DoneReport) -> Sp
         frames: request.frames,
         width: request.width,
         height: request.height,
-        steps: report.steps_done,
+        // Not those of the report: a model that works in stages has more of them than a job.
+        steps: request.steps,
         guided: request.guidance > 1.0,
     };
     let work = work(model, &shape);

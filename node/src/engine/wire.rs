@@ -20,7 +20,7 @@ use kinoflock_protocol::audit::Leaf;
 use kinoflock_protocol::codec::{self, Bytes, CodecError, List, Text};
 use kinoflock_protocol::frame::{self, FrameError};
 use kinoflock_protocol::id::{BlobId, JobId, ModelId};
-use kinoflock_protocol::limits::{MAX_LINE, MAX_NAME, MAX_PREVIEW, MAX_PROMPT};
+use kinoflock_protocol::limits::{MAX_KEYFRAMES, MAX_LINE, MAX_NAME, MAX_PREVIEW, MAX_PROMPT};
 use serde::{Deserialize, Serialize};
 
 pub use self::audit::{AuditReport, AuditRun, Hash, StatePaths};
@@ -28,13 +28,15 @@ pub use self::audit::{AuditReport, AuditRun, Hash, StatePaths};
 mod audit;
 
 /// The version of these messages. Both sides are of one release, or the daemon says that they are not.
-pub const WIRE_VERSION: u32 = 3;
+pub const WIRE_VERSION: u32 = 4;
 /// Greatest message, bytes: a prompt twice, or a preview, with room.
 pub const MAX_FRAME: usize = 128 * 1024;
 /// Greatest path, bytes of UTF-8.
 pub const MAX_PATH: usize = 4096;
 /// Most timesteps that a run may name.
 pub const MAX_TIMESTEPS: usize = 4096;
+/// Most pictures of a run: the keyframes, the beginning, the end.
+pub const MAX_PICTURES: usize = MAX_KEYFRAMES + 2;
 /// Greatest explanation of a failure, bytes of UTF-8: cut where it is longer.
 pub const MAX_TEXT: usize = MAX_LINE;
 
@@ -243,6 +245,41 @@ pub struct Extra {
     pub initial_latents: Option<WirePath>,
     /// A checkpoint file to go on from.
     pub resume: Option<WirePath>,
+    /// The folder with the files of `pictures` and `extend`: [`input_name`].
+    pub inputs: Option<WirePath>,
+    /// PNG or JPEG files that frames are to show.
+    pub pictures: List<Picture, MAX_PICTURES>,
+    /// A clip whose last frames this one begins with.
+    pub extend: Option<BlobId>,
+    /// How many.
+    pub extend_frames: Option<u32>,
+    /// Grey pictures where the model needs some and none are given: for self-tests, which bring none.
+    pub grey_pictures: bool,
+    /// Part of the schedule that is run from `initial_latents` as finished ones.
+    pub denoise_strength: Option<f64>,
+    /// How far latents that were made larger get back each channel's mean and spread.
+    pub upsample_adain: Option<f64>,
+    /// How far large values of theirs are pulled in.
+    pub upsample_tone_map: Option<f64>,
+    /// How much noise is put on fully given latents at each step.
+    pub picture_noise_scale: Option<f64>,
+}
+
+/// A picture that a frame is to show.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Picture {
+    /// Which.
+    pub image: BlobId,
+    /// The frame, zero-based.
+    pub frame: u32,
+    /// How strongly; 1 is fully.
+    pub strength: f64,
+}
+
+/// The file of an input, in the folder of inputs.
+#[must_use]
+pub fn input_name(blob: &BlobId) -> String {
+    format!("input-{blob}")
 }
 
 /// Where a run's files go. Each is written whole and synced before the message that names it.

@@ -33,6 +33,7 @@ use super::wire::{
 
 pub mod local;
 mod output;
+mod pictures;
 
 /// Orders that wait for the main thread. The daemon gives one at a time; cancels do not wait.
 const MAX_ORDERS: usize = 4;

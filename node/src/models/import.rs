@@ -43,7 +43,6 @@ impl ModelStore {
             return Err(ModelsError::Name { given: name.to_owned() });
         }
         // Here already, so that what is wrong is named where it lies.
-        manifest::looked_at(folder)?;
         let files = manifest::files_of(folder)?;
         let part = Part::new(&self.folder)?;
         let needed = files

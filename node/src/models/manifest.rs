@@ -1,55 +1,57 @@
-//! From a folder in the published layout to a manifest.
+//! From a folder in a published layout to a manifest.
 //!
-//! The manifest lists `model_index.json`, `kinoflock.json` where there is one, and the files of every component that the
-//! index names: weights, configurations, vocabularies. Anything else in the folder (a card, a readme, a single-file
-//! checkpoint of the same weights) is nobody's business here. Rules, defaults and work figures are read from the
-//! configuration files, never from the weights, so that a manifest is made without loading a model.
+//! What there is to know of a model is asked of its family ([`kinoflock_inference::registry::facts`]): which files it is
+//! made of, which clips it can make, what it does where nobody says otherwise, what a job costs. All of it comes from
+//! configuration files, so that a manifest is made without loading a model. This file only puts it in the protocol's
+//! words and hashes the files.
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use kinoflock_inference::models::ltx::config::TransformerConfig;
-use kinoflock_inference::models::ltx::pipeline::{CLASSES, DEFAULTS, LtxClass, TEXT_STEM, WEIGHTS_STEM};
-use kinoflock_inference::models::ltx::vae::config::LtxVaeConfig;
-use kinoflock_inference::registry::ModelIndex;
-use kinoflock_inference::{Defaults, Error, weights};
+use kinoflock_inference::facts::{Attention as TextPart, Facts};
+use kinoflock_inference::{Defaults, Error, PipelineInfo, registry};
 use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::id::BlobId;
 use kinoflock_protocol::model::{ModelDefaults, ModelFile, ModelManifest, ModelRules};
 use kinoflock_protocol::units::Micro;
-use kinoflock_protocol::work::{LtxConfig, WorkModel};
-use serde::Deserialize;
-use serde_json::Value;
+use kinoflock_protocol::work::{Attention, Figures, Schedule, Transformer, WorkModel};
 
 use super::{ModelsError, file_error};
-
-/// Endings of files that belong to a model.
-const ENDINGS: &[&str] = &["json", "safetensors", "model", "txt"];
 
 /// The manifest of a folder. Every file is read and hashed.
 ///
 /// # Errors
 /// When a file of the layout is missing, cannot be read, or holds a value that is not known.
 pub fn of_folder(folder: &Path) -> Result<ModelManifest, ModelsError> {
-    let (architecture, rules, defaults, work) = looked_at(folder)?;
+    let facts = looked_at(folder)?;
     let mut files = Vec::new();
-    for relative in files_of(folder)? {
+    for relative in facts.files(folder).map_err(|error| in_folder(folder, error))? {
         let path = folder.join(&relative);
         let (len, blake3) = hash_file(&path)?;
         let path = Text::new(relative).map_err(|source| ModelsError::TooLong { path, source })?;
         files.push(ModelFile { path, len, blake3 });
     }
     let too_long = |source| ModelsError::TooLong { path: folder.to_owned(), source };
+    let numbers = Numbers { folder };
     let manifest = ModelManifest {
-        architecture: Text::truncated(architecture),
+        architecture: Text::truncated(&facts.info.architecture),
         files: List::new(files).map_err(too_long)?,
-        rules,
-        defaults,
-        work,
+        rules: numbers.rules(&facts.info)?,
+        defaults: numbers.defaults(&facts.info.defaults)?,
+        work: numbers.work(&facts)?,
     };
     manifest.check().map_err(|source| ModelsError::Manifest { path: folder.to_owned(), source })?;
     Ok(manifest)
+}
+
+/// What a job costs with a folder's model. Weights need not be there.
+///
+/// # Errors
+/// When a configuration is missing, cannot be read, or holds a value that is not known.
+pub fn work_of(folder: &Path) -> Result<WorkModel, ModelsError> {
+    let facts = registry::facts(folder).map_err(|error| in_folder(folder, error))?;
+    Numbers { folder }.work(&facts)
 }
 
 /// Length and blake3 of a file.
@@ -63,203 +65,110 @@ pub fn hash_file(path: &Path) -> Result<(u64, BlobId), ModelsError> {
     Ok((hasher.count(), BlobId::from_bytes(*hasher.finalize().as_bytes())))
 }
 
-/// Paths within a folder that belong to the model, sorted, with `/`.
+/// What a folder says of itself, once its weights are seen to be there and whole.
+fn looked_at(folder: &Path) -> Result<Facts, ModelsError> {
+    let found = registry::facts(folder).and_then(|facts| facts.check_weights(folder).map(|()| facts));
+    found.map_err(|error| in_folder(folder, error))
+}
+
+/// Paths within a folder that belong to the model, sorted, with `/`, once its weights are seen to be there and whole.
 pub(super) fn files_of(folder: &Path) -> Result<BTreeSet<String>, ModelsError> {
-    let index = read_json(&folder.join("model_index.json"))?;
-    let mut files = BTreeSet::from(["model_index.json".to_owned()]);
-    if folder.join("kinoflock.json").is_file() {
-        files.insert("kinoflock.json".to_owned());
+    looked_at(folder)?.files(folder).map_err(|error| in_folder(folder, error))
+}
+
+/// Puts a family's numbers into the protocol's, which are bounded.
+struct Numbers<'a> {
+    folder: &'a Path,
+}
+
+impl Numbers<'_> {
+    fn rules(&self, info: &PipelineInfo) -> Result<ModelRules, ModelsError> {
+        Ok(ModelRules {
+            size_multiple: self.count("size_multiple", info.size_multiple)?,
+            frames_multiple: self.count("frames_multiple", info.frame_rule.multiple)?,
+            frames_offset: self.count("frames_offset", info.frame_rule.offset)?,
+            max_prompt_tokens: self.count("max_prompt_tokens", info.token_limit)?,
+        })
     }
-    // A component that the pipeline does without is `[null, null]`.
-    let named = index
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(_, value)| value.get(1).is_some_and(Value::is_string));
-    for (component, _) in named {
-        let inside = folder.join(component);
-        if !inside.is_dir() {
-            return Err(ModelsError::Missing { path: inside });
+
+    fn defaults(&self, defaults: &Defaults) -> Result<ModelDefaults, ModelsError> {
+        let Defaults { width, height, frames, fps, steps, guidance } = *defaults;
+        Ok(ModelDefaults {
+            frames: self.count("defaults.frames", frames)?,
+            width: self.count("defaults.width", width)?,
+            height: self.count("defaults.height", height)?,
+            fps: self.number("defaults.fps", fps)?,
+            steps: self.count("defaults.steps", steps)?,
+            guidance: self.number("defaults.guidance", guidance)?,
+        })
+    }
+
+    fn work(&self, facts: &Facts) -> Result<WorkModel, ModelsError> {
+        let (work, figures) = (&facts.info.work, &facts.figures);
+        let count = |key, value| self.count(key, value);
+        let mut decoder = Vec::with_capacity(figures.decoder.len());
+        for (channels, blocks) in &figures.decoder {
+            decoder.push((count("decoder channels", *channels)?, count("decoder blocks", *blocks)?));
         }
-        for entry in std::fs::read_dir(&inside).map_err(file_error(&inside))? {
-            let path = entry.map_err(file_error(&inside))?.path();
-            let ending = path.extension().and_then(|ending| ending.to_str());
-            let name = path.file_name().and_then(|name| name.to_str());
-            // `metadata` follows links: download caches are full of them.
-            let is_file = std::fs::metadata(&path).map_err(file_error(&path))?.is_file();
-            if let (Some(name), true) =
-                (name, is_file && ending.is_some_and(|ending| ENDINGS.contains(&ending)))
-            {
-                files.insert(format!("{component}/{name}"));
-            }
-        }
+        let transformer = Transformer {
+            attention: match figures.attention {
+                TextPart::Cross => Attention::Cross,
+                TextPart::Joint => Attention::Joint,
+                TextPart::Shared => Attention::Shared,
+            },
+            layers: count("layers", work.layers.saturating_sub(figures.single_layers))?,
+            single_layers: count("single layers", figures.single_layers)?,
+            width: count("width of a token", work.hidden)?,
+            feed_forward: count("width of a feed-forward", work.feed_forward)?,
+            feed_forward_matrices: count("matrices of a feed-forward", figures.feed_forward_matrices)?,
+            text_width: count("width of a text token", figures.text_width)?,
+            text_tokens: count("text tokens", facts.info.token_limit)?,
+            channels: count("latent channels", work.latent_channels)?,
+            patch_frames: count("latent frames in a token", work.patch[0])?,
+            patch_side: count("latent cells along a token", work.patch[2])?,
+        };
+        Ok(WorkModel::of(&Figures {
+            transformer,
+            text_parameters: figures.text_parameters,
+            spatial: count("spatial compression", work.spatial_ratio)?,
+            temporal: count("temporal compression", work.temporal_ratio)?,
+            decoder: &decoder,
+            vae_patch: count("patch of the VAE", figures.vae_patch)?,
+            schedule: if figures.staged { Schedule::Pyramid } else { Schedule::Whole },
+        }))
     }
-    Ok(files)
-}
 
-/// What a folder's configuration says, once its weights are seen to be there and whole.
-pub(super) fn looked_at(folder: &Path) -> Result<Figures, ModelsError> {
-    let figures = figures(folder)?;
-    let weighty = [("transformer", WEIGHTS_STEM), ("vae", WEIGHTS_STEM), ("text_encoder", TEXT_STEM)];
-    for (component, stem) in weighty {
-        weights::check(&folder.join(component), stem, None)?;
+    fn count(&self, key: &str, value: usize) -> Result<u32, ModelsError> {
+        let over = || format!("{value} exceeds the limit of {}", u32::MAX);
+        u32::try_from(value).map_err(|_| self.fault(key, over()))
     }
-    Ok(figures)
-}
 
-pub(super) type Figures = (&'static str, ModelRules, ModelDefaults, WorkModel);
-
-fn figures(folder: &Path) -> Result<Figures, ModelsError> {
-    let path = folder.join("model_index.json");
-    if !path.is_file() {
-        return Err(ModelsError::Missing { path });
+    fn number(&self, key: &str, value: f64) -> Result<Micro, ModelsError> {
+        Micro::from_f64(value).map_err(|error| self.fault(key, error.to_string()))
     }
-    let index = ModelIndex::read(folder).map_err(|error| config(&path, &error))?;
-    match LtxClass::from_name(&index.class) {
-        Some(class) => ltx(folder, class),
-        None => Err(ModelsError::UnknownArchitecture { class: index.class, path, known: CLASSES.join(", ") }),
-    }
-}
 
-fn ltx(folder: &Path, class: LtxClass) -> Result<Figures, ModelsError> {
-    let path = component(folder, "transformer")?;
-    let transformer = TransformerConfig::read(&path).map_err(|error| config(&path, &error))?;
-    let path = component(folder, "vae")?;
-    let text = std::fs::read_to_string(&path).map_err(file_error(&path))?;
-    let vae = LtxVaeConfig::from_json(&text).map_err(|error| ModelsError::Config {
-        path: path.clone(),
-        key: error.key,
-        reason: error.reason,
-    })?;
-    let encoder: TextEncoder = parse(&component(folder, "text_encoder")?)?;
-    let tokens = token_limit(folder, class.text_tokens() as u32)?;
-    let (spatial, temporal) = (vae.spatial_ratio() as u32, vae.temporal_ratio() as u32);
-    let (side, frames) = (transformer.patch_size as u32, transformer.patch_size_t as u32);
-    let mut work = WorkModel::ltx(&LtxConfig {
-        layers: transformer.num_layers as u32,
-        heads: transformer.num_attention_heads as u32,
-        head_dim: transformer.attention_head_dim as u32,
-        cross_dim: transformer.cross_attention_dim as u32,
-        channels: transformer.in_channels as u32,
-        text_tokens: tokens,
-        text_parameters: encoder.parameters(),
-        spatial,
-        temporal,
-        decoder: &decoder_levels(&vae),
-        vae_patch: vae.patch_size as u32,
-    });
-    (work.transformer.patch_side, work.transformer.patch_frames) = (side, frames);
-    let rules = ModelRules {
-        size_multiple: spatial * side,
-        frames_multiple: temporal * frames,
-        frames_offset: temporal * (frames - 1) + 1,
-        max_prompt_tokens: tokens,
-    };
-    Ok(("ltx-video", rules, defaults(folder)?, work))
-}
-
-/// Channels and residual blocks at each resolution, from the finest to the coarsest.
-fn decoder_levels(vae: &LtxVaeConfig) -> Vec<(u32, u32)> {
-    let mut levels = vec![(vae.decoder.width as u32, vae.decoder.layers as u32)];
-    for block in &vae.decoder.blocks {
-        match levels.last_mut() {
-            Some(level) if !block.scale => {
-                *level = (level.0.max(block.output as u32), level.1 + block.layers as u32);
-            }
-            _ => levels.push((block.output as u32, block.layers as u32)),
-        }
-    }
-    levels.reverse();
-    levels
-}
-
-/// What of a T5's configuration its size follows from.
-#[derive(Debug, Deserialize)]
-struct TextEncoder {
-    d_model: u64,
-    d_ff: u64,
-    d_kv: u64,
-    num_heads: u64,
-    num_layers: u64,
-    feed_forward_proj: String,
-}
-
-impl TextEncoder {
-    /// Parameters that every token meets: attention and feed-forward of every layer, without the vocabulary.
-    fn parameters(&self) -> u64 {
-        let matrices = if self.feed_forward_proj.starts_with("gated-") { 3 } else { 2 };
-        let attention =
-            self.num_heads.saturating_mul(self.d_kv).saturating_mul(self.d_model).saturating_mul(4);
-        let forward = self.d_model.saturating_mul(self.d_ff).saturating_mul(matrices);
-        attention.saturating_add(forward).saturating_mul(self.num_layers)
+    fn fault(&self, key: &str, reason: String) -> ModelsError {
+        ModelsError::Config { path: self.folder.to_owned(), key: key.to_owned(), reason }
     }
 }
 
-/// Text tokens that the model reads: what its class does, unless the tokenizer says fewer.
-fn token_limit(folder: &Path, most: u32) -> Result<u32, ModelsError> {
-    let path = folder.join("tokenizer").join("tokenizer_config.json");
-    let limit =
-        if path.is_file() { read_json(&path)?.get("model_max_length").and_then(Value::as_f64) } else { None };
-    // transformers writes 1e30 where it knows none.
-    Ok(limit.filter(|limit| *limit >= 1.0).map_or(most, |limit| limit.min(f64::from(most)) as u32))
-}
-
-fn defaults(folder: &Path) -> Result<ModelDefaults, ModelsError> {
-    #[derive(Deserialize)]
-    struct Extras {
-        defaults: Option<Defaults>,
-    }
-    let path = folder.join("kinoflock.json");
-    let own = if path.is_file() { parse::<Extras>(&path)?.defaults } else { None };
-    let Defaults { width, height, frames, fps, steps, guidance } = own.unwrap_or(DEFAULTS);
-    let fault =
-        |key: &str, reason: String| ModelsError::Config { path: path.clone(), key: key.to_owned(), reason };
-    let count = |key: &str, value: usize| {
-        u32::try_from(value).map_err(|_| fault(key, format!("{value} exceeds the limit of {}", u32::MAX)))
-    };
-    let number =
-        |key: &str, value: f64| Micro::from_f64(value).map_err(|error| fault(key, error.to_string()));
-    Ok(ModelDefaults {
-        frames: count("defaults.frames", frames)?,
-        width: count("defaults.width", width)?,
-        height: count("defaults.height", height)?,
-        fps: number("defaults.fps", fps)?,
-        steps: count("defaults.steps", steps)?,
-        guidance: number("defaults.guidance", guidance)?,
-    })
-}
-
-fn component(folder: &Path, name: &str) -> Result<PathBuf, ModelsError> {
-    let path = folder.join(name).join("config.json");
-    if path.is_file() { Ok(path) } else { Err(ModelsError::Missing { path }) }
-}
-
-fn read_json(path: &Path) -> Result<Value, ModelsError> {
-    if !path.is_file() {
-        return Err(ModelsError::Missing { path: path.to_owned() });
-    }
-    parse(path)
-}
-
-fn parse<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelsError> {
-    let text = std::fs::read_to_string(path).map_err(file_error(path))?;
-    serde_json::from_str(&text).map_err(|error| ModelsError::Config {
-        path: path.to_owned(),
-        key: "the file".to_owned(),
-        reason: error.to_string(),
-    })
-}
-
-fn config(path: &Path, error: &Error) -> ModelsError {
+fn in_folder(folder: &Path, error: Error) -> ModelsError {
     match error {
-        Error::Config { file, key, value, reason } => ModelsError::Config {
-            path: file.clone(),
-            key: key.clone(),
-            reason: format!("{value} is not known: {reason}"),
-        },
+        Error::UnknownArchitecture { class, file, known } => {
+            ModelsError::UnknownArchitecture { class, path: file, known }
+        }
+        Error::Config { file, key, value, reason } => {
+            ModelsError::Config { path: file, key, reason: format!("it is {value}: {reason}") }
+        }
+        Error::Read { file, source } if source.kind() == std::io::ErrorKind::NotFound => {
+            ModelsError::Missing { path: file }
+        }
+        Error::Read { file, source } => ModelsError::File { path: file, source },
+        Error::Weights(error) => ModelsError::Weights(error),
+        // The others name their file themselves.
         other => ModelsError::Config {
-            path: path.to_owned(),
-            key: "the file".to_owned(),
+            path: folder.to_owned(),
+            key: "configuration".to_owned(),
             reason: other.to_string(),
         },
     }

@@ -98,7 +98,7 @@ pub fn request(model: &Model, job: JobId, load: LoadRequest, output: Output) -> 
         steps: STEPS,
         guidance: defaults.guidance.to_f64(),
         // A model of few words gets as many of the prompt as it reads.
-        extra: Extra { truncate_prompt: true, ..Extra::default() },
+        extra: Extra { truncate_prompt: true, grey_pictures: true, ..Extra::default() },
         output,
         checkpoint_every: 0,
         preview_every: 0,

@@ -25,7 +25,9 @@ use kinoflock_protocol::progress::{Checkpoint, JobEvent};
 use kinoflock_protocol::receipt::Segment;
 use kinoflock_protocol::refusal::{Reason, Refusal};
 use kinoflock_protocol::seal::{SealKey, seal_bytes};
+use kinoflock_protocol::work::WorkModel;
 
+use super::refuse::unsupported;
 use super::{Daemon, Note, unix_now};
 use crate::clips::{Clips, Owner};
 use crate::engine::wire::{Failure, FileReport, WirePath, checkpoint_name};
@@ -78,9 +80,16 @@ pub(super) fn total_steps(spec: &JobSpec) -> u32 {
     named.unwrap_or(spec.steps)
 }
 
-/// Refuses an order to go on from where there is nothing left to do.
-pub(super) fn check_resume(order: &Order, spec: &JobSpec) -> Result<(), Box<Refusal>> {
+/// Refuses an order to go on from where there is nothing left to do, and what takes a job's step for a place in its run
+/// where it is none.
+pub(super) fn check_states(order: &Order, spec: &JobSpec, work: &WorkModel) -> Result<(), Box<Refusal>> {
     match order.resume.as_ref() {
+        Some(_) if !work.counts_by_steps() => {
+            Err(unsupported("resume", "this model works in stages: let the job begin anew"))
+        }
+        None if spec.returns.step_root && !work.counts_by_steps() => {
+            Err(unsupported("step_root", "this model works in stages, which cannot be audited yet"))
+        }
         Some(resume) if resume.step == 0 || resume.step >= total_steps(spec) => {
             let refusal =
                 Refusal::new(Reason::Invalid, "resume.step").limit(total_steps(spec) - 1, resume.step);
@@ -98,17 +107,21 @@ impl Daemon {
 
     /// After so many steps a worker leaves a checkpoint: as the job asks, else as this node is configured.
     pub(super) fn checkpoint_every(&self, spec: &JobSpec) -> u32 {
-        match spec.returns.checkpoint_every {
+        let every = match spec.returns.checkpoint_every {
             0 => self.config.engine.checkpoint_every.unwrap_or(0),
             asked => asked,
-        }
+        };
+        let passes = self.models.get(&spec.model).map_or(1, |model| model.manifest.work.passes(spec.frames));
+        every.saturating_mul(passes)
     }
 
     /// Seals and signs a state that the worker wrote, away from the daemon's loop, if the job asks for checkpoints.
     pub(super) fn checkpoint(&mut self, job: JobId, step: u32, file: FileReport, latents: BlobId) {
         let Some(live) = self.live.get(&job) else { return };
         let spec = live.job.spec();
-        if spec.returns.checkpoint_every == 0 {
+        // Another node could not say how far such a job is.
+        let told = self.models.get(&spec.model).is_some_and(|model| model.manifest.work.counts_by_steps());
+        if spec.returns.checkpoint_every == 0 || !told {
             return;
         }
         let owner = Owner { job, requester: live.job.requester(), class: live.origin.class.into() };

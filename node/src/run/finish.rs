@@ -102,6 +102,8 @@ impl Daemon {
         let card = self.card_id(model);
         let clip = blob(&report.clip);
         let began_at = live.checkpoints.began_at;
+        let done = began_at + report.steps_done;
+        let steps = if model.manifest.work.counts_by_steps() { done } else { spec.steps };
         let receipt = Receipt {
             job: report.job,
             requester: live.job.requester(),
@@ -116,13 +118,9 @@ impl Daemon {
             parents: spec.parents.clone(),
             inputs: List::first_of(spec.inputs().iter().map(|blob| blob.id)),
             seed: spec.seed,
-            steps: began_at + report.steps_done,
+            steps,
             step_root: report.step_root.filter(|_| spec.returns.step_root),
-            segments: all_segments(
-                &live.checkpoints.segments,
-                self.identity.node_id(),
-                began_at + report.steps_done,
-            ),
+            segments: all_segments(&live.checkpoints.segments, self.identity.node_id(), steps),
             work: work(&model.manifest.work, &spec.shape()),
             device: worker.map_or(DeviceClass::Other, |worker| class_of(&worker.device)),
             engine: Text::truncated(&worker.map_or_else(String::new, |w| engine_of(w, &at.dtype))),

@@ -13,13 +13,14 @@ use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::List;
 use kinoflock_protocol::custody::{MirroredInputs, SealedInput};
 use kinoflock_protocol::id::{JobId, NetworkId, NodeId};
-use kinoflock_protocol::job::ValidJob;
+use kinoflock_protocol::job::{JobSpec, ValidJob};
 use kinoflock_protocol::limits::MAX_ENVELOPE;
 use kinoflock_protocol::order::Resume;
 use kinoflock_protocol::seal::{SealKey, sealed_len};
 
 use super::checkpoints::{Received, Segments};
 use super::{Daemon, Note};
+use crate::engine::wire::input_name;
 use crate::queue::Queue;
 use crate::scheduler::Cause;
 
@@ -37,9 +38,10 @@ impl Daemon {
     pub(super) fn fetch_inputs(&mut self, job: &JobId) {
         let Some(live) = self.live.get(job) else { return };
         let Some(submitter) = live.submitter else { return };
-        let (latents, resume) = (live.job.spec().initial_latents, live.checkpoints.resume.clone());
-        let blobs = [latents, resume.as_ref().map(|resume| resume.checkpoint)];
-        let missing = List::first_of(blobs.into_iter().flatten().map(|blob| blob.id));
+        let (inputs, resume) = (files(live.job.spec()), live.checkpoints.resume.clone());
+        let blobs = inputs.iter().map(|(blob, _)| *blob);
+        let blobs = blobs.chain(resume.as_ref().map(|resume| resume.checkpoint));
+        let missing = List::first_of(blobs.map(|blob| blob.id));
         self.boards.tell(job, kinoflock_protocol::progress::JobEvent::AwaitingInputs { missing });
         let fetch = Fetch {
             net: self.net.clone(),
@@ -53,7 +55,7 @@ impl Daemon {
             checkpoints: self.checkpoints_folder(job),
         };
         let job = *job;
-        self.spawn(async move { Note::Inputs { job, result: fetch.all(latents, resume).await } });
+        self.spawn(async move { Note::Inputs { job, result: fetch.all(inputs, resume).await } });
     }
 
     pub(super) fn handle_inputs(&mut self, job: JobId, result: Result<Segments, String>) {
@@ -80,6 +82,21 @@ impl Daemon {
     }
 }
 
+/// A job's pictures and the clip that it goes on from.
+pub(super) fn pictures(spec: &JobSpec) -> impl Iterator<Item = BlobRef> {
+    let ends = [spec.start_image, spec.end_image, spec.extend];
+    ends.into_iter().flatten().chain(spec.keyframes.iter().map(|keyframe| keyframe.image))
+}
+
+/// What a job brings, each once, with its file's name in the job's folder.
+fn files(spec: &JobSpec) -> Vec<(BlobRef, String)> {
+    let mut files: Vec<_> = pictures(spec).map(|blob| (blob, input_name(&blob.id))).collect();
+    files.extend(spec.initial_latents.map(|latents| (latents, LATENTS.to_owned())));
+    files.sort_unstable();
+    files.dedup();
+    files
+}
+
 /// What it takes to fetch a job's inputs.
 struct Fetch {
     net: NetHandle,
@@ -96,10 +113,10 @@ struct Fetch {
 
 impl Fetch {
     /// Fetches everything; gives who did the steps so far.
-    async fn all(self, latents: Option<BlobRef>, resume: Option<Resume>) -> Result<Segments, String> {
+    async fn all(self, inputs: Vec<(BlobRef, String)>, resume: Option<Resume>) -> Result<Segments, String> {
         std::fs::create_dir_all(&self.checkpoints).map_err(|error| error.to_string())?;
-        if let Some(latents) = latents {
-            self.blob(latents, MAX_INPUT_BYTES, self.folder.join(LATENTS)).await?;
+        for (blob, name) in inputs {
+            self.blob(blob, MAX_INPUT_BYTES, self.folder.join(name)).await?;
         }
         match resume {
             Some(resume) => self.checkpoint(resume).await,

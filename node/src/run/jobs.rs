@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kinoflock_protocol::Millis;
+use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::id::JobId;
 use kinoflock_protocol::job::{JobSpec, OpValue};
@@ -11,7 +12,9 @@ use kinoflock_protocol::units::Micro;
 
 use super::{Daemon, Note, unix_now};
 use crate::engine::supervisor::EngineEvent;
-use crate::engine::wire::{Extra, Failure, LoadRequest, Output, Phase, RunRequest, StepReport, WirePath};
+use crate::engine::wire::{
+    Extra, Failure, LoadRequest, Output, Phase, Picture, RunRequest, StepReport, WirePath,
+};
 use crate::models::Model;
 use crate::queue::{End, QueueError};
 use crate::scheduler::{Cause, DeviceId, Event, Outcome};
@@ -27,8 +30,19 @@ const END_PAUSE: Duration = Duration::from_secs(5);
 const STEPS_SHARE: u64 = 900;
 
 /// The named operations that [`extra`] knows.
-pub(super) const OPERATIONS: [&str; 6] =
-    ["timesteps", "decode_timestep", "decode_noise_scale", "decode_tile", "decode_chunk", "truncate_prompt"];
+pub(super) const OPERATIONS: [&str; 11] = [
+    "timesteps",
+    "decode_timestep",
+    "decode_noise_scale",
+    "decode_tile",
+    "decode_chunk",
+    "truncate_prompt",
+    "extend_frames",
+    "picture_noise_scale",
+    "denoise_strength",
+    "upsample_adain",
+    "upsample_tone_map",
+];
 
 impl Daemon {
     pub(super) fn handle_event(&mut self, event: Event) {
@@ -120,6 +134,11 @@ impl Daemon {
         if spec.initial_latents.is_some() {
             run.extra.initial_latents = Some(path(super::inputs::LATENTS)?);
         }
+        if super::inputs::pictures(spec).next().is_some() {
+            run.extra.inputs = Some(wire_path(&folder).map_err(internal)?);
+            run.extra.pictures = List::first_of(shown(spec));
+            run.extra.extend = spec.extend.map(|clip| clip.id);
+        }
         run.extra.resume = self.newest_state(job).map(|(_, state)| state);
         run.output = Output {
             clip: path("clip.mp4")?,
@@ -141,7 +160,10 @@ impl Daemon {
                 if let Some(device) = self.devices.get_mut(&device) {
                     device.dtype = report.dtype.to_string();
                 }
-                self.phase_took("load", report.seconds);
+                // A model that was there already is no load.
+                if report.seconds > 0.0 {
+                    self.phase_took("load", report.seconds);
+                }
             }
             EngineEvent::Phase { job: Some(job), phase } => match phase {
                 Phase::Load => self.boards.tell(&job, JobEvent::Loading),
@@ -170,7 +192,7 @@ impl Daemon {
         let done = u64::from(report.done) * STEPS_SHARE / u64::from(report.total.max(1));
         self.scheduler.handle_progress(device, &report.job, done.min(STEPS_SHARE) as u16, now);
         if let Some(live) = self.live.get_mut(&report.job) {
-            live.steps_done = report.done;
+            (live.steps_done, live.steps_total) = (report.done, Some(report.total));
         }
         if let Some(device) = self.devices.get(&device) {
             let labels = DeviceLabels { device: device.name.clone() };
@@ -279,6 +301,19 @@ pub(super) fn plain_run(job: JobId, model: LoadRequest, spec: &JobSpec) -> Resul
     })
 }
 
+/// The pictures that a job's frames are to show.
+fn shown(spec: &JobSpec) -> impl Iterator<Item = Picture> {
+    let fully = |image: BlobRef, frame: u32| Picture { image: image.id, frame, strength: 1.0 };
+    let between = spec.keyframes.iter().map(|keyframe| Picture {
+        image: keyframe.image.id,
+        frame: keyframe.frame,
+        strength: keyframe.strength.to_f64(),
+    });
+    let begin = spec.start_image.map(|image| fully(image, 0));
+    let end = spec.end_image.map(|image| fully(image, spec.frames.saturating_sub(1)));
+    begin.into_iter().chain(between).chain(end)
+}
+
 /// What is told of a failed job.
 pub(super) fn failed_event(cause: &Cause) -> JobEvent {
     JobEvent::Failed {
@@ -331,6 +366,17 @@ pub(super) fn extra(spec: &JobSpec) -> Result<Extra, String> {
             }
             ("decode_tile", value) => extra.decode_tile = Some(whole(value).ok_or("decode_tile")?),
             ("decode_chunk", value) => extra.decode_chunk = Some(whole(value).ok_or("decode_chunk")?),
+            ("extend_frames", value) => extra.extend_frames = Some(whole(value).ok_or("extend_frames")?),
+            ("denoise_strength", value) => {
+                extra.denoise_strength = Some(number(value).ok_or("denoise_strength")?)
+            }
+            ("upsample_adain", value) => extra.upsample_adain = Some(number(value).ok_or("upsample_adain")?),
+            ("upsample_tone_map", value) => {
+                extra.upsample_tone_map = Some(number(value).ok_or("upsample_tone_map")?)
+            }
+            ("picture_noise_scale", value) => {
+                extra.picture_noise_scale = Some(number(value).ok_or("picture_noise_scale")?)
+            }
             ("truncate_prompt", OpValue::Flag(flag)) => extra.truncate_prompt = *flag,
             (name, _) => return Err(name.to_owned()),
         }

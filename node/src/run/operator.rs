@@ -187,7 +187,7 @@ impl Daemon {
             job: id.to_string(),
             state: state.to_owned(),
             device,
-            step: running.then(|| (live.steps_done, live.job.spec().steps)),
+            step: running.then(|| (live.steps_done, live.steps_total.unwrap_or(live.job.spec().steps))),
             position: self.scheduler.standing(id, now).map(|(position, _)| position),
             eta_seconds,
         }

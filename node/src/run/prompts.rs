@@ -2,9 +2,11 @@
 //! when the job's turn has come.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
-use kinoflock_inference::text::PromptTokenizer;
+use kinoflock_inference::facts::PromptCounter;
+use kinoflock_inference::{Error, registry};
 use kinoflock_protocol::id::ModelId;
 use kinoflock_protocol::job::JobSpec;
 use kinoflock_protocol::refusal::{Reason, Refusal};
@@ -17,15 +19,18 @@ const RULE: &str = "max_prompt_tokens";
 /// Characters of what would be cut that a refusal repeats.
 const MAX_QUOTE: usize = 160;
 
+/// What a refusal calls the prompt that says what is not to be seen.
+const NEGATIVE: &str = "negative prompt";
+
 /// The tokenizers of this node's models.
 #[derive(Default)]
-pub(super) struct Prompts(BTreeMap<ModelId, PromptTokenizer>);
+pub(super) struct Prompts(BTreeMap<ModelId, PromptCounter>);
 
 impl Prompts {
     /// Reads every model's tokenizer. Of a model whose tokenizer cannot be read the worker says so, in its self-test.
     pub(super) fn of(models: &BTreeMap<ModelId, Arc<Model>>) -> Self {
-        let read = |model: &Arc<Model>| match PromptTokenizer::load(&model.dir.join("tokenizer")) {
-            Ok(tokenizer) => Some((model.id, tokenizer)),
+        let read = |model: &Arc<Model>| match counter(&model.dir) {
+            Ok(counter) => Some((model.id, counter)),
             Err(error) => {
                 tracing::warn!(model = %model.name, %error, "prompts for this model cannot be counted");
                 None
@@ -36,13 +41,13 @@ impl Prompts {
 
     /// Checks prompt and, where it is used, negative prompt of a job for this model.
     pub(super) fn check(&self, model: &Model, spec: &JobSpec) -> Result<(), Box<Refusal>> {
-        let Some(tokenizer) = self.0.get(&model.id) else { return Ok(()) };
+        let Some(counter) = self.0.get(&model.id) else { return Ok(()) };
         let limit = model.manifest.rules.max_prompt_tokens;
         let guided = spec.guidance > Micro::ONE;
-        let negative = guided.then_some(("negative prompt", &spec.negative_prompt));
+        let negative = guided.then_some((NEGATIVE, &spec.negative_prompt));
         for (what, text) in [Some(("prompt", &spec.prompt)), negative].into_iter().flatten() {
-            let encoded = tokenizer
-                .encode(text.as_str(), limit as usize)
+            let encoded = counter
+                .encode(text.as_str(), what == NEGATIVE, limit as usize)
                 .map_err(|error| Box::new(Refusal::new(Reason::Invalid, what).given(error)))?;
             if let Some(cut) = encoded.cut_text {
                 return Err(Box::new(too_long(what, encoded.tokens, limit, &cut)));
@@ -50,6 +55,10 @@ impl Prompts {
         }
         Ok(())
     }
+}
+
+fn counter(folder: &Path) -> Result<PromptCounter, Error> {
+    Ok(PromptCounter::open(folder, registry::facts(folder)?.prompts)?)
 }
 
 fn too_long(what: &str, tokens: usize, limit: u32, cut: &str) -> Refusal {

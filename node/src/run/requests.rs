@@ -22,7 +22,7 @@ use kinoflock_protocol::rpc::{JobFailure, JobState, JobStatus, Request, Response
 use kinoflock_protocol::units::{Millis, UnixMillis};
 use kinoflock_protocol::work::{JobShape, work};
 
-use super::checkpoints::{Kept, check_resume};
+use super::checkpoints::{Kept, check_states};
 use super::inputs::MAX_INPUT_BYTES;
 use super::refuse::{
     check_adapters, check_inputs_len, invalid, job_refusal, order_refusal, unserved, unsupported,
@@ -206,24 +206,20 @@ impl Daemon {
             return Err(unsupported("train", "this release makes clips only"));
         }
         check_adapters(spec.adapters.len())?;
-        let inputs = [
-            ("start_image", spec.start_image.is_some()),
-            ("end_image", spec.end_image.is_some()),
-            ("keyframes", !spec.keyframes.is_empty()),
-            ("extend", spec.extend.is_some()),
-        ];
-        if let Some((name, _)) = inputs.iter().find(|(_, wanted)| *wanted) {
-            return Err(unsupported(name, "this release makes clips from a prompt, and from latents"));
+        if spec.extend.is_some() && spec.start_image.is_some() {
+            return Err(unsupported(
+                "start_image",
+                "a clip that goes on from another begins with its frames",
+            ));
         }
-        check_resume(order.order(), spec)?;
+        let model = self.models.get(&spec.model).ok_or_else(|| unserved(&spec.model))?;
+        check_states(order.order(), spec, &model.manifest.work)?;
         check_inputs_len(spec.inputs().iter().map(|blob| blob.len).sum())?;
         let extra = jobs::extra(spec).map_err(|name| {
             unsupported(&name, &format!("known for --set are {}", jobs::OPERATIONS.join(", ")))
         })?;
         let wanted = self.wanted(&spec.model, spec.shape())?;
-        if !extra.truncate_prompt
-            && let Some(model) = self.models.get(&spec.model)
-        {
+        if !extra.truncate_prompt {
             self.prompts.check(model, spec)?;
         }
         let origin = self.origin(job.requester(), addr);
@@ -324,6 +320,7 @@ impl Daemon {
             submitter: Some(ordered.submitter),
             mirrored: ordered.mirrored,
             steps_done: 0,
+            steps_total: None,
             checkpoints: Kept::of(ordered.order.order()),
         };
         self.live.insert(id, live);

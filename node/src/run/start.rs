@@ -243,6 +243,7 @@ impl Daemon {
             submitter: None,
             mirrored: None,
             steps_done: 0,
+            steps_total: None,
             checkpoints: self.restore_checkpoints(record),
         };
         self.live.insert(record.id, live);

@@ -193,12 +193,12 @@ fn run(case: &Case) -> Result<Outputs, String> {
     let mut request = GenerateRequest {
         dynamic_guidance: case.maybe("use_dynamic_cfg")?.unwrap_or(false),
         step_noise: case.numbered("noise."),
-        image: case.tensors.get("in.image").cloned(),
+        conditions: common::conditions(case)?,
         ..common::request(case, &pipeline)?
     };
     // The reference draws the picture's latents before everything else.
-    if request.image.is_some() && !request.step_noise.is_empty() {
-        request.image_noise = Some(request.step_noise.remove(0));
+    if !request.conditions.is_empty() && !request.step_noise.is_empty() {
+        request.condition_noise = vec![request.step_noise.remove(0)];
     }
     let schedule = pipeline.schedule(&request).map_err(text)?;
     let (mut outputs, latents) = common::run(&mut pipeline, &request)?;

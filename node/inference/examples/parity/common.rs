@@ -4,7 +4,9 @@ use kinoflock_inference::folder::load_t5;
 use kinoflock_inference::pipeline::Pipeline;
 use kinoflock_inference::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift};
 use kinoflock_inference::text::PromptTokenizer;
-use kinoflock_inference::{DType, Device, GenerateRequest, LoadOptions, Observer, StepEvent, Tensor};
+use kinoflock_inference::{
+    Condition, DType, Device, GenerateRequest, LoadOptions, Observer, StepEvent, Tensor,
+};
 
 use super::Kind;
 use super::golden::{Case, Outputs};
@@ -166,6 +168,29 @@ pub(crate) fn request(case: &Case, pipeline: &dyn Pipeline) -> Result<GenerateRe
     request.decode.skip = true;
     request.initial_latents = case.tensors.get("in.latents").cloned();
     Ok(request)
+}
+
+#[derive(serde::Deserialize)]
+struct Shown {
+    frame: usize,
+    strength: f64,
+}
+
+/// The pictures of a run: `in.image` for its beginning, or `in.condition.N` with what the manifest says of each.
+pub(crate) fn conditions(case: &Case) -> Result<Vec<Condition>, String> {
+    let pictures = |tensor: &Tensor| tensor.to_dtype(DType::F32).map_err(text);
+    if let Some(image) = case.tensors.get("in.image") {
+        return Ok(vec![Condition::new(pictures(image)?.unsqueeze(0).map_err(text)?, 0)]);
+    }
+    let shown: Vec<Shown> = case.maybe("conditions")?.unwrap_or_default();
+    let given = case.numbered("in.condition.");
+    if given.len() != shown.len() {
+        return Err(format!("{} pictures, and {} are told of", given.len(), shown.len()));
+    }
+    let condition = |(tensor, shown): (&Tensor, &Shown)| {
+        Ok(Condition { pictures: pictures(tensor)?, frame: shown.frame, strength: shown.strength })
+    };
+    given.iter().zip(&shown).map(condition).collect()
 }
 
 /// Probes and traces: every module's result, as the golden names it.

@@ -18,7 +18,7 @@ pub(crate) struct Case {
     pub(crate) params: Map<String, Value>,
     /// Everything in its file.
     pub(crate) tensors: BTreeMap<String, Tensor>,
-    /// The folder's `pipeline`.
+    /// The folder's `pipeline`, or the one that the golden names.
     pub(crate) pipeline: PathBuf,
     facts: BTreeMap<String, Facts>,
     arch: Option<String>,
@@ -37,6 +37,9 @@ struct Manifest {
 #[derive(Deserialize)]
 struct Golden {
     file: String,
+    /// Another folder than `pipeline`, for goldens that share one.
+    #[serde(default)]
+    pipeline: Option<String>,
     #[serde(default)]
     params: Option<Map<String, Value>>,
     #[serde(default)]
@@ -69,7 +72,7 @@ pub(crate) fn read_manifest(folder: &Path) -> Result<Vec<ReadCase>, String> {
                 name,
                 params: golden.params.unwrap_or_default(),
                 tensors: tensors.into_iter().collect(),
-                pipeline: folder.join("pipeline"),
+                pipeline: folder.join(golden.pipeline.as_deref().unwrap_or("pipeline")),
                 facts: golden.tensors,
                 arch: manifest.arch.clone(),
             })

@@ -5,7 +5,7 @@ use kinoflock_inference::models::ltx::pipeline::{LtxClass, LtxPipeline, load_tra
 use kinoflock_inference::models::ltx::rope::{Positions, Rope, RopeTables};
 use kinoflock_inference::models::ltx::vae::{DecodeSettings, Noise};
 use kinoflock_inference::registry::ModelIndex;
-use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Pipeline, Silent, Tensor};
+use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Pipeline, SecondPass, Silent, Tensor};
 
 use super::common::{self, numbers, record, text};
 use super::golden::{Case, Outputs};
@@ -22,6 +22,7 @@ fn compute(case: &Case, kind: Kind) -> Result<Option<Outputs>, String> {
         Kind::Transformer => transformer(case)?,
         Kind::VaeEncode => vae_encode(case)?,
         Kind::VaeDecode => vae_decode(case)?,
+        Kind::Other if case.name.starts_with("upsampler") => upsample(case)?,
         _ => return Ok(None),
     }))
 }
@@ -127,6 +128,21 @@ fn load_pipeline(case: &Case) -> Result<LtxPipeline, String> {
     Ok(pipeline)
 }
 
+/// Latents at twice the size.
+fn upsample(case: &Case) -> Result<Outputs, String> {
+    let large = load_pipeline(case)?.upsample(&second_pass(case, 1.0)?, case.input("in.latents")?);
+    Ok(vec![("out.latents".to_owned(), "", large.map_err(text)?)])
+}
+
+fn second_pass(case: &Case, strength: f64) -> Result<SecondPass, String> {
+    Ok(SecondPass {
+        noise: case.tensors.get("noise.initial").cloned(),
+        adain: case.maybe("adain_factor")?.unwrap_or(0.0),
+        tone_map: case.maybe("tone_map_compression_ratio")?.unwrap_or(0.0),
+        ..SecondPass::new(strength)
+    })
+}
+
 /// Latents step by step, the schedule, and the frames where the golden has them.
 fn run(case: &Case) -> Result<Outputs, String> {
     let mut pipeline = load_pipeline(case)?;
@@ -153,7 +169,16 @@ fn request(case: &Case, pipeline: &LtxPipeline) -> Result<GenerateRequest, Strin
     request.guidance_rescale = case.maybe("guidance_rescale")?.unwrap_or(0.0);
     request.decode_timestep = case.maybe("decode_timestep")?.unwrap_or(0.0);
     request.decode_noise_scale = case.maybe("decode_noise_scale")?;
+    request.conditions = common::conditions(case)?;
+    request.condition_noise = case.numbered("noise.condition.");
+    request.condition_noise_scale = case.maybe("image_cond_noise_scale")?.unwrap_or(0.0);
+    request.step_noise = case.numbered("noise.step.");
+    let strength = case.maybe::<f64>("denoise_strength")?;
+    request.second_pass = strength.map(|strength| second_pass(case, strength)).transpose()?;
     let mut noise = case.numbered("noise.");
+    if noise.is_empty() {
+        noise = case.numbered("noise.decode.");
+    }
     if request.initial_latents.is_none() {
         if noise.is_empty() {
             return Err("neither in.latents nor noise.000 is there".to_owned());

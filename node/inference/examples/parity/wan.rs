@@ -8,7 +8,7 @@ use kinoflock_inference::sampler::{
     FlowMatchConfig, Schedule, ScheduleRequest, UniPc, UniPcConfig, UniPcState,
 };
 use kinoflock_inference::tiling::Tiling;
-use kinoflock_inference::{Device, LoadOptions, Silent, Tensor};
+use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Silent, Tensor};
 
 use super::common::{self, numbers, record, request, text};
 use super::golden::{Case, Outputs};
@@ -89,7 +89,7 @@ fn transformer(case: &Case) -> Result<Outputs, String> {
     let cells = [frames, height, width];
     let grid = std::array::from_fn(|axis| cells[axis] / patch[axis]);
     let rope = RopeTables::new(transformer.config(), grid, &Device::Cpu).map_err(text)?;
-    let context = transformer.text_context(case.input("in.encoder_hidden_states")?).map_err(text)?;
+    let context = transformer.text_context(case.input("in.encoder_hidden_states")?, None).map_err(text)?;
     let mut outputs = Vec::new();
     let latents = pack(latents, patch).map_err(text)?;
     let sample = transformer
@@ -158,7 +158,7 @@ fn load_pipeline(case: &Case) -> Result<WanPipeline, String> {
 /// Latents step by step, the schedule, and the frames where the golden has them.
 fn run(case: &Case) -> Result<Outputs, String> {
     let mut pipeline = load_pipeline(case)?;
-    let request = request(case, &pipeline)?;
+    let request = GenerateRequest { conditions: common::conditions(case)?, ..request(case, &pipeline)? };
     let schedule = pipeline.schedule(&request).map_err(text)?;
     let (mut outputs, latents) = common::run(&mut pipeline, &request)?;
     outputs.push(("out.sigmas".to_owned(), "", numbers(schedule.course().sigmas)?));

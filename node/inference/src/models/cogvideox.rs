@@ -2,6 +2,7 @@
 //! transformer over text and video in one sequence, T5 text, a diffusion sampler that predicts `v`.
 
 pub mod config;
+pub mod facts;
 pub mod pipeline;
 pub mod positions;
 pub mod transformer;
@@ -15,5 +16,6 @@ use crate::registry::Architecture;
 pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
+    facts: facts::facts,
     load: |folder, index, options| Ok(Box::new(CogVideoXPipeline::load(folder, index, options)?)),
 };

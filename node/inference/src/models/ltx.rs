@@ -2,9 +2,11 @@
 //! transformer over packed latent tokens, T5 text.
 
 pub mod config;
+pub mod facts;
 pub mod pipeline;
 pub mod rope;
 pub mod transformer;
+pub mod upsampler;
 pub mod vae;
 
 pub use pipeline::{LtxClass, LtxPipeline};
@@ -15,5 +17,6 @@ use crate::registry::Architecture;
 pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
+    facts: facts::facts,
     load: |folder, index, options| Ok(Box::new(LtxPipeline::load(folder, index, options)?)),
 };

@@ -2,6 +2,7 @@
 //! for text that attend to each other, T5 text.
 
 pub mod config;
+pub mod facts;
 pub mod pipeline;
 pub mod rope;
 pub mod transformer;
@@ -15,5 +16,6 @@ use crate::registry::Architecture;
 pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
+    facts: facts::facts,
     load: |folder, index, options| Ok(Box::new(MochiPipeline::load(folder, index, options)?)),
 };

@@ -4,6 +4,7 @@
 //! Its folder is published without a `model_index.json` and is known by its parts, see `implied_class`.
 
 pub mod config;
+pub mod facts;
 pub mod pipeline;
 pub mod rope;
 pub mod transformer;
@@ -18,5 +19,6 @@ use crate::registry::Architecture;
 pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
+    facts: |folder, _| facts::facts(folder),
     load: |folder, _, options| Ok(Box::new(PyramidPipeline::load(folder, options)?)),
 };

@@ -2,6 +2,7 @@
 //! UMT5 text. Wan 2.1 in its 1.3B and 14B forms, Wan 2.2 as A14B with two transformers and as TI2V-5B.
 
 pub mod config;
+pub mod facts;
 pub mod pipeline;
 pub mod rope;
 pub mod transformer;
@@ -15,5 +16,6 @@ use crate::registry::Architecture;
 pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
+    facts: facts::facts,
     load: |folder, index, options| Ok(Box::new(WanPipeline::load(folder, index, options)?)),
 };

@@ -164,6 +164,14 @@ impl Conv3d {
     /// When a tensor is missing or of another shape, or `order` names a channel that is not there.
     pub fn load_ordered(config: Conv3dConfig, order: &[u32], vb: VarBuilder) -> Result<Self> {
         let (weight, bias) = Self::tensors(&config, vb)?;
+        Self::new_ordered(config, order, weight, bias)
+    }
+
+    /// [`Conv3d::new`] with the output channels in another order, as [`Conv3d::load_ordered`].
+    ///
+    /// # Errors
+    /// When shapes do not fit, or `order` names a channel that is not there.
+    pub fn new_ordered(config: Conv3dConfig, order: &[u32], weight: Tensor, bias: Tensor) -> Result<Self> {
         if shapes_only() {
             return Self::new(config, weight, Some(bias));
         }

@@ -86,7 +86,7 @@ impl Volume {
 
 /// How latents are shown before they are decoded: a linear map from a cell's channels to a colour.
 ///
-/// With factors (fitted to a VAE, from `kinoflock.json`), a colour in 0 to 1 is `channels x factors + bias`. Without,
+/// With factors (of `kinoflock.json`, or [`LatentRgb::fitted`]), a colour in 0 to 1 is `channels x factors + bias`. Without,
 /// the first three channels are stretched over the clip's range.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -117,6 +117,27 @@ impl LatentRgb {
         ))
     }
 
+    /// The map that comes nearest, in squares, from cells `[C, n]` to colours `[3, n]` in 0 to 1; `n` is above `C`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn fitted(cells: &Tensor, colours: &Tensor) -> Result<Self> {
+        /// Keeps channels that never vary out of the solution.
+        const RIDGE: f64 = 1e-6;
+        let (channels, count) = cells.dims2()?;
+        let cells = cells.to_dtype(DType::F64)?;
+        let ones = Tensor::ones((1, count), DType::F64, cells.device())?;
+        let known = Tensor::cat(&[&cells, &ones], 0)?;
+        let mut normal = known.matmul(&known.t()?)?.to_vec2::<f64>()?;
+        let mut wanted = known.matmul(&colours.to_dtype(DType::F64)?.t()?)?.to_vec2::<f64>()?;
+        for (index, row) in normal.iter_mut().enumerate() {
+            row[index] += RIDGE * count as f64;
+        }
+        solve(&mut normal, &mut wanted);
+        let row = |index: usize| std::array::from_fn(|colour| wanted[index][colour] as f32);
+        Ok(Self { factors: (0..channels).map(row).collect(), bias: row(channels) })
+    }
+
     /// One pixel a cell, one frame a latent frame, of normalised latents `[1, C, F, H, W]`.
     ///
     /// # Errors
@@ -137,6 +158,26 @@ impl LatentRgb {
         };
         let video = colours.reshape((3, frames, height, width))?.transpose(0, 1)?;
         RgbFrames::from_unit(&video)
+    }
+}
+
+/// Solves `normal x = wanted` for a symmetric positive matrix, in place: `wanted` becomes `x`.
+fn solve(normal: &mut [Vec<f64>], wanted: &mut [Vec<f64>]) {
+    let size = normal.len();
+    for pivot in 0..size {
+        let (row, value) = (normal[pivot].clone(), wanted[pivot].clone());
+        for below in pivot + 1..size {
+            let factor = normal[below][pivot] / row[pivot];
+            normal[below].iter_mut().zip(&row).for_each(|(cell, above)| *cell -= factor * above);
+            wanted[below].iter_mut().zip(&value).for_each(|(cell, above)| *cell -= factor * above);
+        }
+    }
+    for pivot in (0..size).rev() {
+        let (rest, diagonal) = (normal[pivot].clone(), normal[pivot][pivot]);
+        for colour in 0..wanted[pivot].len() {
+            let known: f64 = (pivot + 1..size).map(|column| rest[column] * wanted[column][colour]).sum();
+            wanted[pivot][colour] = (wanted[pivot][colour] - known) / diagonal;
+        }
     }
 }
 
@@ -177,5 +218,18 @@ mod tests {
         assert_eq!((plain.width, plain.height, plain.count, plain.data.len()), (2, 1, 1, 6));
         let fitted = LatentRgb { factors: vec![[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], bias: [0.0, 0.0, 1.0] };
         assert_eq!(fitted.project(&latents).unwrap().data, [0, 255, 255, 255, 255, 255]);
+    }
+
+    #[test]
+    fn the_fitted_map_is_the_one_by_which_the_colours_were_made() {
+        let cells: Vec<f32> = (0..40).map(|i| (i as f32 * 0.7).sin()).collect();
+        let cells = Tensor::from_vec(cells, (2, 20), &Device::Cpu).unwrap();
+        let factors = Tensor::new(&[[0.1f32, 0.2], [0.0, -0.3], [0.25, 0.05]], &Device::Cpu).unwrap();
+        let bias = Tensor::new(&[[0.5f32], [0.4], [0.3]], &Device::Cpu).unwrap();
+        let colours = factors.matmul(&cells).unwrap().broadcast_add(&bias).unwrap();
+        let fitted = LatentRgb::fitted(&cells, &colours).unwrap();
+        let near = |a: [f32; 3], b: [f32; 3]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+        assert!(near(fitted.factors[0], [0.1, 0.0, 0.25]) && near(fitted.factors[1], [0.2, -0.3, 0.05]));
+        assert!(near(fitted.bias, [0.5, 0.4, 0.3]), "{fitted:?}");
     }
 }

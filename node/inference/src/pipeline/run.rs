@@ -7,6 +7,7 @@
 
 mod audit;
 mod check;
+mod colours;
 mod digest;
 mod parts;
 
@@ -18,12 +19,14 @@ pub use check::check_prompt;
 use digest::digest;
 pub use parts::{initial, watched};
 
+use super::conditions::Takes;
 use super::{
     Checkpoint, Commitment, GenerateRequest, Generated, Observer, Phase, Pipeline, PipelineInfo, StepEvent,
     Transition,
 };
 use crate::error::Error;
 use crate::frames::RgbFrames;
+use crate::pipeline::latents::LatentRgb;
 use crate::sampler::checkpoint::latents_bytes;
 
 /// The points that a run goes through.
@@ -84,8 +87,13 @@ pub trait VideoModel: Send {
         request.guidance > 1.0
     }
 
-    /// Whether a clip begins with a given picture.
-    fn takes_image(&self) -> bool {
+    /// Which pictures are taken beside the prompt.
+    fn takes(&self) -> Takes {
+        Takes::NOTHING
+    }
+
+    /// Whether a run may go on from finished latents.
+    fn makes_second_pass(&self) -> bool {
         false
     }
 
@@ -107,11 +115,25 @@ pub trait VideoModel: Send {
     /// [`Error::LatentShape`] for given latents of another shape.
     fn begin(&self, request: &GenerateRequest, plan: &Self::Plan) -> Result<Tensor, Error>;
 
-    /// Encodes the text and computes what stays the same over all steps.
+    /// Encodes text and pictures and computes what stays the same over all steps.
     ///
     /// # Errors
     /// What the device reports.
     fn context(&self, request: &GenerateRequest, plan: &Self::Plan) -> Result<Self::Context, Error>;
+
+    /// Puts what the context holds of given pictures into the latents that a run begins with.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn enter(
+        &self,
+        _request: &GenerateRequest,
+        _plan: &Self::Plan,
+        _context: &Self::Context,
+        _state: &mut State,
+    ) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// The network's output at step `index` with guidance applied, f32, in the latents' shape.
     ///
@@ -134,6 +156,7 @@ pub trait VideoModel: Send {
         &self,
         request: &GenerateRequest,
         plan: &Self::Plan,
+        context: &Self::Context,
         index: usize,
         state: &mut State,
         output: &Tensor,
@@ -144,11 +167,9 @@ pub trait VideoModel: Send {
         None
     }
 
-    /// A rough picture of predicted clean latents.
-    ///
-    /// # Errors
-    /// When they cannot be read back from their device.
-    fn preview(&self, plan: &Self::Plan, predicted: &Tensor) -> Result<RgbFrames, Error>;
+    /// How latents are shown before they are decoded, as the folder says it. Without factors they are learnt from the
+    /// decoder when the first preview is due.
+    fn colours(&self) -> &LatentRgb;
 
     /// The latents after the last step as a volume `[1, C, F, H, W]`.
     ///
@@ -175,6 +196,10 @@ impl<M: VideoModel> Pipeline for M {
 
     fn count_tokens(&self, prompt: &str) -> Result<usize, Error> {
         self.prompt_tokens(prompt)
+    }
+
+    fn pictures(&self) -> Takes {
+        self.takes()
     }
 
     fn check(&self, request: &GenerateRequest) -> Result<(), Error> {
@@ -272,6 +297,8 @@ struct Run<'a, M: VideoModel> {
     hashes: Vec<[u8; 32]>,
     digest: [u8; 32],
     history: Vec<u8>,
+    /// Colours of previews, where they had to be learnt.
+    colours: Option<LatentRgb>,
 }
 
 impl<'a, M: VideoModel> Run<'a, M> {
@@ -290,14 +317,17 @@ impl<'a, M: VideoModel> Run<'a, M> {
                 (State { latents, memory: BTreeMap::new() }, 0, Vec::new(), Vec::new())
             }
         };
-        Ok(Self { model, request, plan, course, state, done, hashes, digest, history })
+        Ok(Self { model, request, plan, course, state, done, hashes, digest, history, colours: None })
     }
 
     /// Goes one step and gives the clean latents that the model predicted before it.
     fn step(&mut self, context: &M::Context) -> Result<Tensor, Error> {
         let (model, request, plan) = (self.model, self.request, self.plan);
+        if self.done == 0 {
+            model.enter(request, plan, context, &mut self.state)?;
+        }
         let output = model.output(request, plan, context, self.done, &self.state)?;
-        let predicted = model.advance(request, plan, self.done, &mut self.state, &output)?;
+        let predicted = model.advance(request, plan, context, self.done, &mut self.state, &output)?;
         self.done += 1;
         Ok(predicted)
     }
@@ -320,14 +350,29 @@ impl<'a, M: VideoModel> Run<'a, M> {
             latents: &self.state.latents,
             hash,
         });
-        let due = |every: usize| every > 0 && self.done.is_multiple_of(every);
+        let done = self.done;
+        let due = |every: usize| every > 0 && done.is_multiple_of(every);
         if due(self.request.preview_every) {
-            observer.preview(&self.model.preview(self.plan, predicted)?);
+            observer.preview(&self.preview(predicted)?);
         }
         if due(self.request.checkpoint_every) && self.done < self.course.steps() {
             observer.checkpoint(&self.checkpoint()?);
         }
         Ok(())
+    }
+
+    /// A rough picture of predicted clean latents.
+    fn preview(&mut self, predicted: &Tensor) -> Result<RgbFrames, Error> {
+        let volume = self.model.volume(self.plan, predicted)?;
+        if let Some(colours) = Some(self.model.colours()).filter(|colours| !colours.factors.is_empty()) {
+            return Ok(colours.project(&volume)?);
+        }
+        let colours = match &self.colours {
+            Some(colours) => colours,
+            // A device without room for that is no reason to fail a run: channels are then shown as they are.
+            None => self.colours.insert(colours::learnt(self.model, self.request).unwrap_or_default()),
+        };
+        Ok(colours.project(&volume)?)
     }
 
     fn checkpoint(&self) -> Result<Checkpoint, Error> {

@@ -182,6 +182,14 @@ impl Schedule {
         Ok(Self { sigmas, timesteps, train_timesteps: train })
     }
 
+    /// The same without its first steps.
+    #[must_use]
+    pub fn without_first(mut self, steps: usize) -> Self {
+        self.sigmas.drain(..steps);
+        self.timesteps.drain(..steps);
+        self
+    }
+
     /// Steps of the run.
     #[must_use]
     pub fn steps(&self) -> usize {
@@ -214,8 +222,20 @@ impl Schedule {
     /// By how much the noise level changes in step `index` under [`Schedule::step_from_timestep`].
     #[must_use]
     pub fn change_from_timestep(&self, index: usize) -> f32 {
-        let current = self.timesteps[index] / self.train_timesteps;
+        self.change_from(self.timesteps[index])
+    }
+
+    /// By how much the noise level changes from a timestep's own to the largest sigma below it.
+    #[must_use]
+    pub fn change_from(&self, timestep: f32) -> f32 {
+        let current = timestep / self.train_timesteps;
         self.next_below(current) - current
+    }
+
+    /// The timestep at noise level 1.
+    #[must_use]
+    pub fn scale(&self) -> f32 {
+        self.train_timesteps
     }
 
     /// The largest sigma below a noise level, 0 where there is none.

@@ -3,14 +3,12 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use candle_nn::{Embedding, Module, VarBuilder};
 use serde::Deserialize;
 
 use super::TextError;
-use crate::nn::attention::attention;
-use crate::nn::linear::Linear;
-use crate::nn::norm::layer_norm;
+use crate::nn::clip::{ClipBlock, ClipForm, ClipNorm};
 
 /// The `eos_token_id` of configurations that were written before it meant anything: the end mark is then the largest id.
 const OLD_EOS: u32 = 2;
@@ -41,6 +39,16 @@ pub struct ClipTextConfig {
 }
 
 impl ClipTextConfig {
+    fn form(&self) -> ClipForm {
+        ClipForm {
+            width: self.hidden_size,
+            inner: self.intermediate_size,
+            heads: self.num_attention_heads,
+            quick: self.hidden_act == "quick_gelu",
+            epsilon: self.layer_norm_eps,
+        }
+    }
+
     /// Refuses what this encoder does not compute.
     ///
     /// # Errors
@@ -67,8 +75,8 @@ impl ClipTextConfig {
 pub struct ClipTextEncoder {
     tokens: Embedding,
     positions: Tensor,
-    blocks: Vec<Block>,
-    norm: Norm,
+    blocks: Vec<ClipBlock>,
+    norm: ClipNorm,
     config: ClipTextConfig,
 }
 
@@ -83,14 +91,14 @@ impl ClipTextEncoder {
         let width = config.hidden_size;
         let tokens = embeddings.get((config.vocab_size, width), "token_embedding.weight")?;
         let blocks = (0..config.num_hidden_layers)
-            .map(|index| Block::load(config, &vb.pp("encoder").pp("layers").pp(index)))
+            .map(|index| ClipBlock::load(config.form(), &vb.pp("encoder").pp("layers").pp(index)))
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
             tokens: Embedding::new(tokens, width),
             positions: embeddings
                 .get((config.max_position_embeddings, width), "position_embedding.weight")?,
             blocks,
-            norm: Norm::load(config, &vb.pp("final_layer_norm"))?,
+            norm: ClipNorm::load(config.form(), &vb.pp("final_layer_norm"))?,
             config: config.clone(),
         })
     }
@@ -114,7 +122,7 @@ impl ClipTextEncoder {
         let mut x = self.tokens.forward(ids)?.broadcast_add(&self.positions.narrow(0, 0, tokens)?)?;
         let mask = causal(tokens, ids.device())?;
         for block in &self.blocks {
-            x = block.forward(&x, &mask)?;
+            x = block.forward(&x, Some(&mask))?;
         }
         let x = self.norm.forward(&x)?;
         let ends = ids.to_vec2::<u32>()?;
@@ -139,83 +147,11 @@ fn causal(tokens: usize, device: &Device) -> Result<Tensor> {
     Tensor::from_vec((0..tokens * tokens).map(value).collect(), (1, 1, tokens, tokens), device)
 }
 
-struct Block {
-    norms: [Norm; 2],
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    out: Linear,
-    feed: [Linear; 2],
-    quick: bool,
-    heads: usize,
-}
-
-impl Block {
-    fn load(config: &ClipTextConfig, vb: &VarBuilder<'_>) -> Result<Self> {
-        let (width, inner) = (config.hidden_size, config.intermediate_size);
-        let own = |name: &str| Linear::load(width, width, true, vb.pp("self_attn").pp(name));
-        let feed = vb.pp("mlp");
-        Ok(Self {
-            norms: [Norm::load(config, &vb.pp("layer_norm1"))?, Norm::load(config, &vb.pp("layer_norm2"))?],
-            query: own("q_proj")?,
-            key: own("k_proj")?,
-            value: own("v_proj")?,
-            out: own("out_proj")?,
-            feed: [
-                Linear::load(width, inner, true, feed.pp("fc1"))?,
-                Linear::load(inner, width, true, feed.pp("fc2"))?,
-            ],
-            quick: config.hidden_act == "quick_gelu",
-            heads: config.num_attention_heads,
-        })
-    }
-
-    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
-        let (batch, tokens, width) = x.dims3()?;
-        let head = width / self.heads;
-        let split = |x: Tensor| x.reshape((batch, tokens, self.heads, head));
-        let normed = self.norms[0].forward(x)?;
-        let query = split(self.query.forward(&normed)?)?;
-        let (key, value) = (split(self.key.forward(&normed)?)?, split(self.value.forward(&normed)?)?);
-        let scale = 1.0 / (head as f64).sqrt();
-        let mixed = attention(&query, &key, &value, Some(mask), scale)?.flatten_from(2)?;
-        let x = self.out.forward_add(&mixed, x)?;
-        let inner = self.feed[0].forward(&self.norms[1].forward(&x)?)?;
-        let inner = if self.quick { quick_gelu(&inner)? } else { inner.gelu_erf()? };
-        self.feed[1].forward_add(&inner, &x)
-    }
-}
-
-/// `x sigmoid(1.702 x)`.
-fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    const SLOPE: f64 = 1.702;
-    x * candle_nn::ops::sigmoid(&(x * SLOPE)?)?
-}
-
-struct Norm {
-    weight: Tensor,
-    bias: Tensor,
-    epsilon: f64,
-}
-
-impl Norm {
-    fn load(config: &ClipTextConfig, vb: &VarBuilder<'_>) -> Result<Self> {
-        let width = config.hidden_size;
-        let (weight, bias) = (vb.get(width, "weight")?, vb.get(width, "bias")?);
-        Ok(Self { weight, bias, epsilon: config.layer_norm_eps })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        // In f32 as a whole: prompts are short, and half types lose the small differences that the pooled state lives on.
-        let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
-        let (weight, bias) = (wide(&self.weight)?, wide(&self.bias)?);
-        layer_norm(&wide(x)?, Some((&weight, &bias)), self.epsilon)?.to_dtype(x.dtype())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use candle_core::DType;
+
     use super::*;
 
     fn config() -> ClipTextConfig {

@@ -86,6 +86,17 @@ impl T5Config {
         }
         Ok(())
     }
+
+    /// Parameters that every token meets: attention and feed-forward of every layer, without the vocabulary.
+    #[must_use]
+    pub fn token_parameters(&self) -> u64 {
+        let [width, head, forward, layers, heads] =
+            [self.d_model, self.d_kv, self.d_ff, self.num_layers, self.num_heads].map(|n| n as u64);
+        let matrices = if self.feed_forward_proj.starts_with("gated-") { 3 } else { 2 };
+        let attention = heads.saturating_mul(head).saturating_mul(width).saturating_mul(4);
+        let forward = width.saturating_mul(forward).saturating_mul(matrices);
+        attention.saturating_add(forward).saturating_mul(layers)
+    }
 }
 
 /// A T5 encoder on a device.

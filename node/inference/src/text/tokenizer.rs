@@ -105,9 +105,7 @@ impl PromptTokenizer {
             })
         };
         let (pad_id, eos_id) = (id("pad_token", marks[0])?, id("eos_token", marks[1])?);
-        let limit =
-            config.get("model_max_length").and_then(Value::as_f64).filter(|&n| (1.0..NO_LIMIT).contains(&n));
-        Ok(Self { tokenizer, clean: None, max_length: limit.map(|n| n as usize), pad_id, eos_id })
+        Ok(Self { tokenizer, clean: None, max_length: max_length(config), pad_id, eos_id })
     }
 
     /// Every id of a prompt, with the end mark, neither padded nor cut.
@@ -151,6 +149,20 @@ impl PromptTokenizer {
     fn encoding(&self, prompt: &str) -> Result<tokenizers::Encoding, TextError> {
         self.tokenizer.encode(prompt, true).map_err(|error| TextError::Encode { reason: error.to_string() })
     }
+}
+
+/// Tokens that are read of a prompt with a folder's tokenizer: `most`, or its own limit where that is less. The tokenizer
+/// itself is not read.
+///
+/// # Errors
+/// When `tokenizer_config.json` is there and cannot be read.
+pub fn token_limit(folder: &Path, most: usize) -> Result<usize, TextError> {
+    Ok(max_length(&config(folder)?).map_or(most, |limit| limit.min(most)))
+}
+
+fn max_length(config: &Map<String, Value>) -> Option<usize> {
+    let limit = config.get("model_max_length").and_then(Value::as_f64);
+    limit.filter(|&n| (1.0..NO_LIMIT).contains(&n)).map(|n| n as usize)
 }
 
 fn config(folder: &Path) -> Result<Map<String, Value>, TextError> {

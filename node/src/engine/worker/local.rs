@@ -6,7 +6,7 @@ use kinoflock_inference::audit::frames_deviation;
 use kinoflock_inference::sampler::checkpoint::latents_bytes;
 use kinoflock_inference::{
     Checkpoint, Commitment, DType, DecodeOptions, Device, Error, GenerateRequest, Generated, LoadOptions,
-    Observer, Pipeline, RgbFrames, StepEvent, Tensor, open_device,
+    Observer, Pipeline, RgbFrames, SecondPass, StepEvent, Tensor, open_device,
 };
 use kinoflock_protocol::id::{BlobId, ModelId};
 
@@ -216,6 +216,13 @@ fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<Gen
         guidance: request.guidance,
         guidance_rescale: extra.guidance_rescale.unwrap_or(base.guidance_rescale),
         timesteps: extra.timesteps.clone().map(|list| list.into_vec()),
+        conditions: super::pictures::conditions(request, pipeline)?,
+        condition_noise_scale: extra.picture_noise_scale.unwrap_or(base.condition_noise_scale),
+        second_pass: extra.denoise_strength.map(|strength| SecondPass {
+            adain: extra.upsample_adain.unwrap_or(0.0),
+            tone_map: extra.upsample_tone_map.unwrap_or(0.0),
+            ..SecondPass::new(strength)
+        }),
         initial_latents,
         decode: DecodeOptions {
             tile: extra.decode_tile.map(|pixels| pixels as usize),
@@ -249,7 +256,7 @@ fn made(generated: Generated, commitment: Commitment) -> Result<Made, Failure> {
     })
 }
 
-fn read_state(path: &str) -> Result<Vec<u8>, Failure> {
+pub(super) fn read_state(path: &str) -> Result<Vec<u8>, Failure> {
     let fault =
         |error: std::io::Error| Failure::new("input", &format!("an input cannot be read: {error}"), true);
     let len = std::fs::metadata(path).map_err(fault)?.len();

@@ -17,6 +17,7 @@ use kinoflock_protocol::refusal::Reason;
 use kinoflock_protocol::rpc::{Request, Response};
 use kinoflock_protocol::seal::{SealKey, open_bytes, sealed_len};
 
+use super::super::inputs::pictures;
 use super::super::jobs::wire_path;
 use super::super::unix_now;
 use crate::engine::wire::{StatePaths, WirePath};
@@ -65,6 +66,10 @@ pub(in super::super) struct Missed {
 impl Gather {
     /// Draws a step and fetches what is needed to look at it.
     pub(super) async fn run(self) -> Result<Gathered, Missed> {
+        if pictures(self.valid.job.spec()).next().is_some() {
+            let why = "the steps of a clip from pictures are no change along the model's output alone";
+            return Err(Missed { step: 0, outcome: could_not(AuditObstacle::Auditor, why) });
+        }
         let step = self.draw().map_err(|outcome| Missed { step: 0, outcome })?;
         let late = || could_not(AuditObstacle::Unreachable, format!("not had within {} s", WITHIN.as_secs()));
         let gathered = tokio::time::timeout(WITHIN, self.fetch(step)).await;

@@ -12,16 +12,14 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::config::{TransformerConfig, VaeConfig};
+use super::facts::facts;
 use super::transformer::CogVideoXTransformer;
 use super::vae::CogVideoXVae;
 use crate::error::Error;
 use crate::folder::{Extras, WEIGHTS_STEM, open_weights};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
-use crate::pipeline::{
-    Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
-    read_json,
-};
+use crate::pipeline::{GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json};
 use crate::registry::ModelIndex;
 use crate::sampler::{DiffusionConfig, DiffusionSampler, DiffusionSchedule};
 use crate::text::PromptEncoder;
@@ -30,7 +28,8 @@ use crate::text::PromptEncoder;
 pub const NAME: &str = "cogvideox";
 /// The pipeline classes that this module computes.
 pub const CLASSES: &[&str] = &["CogVideoXPipeline", IMAGE_CLASS];
-const IMAGE_CLASS: &str = "CogVideoXImageToVideoPipeline";
+/// The class of those whose clips begin with a picture.
+pub(super) const IMAGE_CLASS: &str = "CogVideoXImageToVideoPipeline";
 /// The scheduler classes that this module computes.
 pub const SCHEDULERS: &[&str] = &["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"];
 
@@ -55,29 +54,14 @@ impl CogVideoXPipeline {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
-        index.expect(folder, "transformer", &["CogVideoXTransformer3DModel"])?;
-        index.expect(folder, "vae", &["AutoencoderKLCogVideoX"])?;
-        index.expect(folder, "text_encoder", &["T5EncoderModel"])?;
-        index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
-        index.expect(folder, "scheduler", SCHEDULERS)?;
+        let mut info = facts(folder, index)?.info;
         let (sampler, scheduler) = load_scheduler(folder, index)?;
-        let config = TransformerConfig::read(&folder.join("transformer").join("config.json"))?;
         let image = index.class == IMAGE_CLASS;
-        check_fit(folder, &config, &VaeConfig::read(&folder.join("vae").join("config.json"))?, image)?;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, config.max_text_seq_length)?;
+        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit)?;
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
         let (vae, vae_parameters) = load_vae(folder, options, image)?;
-        let parameters = [transformer_parameters, vae_parameters, text_parameters];
-        let work = work_config(&config, vae.config(), text.limit(), parameters);
-        let extras = Extras::read(folder, work.latent_channels)?;
-        let info = PipelineInfo {
-            architecture: NAME.to_owned(),
-            size_multiple: work.spatial_ratio * work.patch[2],
-            frame_rule: frame_rule(&work),
-            defaults: extras.defaults.unwrap_or_else(|| defaults(&config, &work)),
-            token_limit: text.limit(),
-            work,
-        };
+        info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
+        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
             info,
             sampler,
@@ -85,7 +69,7 @@ impl CogVideoXPipeline {
             text,
             transformer,
             vae,
-            latent_rgb: extras.latent_rgb.unwrap_or_default(),
+            latent_rgb,
             image,
             device: options.device.clone(),
             dtype: options.dtype,
@@ -180,78 +164,4 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
     let load = if encoder { CogVideoXVae::load } else { CogVideoXVae::load_decoder };
     let vae = weights.build(|vb| load(&config, vb))?;
     Ok((vae, weights.parameters()))
-}
-
-/// Transformer and VAE agree about latents.
-fn check_fit(
-    folder: &Path,
-    transformer: &TransformerConfig,
-    vae: &VaeConfig,
-    image: bool,
-) -> Result<(), Error> {
-    let file = folder.join("transformer").join("config.json");
-    let (given, needed) = (transformer.outputs(), vae.latent_channels);
-    if given != needed {
-        return Err(config_error(&file, "out_channels", given, format!("the VAE's latents have {needed}")));
-    }
-    let (given, needed) = (transformer.in_channels, if image { 2 * needed } else { needed });
-    if given != needed {
-        let reason = format!("this pipeline's transformer has {needed}");
-        return Err(config_error(&file, "in_channels", given, reason));
-    }
-    let (given, needed) = (transformer.temporal_compression_ratio, vae.temporal_ratio());
-    if given != needed {
-        return Err(config_error(
-            &file,
-            "temporal_compression_ratio",
-            given,
-            format!("the VAE's is {needed}"),
-        ));
-    }
-    Ok(())
-}
-
-/// The decoder gives exactly one frame for the first of an odd number of latent frames, so clips have an odd number.
-fn frame_rule(work: &WorkConfig) -> FrameRule {
-    FrameRule { multiple: 2 * work.temporal_ratio, offset: 1 }
-}
-
-/// What the model was trained with; the reference's example where the configuration tells the largest grid instead.
-fn defaults(config: &TransformerConfig, work: &WorkConfig) -> Defaults {
-    const STEPS: usize = 50;
-    const GUIDANCE: f64 = 6.0;
-    let base = Defaults { width: 1360, height: 768, frames: 81, fps: 16.0, steps: STEPS, guidance: GUIDANCE };
-    if config.patch_size_t.is_some() {
-        return base;
-    }
-    Defaults {
-        width: config.sample_width * work.spatial_ratio,
-        height: config.sample_height * work.spatial_ratio,
-        frames: config.sample_frames,
-        fps: 8.0,
-        ..base
-    }
-}
-
-fn work_config(
-    config: &TransformerConfig,
-    vae: &VaeConfig,
-    context_tokens: usize,
-    parameters: [u64; 3],
-) -> WorkConfig {
-    const FEED_FACTOR: usize = 4;
-    WorkConfig {
-        layers: config.num_layers,
-        hidden: config.inner(),
-        feed_forward: FEED_FACTOR * config.inner(),
-        context_tokens,
-        context_width: config.text_embed_dim,
-        spatial_ratio: vae.spatial_ratio(),
-        temporal_ratio: vae.temporal_ratio(),
-        patch: config.patch(),
-        latent_channels: vae.latent_channels,
-        transformer_parameters: parameters[0],
-        vae_parameters: parameters[1],
-        text_parameters: parameters[2],
-    }
 }

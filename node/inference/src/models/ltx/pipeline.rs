@@ -1,17 +1,21 @@
-//! LTX-Video from request to frames: `LTXPipeline`, and `LTXConditionPipeline` as pure text-to-video.
+//! LTX-Video from request to frames: `LTXPipeline` with `LTXImageToVideoPipeline`, and `LTXConditionPipeline`.
 //!
-//! The two differ in their schedule (shifted by the number of tokens; linear-quadratic and unshifted), in positions
+//! The two forms differ in their schedule (shifted by the number of tokens; linear-quadratic and unshifted), in positions
 //! (cells; pixels and seconds with the first frame counted once), in the step's rule (by index; by timestep), and in
 //! the text encoder's attention (to the filling too; to the prompt alone).
 
+mod conditions;
 mod parts;
+mod second;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
 use super::config::TransformerConfig;
+use super::facts::{class, facts};
 use super::transformer::LtxTransformer;
+use super::upsampler::UpsamplerConfig;
 use super::vae::{LtxVae, LtxVaeConfig};
 use crate::error::Error;
 use crate::folder::{Extras, load_flow_match, open_weights};
@@ -20,27 +24,30 @@ use crate::pipeline::latents::LatentRgb;
 pub use crate::pipeline::latents::{pack, unpack};
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{
-    Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
-    read_json,
+    Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json,
 };
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
 use crate::text::PromptEncoder;
+use crate::weights::Weights;
 
 /// The architecture's name.
 pub const NAME: &str = "ltx-video";
 /// The pipeline classes that this module computes.
-pub const CLASSES: &[&str] = &["LTXPipeline", "LTXConditionPipeline"];
+pub const CLASSES: &[&str] = &["LTXPipeline", IMAGE_CLASS, "LTXConditionPipeline"];
+const IMAGE_CLASS: &str = "LTXImageToVideoPipeline";
+/// A tensor that a VAE's weights hold where its encoder is among them.
+const ENCODER_TENSOR: &str = "encoder.conv_in.conv.weight";
 /// What the reference makes when it is told nothing.
 pub const DEFAULTS: Defaults =
     Defaults { width: 704, height: 512, frames: 161, fps: 25.0, steps: 50, guidance: 3.0 };
 
-/// Which of the reference's two pipelines is computed.
+/// Which of the reference's two forms is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LtxClass {
-    /// `LTXPipeline`.
+    /// `LTXPipeline`, and `LTXImageToVideoPipeline` where a picture is given for the beginning.
     Text,
-    /// `LTXConditionPipeline` without conditions.
+    /// `LTXConditionPipeline`.
     Condition,
 }
 
@@ -49,7 +56,7 @@ impl LtxClass {
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         match name {
-            "LTXPipeline" => Some(Self::Text),
+            "LTXPipeline" | IMAGE_CLASS => Some(Self::Text),
             "LTXConditionPipeline" => Some(Self::Condition),
             _ => None,
         }
@@ -74,6 +81,12 @@ pub struct LtxPipeline {
     transformer: LtxTransformer,
     vae: LtxVae,
     latent_rgb: LatentRgb,
+    /// Of the folder's upsampler, where it has one.
+    upsampler: Option<UpsamplerConfig>,
+    /// Whether the VAE's files hold an encoder.
+    encodes: bool,
+    folder: PathBuf,
+    options: LoadOptions,
     device: Device,
     dtype: DType,
 }
@@ -84,39 +97,39 @@ impl LtxPipeline {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
-        let class = LtxClass::from_name(&index.class).ok_or_else(|| {
-            config_error(
-                folder.join("model_index.json"),
-                "_class_name",
-                &index.class,
-                "no pipeline of LTX-Video",
-            )
-        })?;
-        index.expect(folder, "transformer", &["LTXVideoTransformer3DModel"])?;
-        index.expect(folder, "vae", &["AutoencoderKLLTXVideo"])?;
-        index.expect(folder, "text_encoder", &["T5EncoderModel"])?;
-        index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
-        index.expect(folder, "scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
+        let mut info = facts(folder, index)?.info;
+        let class = class(folder, index)?;
         let scheduler = load_flow_match(folder)?;
         let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens())?;
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let encodes = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?
+            .builder()
+            .contains_tensor(ENCODER_TENSOR);
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
-        let token_limit = text.limit();
-        let work = work_config(transformer.config(), &vae, token_limit, parameters);
-        let extras = Extras::read(folder, work.latent_channels)?;
-        let latent_rgb = extras.latent_rgb.unwrap_or_default();
-        let defaults = extras.defaults.unwrap_or(DEFAULTS);
-        let info = PipelineInfo {
-            architecture: NAME.to_owned(),
-            size_multiple: work.spatial_ratio * work.patch[2],
-            frame_rule: frame_rule(&work),
-            defaults,
-            token_limit,
-            work,
-        };
-        let device = options.device.clone();
-        Ok(Self { info, class, scheduler, text, transformer, vae, latent_rgb, device, dtype: options.dtype })
+        info.work = info.work.with_parameters(parameters);
+        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
+        Ok(Self {
+            info,
+            class,
+            scheduler,
+            text,
+            transformer,
+            vae,
+            latent_rgb,
+            upsampler: UpsamplerConfig::find(folder)?,
+            encodes,
+            folder: folder.to_owned(),
+            options: options.clone(),
+            device: options.device.clone(),
+            dtype: options.dtype,
+        })
+    }
+
+    /// The VAE's encoder. It is read when a run needs it and given back after, since most runs have no pictures.
+    fn load_encoder(&self) -> Result<LtxVae, Error> {
+        let (config, weights) = open_vae(&self.folder, &self.options)?;
+        weights.build(|vb| LtxVae::load_encoder(&config, vb))
     }
 
     /// Computes as the other pipeline class from now on.
@@ -182,41 +195,20 @@ pub fn load_transformer(folder: &Path, options: &LoadOptions) -> Result<(LtxTran
 /// # Errors
 /// See [`crate::load`].
 pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(LtxVae, u64), Error> {
-    let part = folder.join("vae");
-    let file = part.join("config.json");
-    let config = LtxVaeConfig::from_value(&read_json(&file)?)
-        .map_err(|error| config_error(&file, &error.key, &error.value, &error.reason))?;
-    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let (config, weights) = open_vae(folder, options)?;
     let load = if encoder { LtxVae::load } else { LtxVae::load_decoder };
     let vae = weights.build(|vb| load(&config, vb))?;
     Ok((vae, weights.parameters()))
 }
 
-/// Latent frames come in whole tokens, and the first one is a single picture.
-fn frame_rule(work: &WorkConfig) -> FrameRule {
-    let patch = work.patch[0];
-    FrameRule { multiple: work.temporal_ratio * patch, offset: work.temporal_ratio * (patch - 1) + 1 }
+fn open_vae(folder: &Path, options: &LoadOptions) -> Result<(LtxVaeConfig, Weights), Error> {
+    let weights = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?;
+    Ok((read_vae_config(folder)?, weights))
 }
 
-fn work_config(
-    config: &TransformerConfig,
-    vae: &LtxVae,
-    context_tokens: usize,
-    parameters: [u64; 3],
-) -> WorkConfig {
-    const FEED_FACTOR: usize = 4;
-    WorkConfig {
-        layers: config.num_layers,
-        hidden: config.inner(),
-        feed_forward: FEED_FACTOR * config.inner(),
-        context_tokens,
-        context_width: config.caption_channels,
-        spatial_ratio: vae.config().spatial_ratio(),
-        temporal_ratio: vae.config().temporal_ratio(),
-        patch: [config.patch_size_t, config.patch_size, config.patch_size],
-        latent_channels: vae.config().latent_channels,
-        transformer_parameters: parameters[0],
-        vae_parameters: parameters[1],
-        text_parameters: parameters[2],
-    }
+/// A folder's VAE configuration, checked.
+pub(super) fn read_vae_config(folder: &Path) -> Result<LtxVaeConfig, Error> {
+    let file = folder.join("vae").join("config.json");
+    LtxVaeConfig::from_value(&read_json(&file)?)
+        .map_err(|error| config_error(&file, &error.key, &error.value, &error.reason))
 }

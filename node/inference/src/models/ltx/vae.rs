@@ -135,7 +135,7 @@ impl Default for DecodeSettings<'_> {
 pub struct LtxVae {
     config: LtxVaeConfig,
     encoder: Option<Encoder>,
-    decoder: Decoder,
+    decoder: Option<Decoder>,
     mean: Tensor,
     std: Tensor,
 }
@@ -146,7 +146,7 @@ impl LtxVae {
     /// # Errors
     /// When a tensor is missing or of another shape.
     pub fn load(config: &LtxVaeConfig, vb: VarBuilder) -> Result<Self> {
-        Self::load_parts(config, vb, true)
+        Self::load_parts(config, vb, true, true)
     }
 
     /// Loads the decoder alone, which is all that text to video needs.
@@ -154,16 +154,24 @@ impl LtxVae {
     /// # Errors
     /// When a tensor is missing or of another shape.
     pub fn load_decoder(config: &LtxVaeConfig, vb: VarBuilder) -> Result<Self> {
-        Self::load_parts(config, vb, false)
+        Self::load_parts(config, vb, false, true)
     }
 
-    fn load_parts(config: &LtxVaeConfig, vb: VarBuilder, encoder: bool) -> Result<Self> {
+    /// Loads the encoder alone, for pictures that a clip is to show.
+    ///
+    /// # Errors
+    /// When a tensor is missing or of another shape.
+    pub fn load_encoder(config: &LtxVaeConfig, vb: VarBuilder) -> Result<Self> {
+        Self::load_parts(config, vb, true, false)
+    }
+
+    fn load_parts(config: &LtxVaeConfig, vb: VarBuilder, encoder: bool, decoder: bool) -> Result<Self> {
         let channels = config.latent_channels;
         let statistics =
             |name: &str| vb.get(channels, name)?.to_dtype(DType::F32)?.reshape((1, channels, 1, 1, 1));
         Ok(Self {
             encoder: if encoder { Some(Encoder::load(config, vb.pp("encoder"))?) } else { None },
-            decoder: Decoder::load(config, vb.pp("decoder"))?,
+            decoder: if decoder { Some(Decoder::load(config, vb.pp("decoder"))?) } else { None },
             mean: statistics("latents_mean")?,
             std: statistics("latents_std")?,
             config: config.clone(),
@@ -211,7 +219,10 @@ impl LtxVae {
         if channels != self.config.latent_channels {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.latent_channels);
         }
-        self.decoder.decode(z, settings, &mut trace)
+        let Some(decoder) = &self.decoder else {
+            candle_core::bail!("this VAE was loaded without its decoder")
+        };
+        decoder.decode(z, settings, &mut trace)
     }
 
     /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not normalised.

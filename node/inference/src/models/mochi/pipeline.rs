@@ -10,19 +10,17 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::config::TransformerConfig;
+use super::facts::facts;
 use super::transformer::MochiTransformer;
 use super::vae::{MochiVae, MochiVaeConfig};
 use crate::error::Error;
 use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, open_weights};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
-use crate::pipeline::{
-    Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
-    read_json,
-};
+use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error};
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
-use crate::text::{PromptEncoder, T5Config};
+use crate::text::PromptEncoder;
 
 /// The architecture's name.
 pub const NAME: &str = "mochi";
@@ -56,30 +54,14 @@ impl MochiPipeline {
             let file = folder.join("model_index.json");
             return Err(config_error(file, "_class_name", &index.class, "no pipeline of Mochi"));
         }
-        index.expect(folder, "transformer", &["MochiTransformer3DModel"])?;
-        index.expect(folder, "vae", &["AutoencoderKLMochi"])?;
-        index.expect(folder, "text_encoder", &["T5EncoderModel"])?;
-        index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
-        index.expect(folder, "scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
+        let mut info = facts(folder, index)?.info;
         let empty_is_nothing = index.flag(folder, "force_zeros_for_empty_prompt")?.unwrap_or(false);
         let scheduler = load_scheduler(folder)?;
-        check_fit(folder)?;
         let (transformer, transformer_parameters) = load_transformer(folder, options)?;
-        let most = transformer.config().max_sequence_length;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, most)?;
+        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit)?;
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
-        let parameters = [transformer_parameters, vae_parameters, text_parameters];
-        let work = work_config(transformer.config(), vae.config(), text.limit(), parameters);
-        let extras = Extras::read(folder, work.latent_channels)?;
-        let info = PipelineInfo {
-            architecture: NAME.to_owned(),
-            size_multiple: work.spatial_ratio * work.patch[2],
-            frame_rule: FrameRule { multiple: work.temporal_ratio, offset: 1 },
-            defaults: extras.defaults.unwrap_or(DEFAULTS),
-            token_limit: text.limit(),
-            work,
-        };
-        let latent_rgb = extras.latent_rgb.unwrap_or_default();
+        info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
+        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         let (device, dtype) = (options.device.clone(), options.dtype);
         Ok(Self { info, scheduler, text, empty_is_nothing, transformer, vae, latent_rgb, device, dtype })
     }
@@ -129,7 +111,7 @@ impl MochiPipeline {
 }
 
 /// A folder's scheduler; the pipeline gives no `mu`, so one that shifts by it is refused.
-fn load_scheduler(folder: &Path) -> Result<FlowMatchConfig, Error> {
+pub(super) fn load_scheduler(folder: &Path) -> Result<FlowMatchConfig, Error> {
     let scheduler = load_flow_match(folder)?;
     if scheduler.use_dynamic_shifting {
         let file = folder.join("scheduler").join("scheduler_config.json");
@@ -162,44 +144,4 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
     let load = if encoder { MochiVae::load } else { MochiVae::load_decoder };
     let vae = weights.build(|vb| load(&config, &vb))?;
     Ok((vae, weights.parameters()))
-}
-
-/// Whether what one part gives is what the next takes, as their configurations say.
-fn check_fit(folder: &Path) -> Result<(), Error> {
-    let file = folder.join("transformer").join("config.json");
-    let transformer = TransformerConfig::read(&file)?;
-    let vae = MochiVaeConfig::read(&folder.join("vae").join("config.json"))?;
-    let text: T5Config = read_json(&folder.join("text_encoder").join("config.json"))?;
-    let parts = [
-        ("in_channels", transformer.in_channels, vae.latent_channels, "the VAE's latents have"),
-        ("text_embed_dim", transformer.text_embed_dim, text.d_model, "the text encoder's embeddings have"),
-    ];
-    match parts.into_iter().find(|(_, given, needed, _)| given != needed) {
-        Some((key, given, needed, who)) => {
-            Err(config_error(file, key, given, format!("{who} {needed} channels")))
-        }
-        None => Ok(()),
-    }
-}
-
-fn work_config(
-    config: &TransformerConfig,
-    vae: &MochiVaeConfig,
-    context_tokens: usize,
-    parameters: [u64; 3],
-) -> WorkConfig {
-    WorkConfig {
-        layers: config.num_layers,
-        hidden: config.inner(),
-        feed_forward: TransformerConfig::feed_forward(config.inner()),
-        context_tokens,
-        context_width: config.text_embed_dim,
-        spatial_ratio: vae.spatial_ratio(),
-        temporal_ratio: vae.temporal_ratio(),
-        patch: [1, config.patch_size, config.patch_size],
-        latent_channels: vae.latent_channels,
-        transformer_parameters: parameters[0],
-        vae_parameters: parameters[1],
-        text_parameters: parameters[2],
-    }
 }

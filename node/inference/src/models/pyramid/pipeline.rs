@@ -16,18 +16,18 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::config::{PATCH, TransformerConfig};
+use super::config::TransformerConfig;
+use super::facts::{CLIP_TOKENIZER, T5_TOKENIZER, facts, info};
 use super::transformer::PyramidTransformer;
 use super::vae::{PyramidVae, PyramidVaeConfig};
 use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras, TEXT_STEM, WEIGHTS_STEM, open_weights};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::{
-    Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
-    read_json,
+    Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json,
 };
 use crate::sampler::{PyramidConfig, PyramidSchedule};
-use crate::text::{ClipTextConfig, ClipTextEncoder, PromptEncoder, PromptTokenizer, T5Config};
+use crate::text::{ClipTextConfig, ClipTextEncoder, PromptEncoder, PromptTokenizer};
 pub use resize::{enlarge, shrink};
 
 /// The architecture's name.
@@ -36,10 +36,10 @@ pub const NAME: &str = "pyramid-flow";
 /// names.
 pub const CLASSES: &[&str] = &["PyramidDiTForVideoGeneration", super::config::CLASS];
 /// Text tokens that the reference reads.
-const TEXT_TOKENS: usize = 128;
-const VAE_FOLDER: &str = "causal_video_vae";
-const CLIP_FOLDER: &str = "text_encoder";
-const T5_FOLDER: &str = "text_encoder_2";
+pub(super) const TEXT_TOKENS: usize = 128;
+pub(super) const VAE_FOLDER: &str = "causal_video_vae";
+pub(super) const CLIP_FOLDER: &str = "text_encoder";
+pub(super) const T5_FOLDER: &str = "text_encoder_2";
 const TRANSFORMER_FOLDER: &str = "diffusion_transformer";
 /// How a transformer for large pictures is called, and what such a one makes when it is told nothing.
 const LARGE: (&str, Defaults) = (
@@ -126,9 +126,23 @@ pub struct PyramidPipeline {
 /// `kinoflock.json` as far as it is this model's own.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct OwnExtras {
-    transformer: Option<String>,
-    pyramid: PyramidSettings,
+pub(super) struct OwnExtras {
+    /// The folder of the transformer, where there are several.
+    pub(super) transformer: Option<String>,
+    pub(super) pyramid: PyramidSettings,
+}
+
+impl OwnExtras {
+    /// Reads a folder's, which may be missing, and checks them.
+    pub(super) fn read(folder: &Path) -> Result<Self, Error> {
+        let file = folder.join(EXTRAS_FILE);
+        let own: Self = if file.exists() { read_json(&file)? } else { Self::default() };
+        own.pyramid.check(&file)?;
+        if let Some(name) = own.transformer.as_ref().filter(|name| name.contains(['/', '\\'])) {
+            return Err(config_error(file, "transformer", name, "it must be a folder's plain name"));
+        }
+        Ok(own)
+    }
 }
 
 /// The text as the transformer reads it.
@@ -147,26 +161,23 @@ impl PyramidPipeline {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self, Error> {
-        let extras_file = folder.join(EXTRAS_FILE);
-        let own: OwnExtras =
-            if extras_file.exists() { read_json(&extras_file)? } else { OwnExtras::default() };
-        let schedule = own.pyramid.check(&extras_file)?;
-        let (part, usual) = transformer_folder(folder, own.transformer.as_deref())?;
-        check_widths(folder, &part)?;
+        let mut info = facts(folder)?.info;
+        let own = OwnExtras::read(folder)?;
+        let schedule = own.pyramid.check(&folder.join(EXTRAS_FILE))?;
+        let (part, _) = transformer_folder(folder, own.transformer.as_deref())?;
         let (text, text_parameters) = PromptEncoder::load_parts(
-            &folder.join("tokenizer_2"),
+            &folder.join(T5_TOKENIZER),
             &folder.join(T5_FOLDER),
             options,
-            TEXT_TOKENS,
+            info.token_limit,
         )?;
-        let clip_tokenizer = PromptTokenizer::load_clip(&folder.join("tokenizer"))?;
+        let clip_tokenizer = PromptTokenizer::load_clip(&folder.join(CLIP_TOKENIZER))?;
         let (clip, clip_parameters) = load_clip(folder, options)?;
         let (transformer, transformer_parameters) = load_transformer(&part, options)?;
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
         let parameters = [transformer_parameters, vae_parameters, text_parameters + clip_parameters];
-        let work = work_config(transformer.config(), &vae, text.limit(), parameters);
-        let extras = Extras::read(folder, work.latent_channels)?;
-        let info = info(&own.pyramid, work, extras.defaults.unwrap_or(usual));
+        info.work = info.work.with_parameters(parameters);
+        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
             info,
             settings: own.pyramid,
@@ -176,7 +187,7 @@ impl PyramidPipeline {
             clip,
             transformer,
             vae,
-            latent_rgb: extras.latent_rgb.unwrap_or_default(),
+            latent_rgb,
             device: options.device.clone(),
             dtype: options.dtype,
         })
@@ -253,7 +264,7 @@ pub(crate) fn implied_class(folder: &Path) -> Option<String> {
 
 /// The transformer's folder and what such a one makes when it is told nothing. A folder may hold several: `named` decides,
 /// else large pictures go before small ones.
-fn transformer_folder(folder: &Path, named: Option<&str>) -> Result<(PathBuf, Defaults), Error> {
+pub(super) fn transformer_folder(folder: &Path, named: Option<&str>) -> Result<(PathBuf, Defaults), Error> {
     let names = match named {
         Some(name) => vec![name.to_owned()],
         None => {
@@ -330,61 +341,4 @@ pub fn load_clip(folder: &Path, options: &LoadOptions) -> Result<(ClipTextEncode
     let weights = open_weights(&part, TEXT_STEM, options, options.dtype)?;
     let encoder = weights.build(|vb| ClipTextEncoder::load(&config, &vb))?;
     Ok((encoder, weights.parameters()))
-}
-
-/// What one part gives must be what the next takes; seen before weights are read.
-fn check_widths(folder: &Path, part: &Path) -> Result<(), Error> {
-    let file = part.join("config.json");
-    let config = TransformerConfig::read(&file)?;
-    let vae = PyramidVaeConfig::read(&folder.join(VAE_FOLDER).join("config.json"))?;
-    let (clip_file, t5_file) = (folder.join(CLIP_FOLDER), folder.join(T5_FOLDER));
-    let (clip_file, t5_file) = (clip_file.join("config.json"), t5_file.join("config.json"));
-    let (clip, t5): (ClipTextConfig, T5Config) = (read_json(&clip_file)?, read_json(&t5_file)?);
-    clip.check(&clip_file)?;
-    let widths = [
-        ("in_channels", config.in_channels, vae.latent_channels() * PATCH * PATCH, VAE_FOLDER),
-        ("joint_attention_dim", config.joint_attention_dim, t5.d_model, T5_FOLDER),
-        ("pooled_projection_dim", config.pooled_projection_dim, clip.hidden_size, CLIP_FOLDER),
-    ];
-    match widths.into_iter().find(|(_, takes, gives, _)| takes != gives) {
-        Some((key, takes, gives, from)) => {
-            Err(config_error(file, key, takes, format!("{from} gives a width of {gives}")))
-        }
-        None => Ok(()),
-    }
-}
-
-fn info(settings: &PyramidSettings, work: WorkConfig, defaults: Defaults) -> PipelineInfo {
-    let stages = settings.scheduler.stage_range.len() - 1;
-    PipelineInfo {
-        architecture: NAME.to_owned(),
-        size_multiple: (work.spatial_ratio * PATCH) << (stages - 1),
-        frame_rule: FrameRule { multiple: work.temporal_ratio * settings.frames_per_unit, offset: 1 },
-        defaults,
-        token_limit: work.context_tokens,
-        work,
-    }
-}
-
-fn work_config(
-    config: &TransformerConfig,
-    vae: &PyramidVae,
-    context_tokens: usize,
-    parameters: [u64; 3],
-) -> WorkConfig {
-    const FEED_FACTOR: usize = 4;
-    WorkConfig {
-        layers: config.num_layers + config.num_single_layers,
-        hidden: config.inner(),
-        feed_forward: FEED_FACTOR * config.inner(),
-        context_tokens,
-        context_width: config.joint_attention_dim,
-        spatial_ratio: vae.config().downsample_scale,
-        temporal_ratio: vae.config().downsample_scale,
-        patch: [1, PATCH, PATCH],
-        latent_channels: vae.config().latent_channels(),
-        transformer_parameters: parameters[0],
-        vae_parameters: parameters[1],
-        text_parameters: parameters[2],
-    }
 }

@@ -42,7 +42,13 @@ pub struct TransformerConfig {
     pub eps: f64,
     /// Positions along an axis for which there are rotary angles.
     pub rope_max_seq_len: usize,
-    /// What this engine has no name for, image conditioning included.
+    /// Width of the states that a picture's encoder gives, for forms that read them.
+    pub image_dim: Option<usize>,
+    /// Width of what the keys and values of pictures are made of.
+    pub added_kv_proj_dim: Option<usize>,
+    /// Tokens of two pictures, for forms that give them positions of their own.
+    pub pos_embed_seq_len: Option<usize>,
+    /// What this engine has no name for.
     #[serde(flatten)]
     pub others: Map<String, Value>,
 }
@@ -63,6 +69,9 @@ impl Default for TransformerConfig {
             qk_norm: Some(QK_NORM.to_owned()),
             eps: 1e-6,
             rope_max_seq_len: 1024,
+            image_dim: None,
+            added_kv_proj_dim: None,
+            pos_embed_seq_len: None,
             others: Map::new(),
         }
     }
@@ -103,10 +112,16 @@ impl TransformerConfig {
 
     fn check(&self, file: &Path) -> Result<(), Error> {
         check_only(file, "qk_norm", &self.qk_norm, &Some(QK_NORM.to_owned()))?;
-        for key in ["image_dim", "added_kv_proj_dim", "pos_embed_seq_len"] {
-            if let Some(value) = self.others.get(key).filter(|value| !value.is_null()) {
-                return Err(config_error(file, key, value, "conditioning on images is not computed here"));
-            }
+        let (given, needed) = (self.added_kv_proj_dim, self.image_dim.map(|_| self.inner()));
+        if given != needed {
+            let reason = format!("with this image_dim it must be {needed:?}");
+            return Err(config_error(file, "added_kv_proj_dim", format!("{given:?}"), reason));
+        }
+        if let Some(odd) =
+            self.pos_embed_seq_len.filter(|len| !len.is_multiple_of(2) || self.image_dim.is_none())
+        {
+            let reason = "it is for the tokens of two pictures, which need an image_dim";
+            return Err(config_error(file, "pos_embed_seq_len", odd, reason));
         }
         check_others(file, &self.others, CLASS)?;
         self.check_sizes(file)
@@ -133,8 +148,11 @@ impl TransformerConfig {
             let value = format!("{:?}", self.patch_size);
             return Err(config_error(file, "patch_size", value, "tokens must be as high as wide"));
         }
-        if self.outputs() != self.in_channels {
-            let reason = format!("a velocity has the latents' {} channels", self.in_channels);
+        if self.outputs() > self.in_channels {
+            let reason = format!(
+                "a velocity is of the {} channels that are read, or of some of them",
+                self.in_channels
+            );
             return Err(config_error(file, "out_channels", self.outputs(), reason));
         }
         if !(self.eps.is_finite() && self.eps >= 0.0) {

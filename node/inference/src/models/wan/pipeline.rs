@@ -1,44 +1,49 @@
-//! Wan from request to frames: `WanPipeline`, text to video.
+//! Wan from request to frames: `WanPipeline`, text to video, and `WanImageToVideoPipeline`, which begins with a picture.
 //!
 //! The prompt is made plain and encoded, and what is filled up is zeros; with guidance the negative prompt is a second
 //! pass through the transformer. The sampler is UniPC, or Euler steps with a constant shift. A folder with two
 //! transformers and a `boundary_ratio` (Wan 2.2 A14B) uses the first for timesteps from `1000 boundary_ratio` on and the
 //! second below, for which `low_noise_guidance` in `kinoflock.json` may give a guidance of its own. `expand_timesteps`
-//! (Wan 2.2 TI2V-5B) gives every token a timestep, which without an image is the same for all: there is nothing to do.
+//! (Wan 2.2 TI2V-5B) gives every token a timestep, which without a picture is the same for all.
 
 mod parts;
-mod sampler;
+mod pictures;
+pub(super) mod sampler;
 
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use super::config::{self, TransformerConfig};
+use super::config::TransformerConfig;
+use super::facts::{facts, form};
 use super::transformer::WanTransformer;
-use super::vae::{self, WanVae, WanVaeConfig};
+use super::vae::{WanVae, WanVaeConfig};
 use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_weights};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{
-    Defaults, FrameRule, GenerateRequest, LoadOptions, Observer, PipelineInfo, WorkConfig, config_error,
-    read_json,
+    Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json,
 };
 use crate::registry::ModelIndex;
 use crate::text::PromptEncoder;
 use crate::text::clean::clean;
+use pictures::Pictures;
 pub use sampler::{WanSampler, WanSchedule};
 
 /// The architecture's name.
 pub const NAME: &str = "wan";
 /// The pipeline classes that this module computes.
-pub const CLASSES: &[&str] = &["WanPipeline"];
+pub const CLASSES: &[&str] = &["WanPipeline", IMAGE_CLASS];
+pub(super) const IMAGE_CLASS: &str = "WanImageToVideoPipeline";
 /// What the reference makes when it is told nothing.
 pub const DEFAULTS: Defaults =
     Defaults { width: 832, height: 480, frames: 81, fps: 16.0, steps: 50, guidance: 5.0 };
 /// Text tokens that are read, where the tokenizer does not say fewer.
-const TEXT_TOKENS: usize = 512;
+pub(super) const TEXT_TOKENS: usize = 512;
+/// The folder of the transformer of the last steps.
+pub(super) const SECOND: &str = "transformer_2";
 
 /// A loaded Wan model.
 pub struct WanPipeline {
@@ -49,6 +54,7 @@ pub struct WanPipeline {
     transformer: WanTransformer,
     low_noise: Option<LowNoise>,
     vae: WanVae,
+    pictures: Pictures,
     latent_rgb: LatentRgb,
     device: Device,
 }
@@ -88,42 +94,23 @@ impl WanPipeline {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
-        index.expect(folder, "transformer", &[config::CLASS])?;
-        index.expect(folder, "transformer_2", &[config::CLASS])?;
-        index.expect(folder, "vae", &[vae::config::CLASS])?;
-        index.expect(folder, "text_encoder", &["UMT5EncoderModel", "T5EncoderModel"])?;
-        index.expect(folder, "scheduler", sampler::CLASSES)?;
-        index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
+        let mut info = facts(folder, index)?.info;
         let sampler = WanSampler::load(folder)?;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, TEXT_TOKENS)?;
+        let (pictures, more) = Pictures::load(folder, form(folder, index)?, options)?;
+        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit)?;
         let (transformer, mut parameters) = load_transformer(folder, "transformer", options)?;
         let mut low_noise = None;
         if let Some(boundary) = boundary(folder, index, sampler.train_timesteps())? {
-            let (transformer, more) = load_transformer(folder, "transformer_2", options)?;
+            let (transformer, more) = load_transformer(folder, SECOND, options)?;
             parameters += more;
             let guidance = LowNoiseExtras::read(folder)?;
             low_noise = Some(LowNoise { transformer, boundary, guidance });
         }
-        let (vae, vae_parameters) = load_vae(folder, options, false)?;
-        check_together(folder, &transformer, low_noise.as_ref(), &vae)?;
-        let work = work_config(
-            transformer.config(),
-            vae.config(),
-            text.limit(),
-            [parameters, vae_parameters, text_parameters],
-        );
-        let extras = Extras::read(folder, work.latent_channels)?;
-        let info = PipelineInfo {
-            architecture: NAME.to_owned(),
-            size_multiple: work.spatial_ratio * work.patch[1],
-            frame_rule: frame_rule(&work),
-            defaults: extras.defaults.unwrap_or(DEFAULTS),
-            token_limit: text.limit(),
-            work,
-        };
-        let latent_rgb = extras.latent_rgb.unwrap_or_default();
+        let (vae, vae_parameters) = load_vae(folder, options, pictures.encodes())?;
+        info.work = info.work.with_parameters([parameters, vae_parameters, text_parameters + more]);
+        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         let device = options.device.clone();
-        Ok(Self { info, sampler, text, transformer, low_noise, vae, latent_rgb, device })
+        Ok(Self { info, sampler, text, transformer, low_noise, vae, pictures, latent_rgb, device })
     }
 
     /// Uses another sampler from now on.
@@ -187,9 +174,13 @@ impl WanPipeline {
 }
 
 /// The timestep below which the second transformer computes, where the index names one.
-fn boundary(folder: &Path, index: &ModelIndex, train_timesteps: usize) -> Result<Option<f64>, Error> {
+pub(super) fn boundary(
+    folder: &Path,
+    index: &ModelIndex,
+    train_timesteps: usize,
+) -> Result<Option<f64>, Error> {
     let file = folder.join("model_index.json");
-    let second = index.component("transformer_2").is_some();
+    let second = index.component(SECOND).is_some();
     match index.value("boundary_ratio") {
         None if second => {
             let reason = "it is needed where there is a transformer_2";
@@ -200,39 +191,11 @@ fn boundary(folder: &Path, index: &ModelIndex, train_timesteps: usize) -> Result
             Some(ratio) if second => Ok(Some(ratio * train_timesteps as f64)),
             Some(_) => {
                 let reason = "boundary_ratio needs a transformer_2";
-                Err(config_error(file, "transformer_2", "null", reason))
+                Err(config_error(file, SECOND, "null", reason))
             }
             None => Err(config_error(file, "boundary_ratio", value, "it must be a number")),
         },
     }
-}
-
-/// Checks what one part's configuration says about another part.
-fn check_together(
-    folder: &Path,
-    transformer: &WanTransformer,
-    low_noise: Option<&LowNoise>,
-    vae: &WanVae,
-) -> Result<(), Error> {
-    let (config, latents) = (transformer.config(), vae.config());
-    let file = folder.join("vae").join("config.json");
-    if latents.z_dim != config.in_channels {
-        let reason = format!("the transformer reads {} channels", config.in_channels);
-        return Err(config_error(file, "z_dim", latents.z_dim, reason));
-    }
-    let ratios = [
-        ("scale_factor_spatial", latents.scale_factor_spatial, latents.spatial_ratio()),
-        ("scale_factor_temporal", latents.scale_factor_temporal, latents.temporal_ratio()),
-    ];
-    if let Some((key, said, made)) = ratios.into_iter().find(|(_, said, made)| said != made) {
-        return Err(config_error(file, key, said, format!("the levels make it {made}")));
-    }
-    if let Some(low) = low_noise.filter(|low| low.transformer.config().patch_size != config.patch_size) {
-        let file = folder.join("transformer_2").join("config.json");
-        let value = format!("{:?}", low.transformer.config().patch_size);
-        return Err(config_error(file, "patch_size", value, "the first transformer has another"));
-    }
-    Ok(())
 }
 
 /// A folder's transformer of that name, and how many parameters it has.
@@ -263,32 +226,4 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
     let load = if encoder { WanVae::load } else { WanVae::load_decoder };
     let vae = weights.build(|vb| load(&config, vb))?;
     Ok((vae, weights.parameters()))
-}
-
-/// Latent frames come in whole tokens, and the first one is a single picture.
-fn frame_rule(work: &WorkConfig) -> FrameRule {
-    let patch = work.patch[0];
-    FrameRule { multiple: work.temporal_ratio * patch, offset: work.temporal_ratio * (patch - 1) + 1 }
-}
-
-fn work_config(
-    config: &TransformerConfig,
-    vae: &WanVaeConfig,
-    context_tokens: usize,
-    parameters: [u64; 3],
-) -> WorkConfig {
-    WorkConfig {
-        layers: config.num_layers,
-        hidden: config.inner(),
-        feed_forward: config.ffn_dim,
-        context_tokens,
-        context_width: config.text_dim,
-        spatial_ratio: vae.spatial_ratio(),
-        temporal_ratio: vae.temporal_ratio(),
-        patch: config.patch_size,
-        latent_channels: vae.z_dim,
-        transformer_parameters: parameters[0],
-        vae_parameters: parameters[1],
-        text_parameters: parameters[2],
-    }
 }

@@ -13,7 +13,7 @@ use super::rope::RopeTables;
 use crate::nn::attention::attention;
 use crate::nn::embedding::{TimestepEmbedding, Timesteps};
 use crate::nn::linear::Linear;
-use crate::nn::norm::{Norm, rms_norm};
+use crate::nn::norm::{Norm, layer_norm, rms_norm};
 use crate::nn::ops::silu;
 
 /// The transformer on a device.
@@ -22,6 +22,7 @@ pub struct WanTransformer {
     patch_embedding: Linear,
     time: TimeEmbedding,
     text: [Linear; 2],
+    image: Option<ImageEmbedding>,
     blocks: Vec<Block>,
     scale_shift_table: Tensor,
     proj_out: Linear,
@@ -38,6 +39,8 @@ pub struct TextContext {
 struct KeyValue {
     key: Tensor,
     value: Tensor,
+    /// Those of the pictures.
+    image: Option<(Tensor, Tensor)>,
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.
@@ -62,6 +65,10 @@ impl WanTransformer {
                 Linear::load(config.text_dim, width, true, text.pp("linear_1"))?,
                 Linear::load(width, width, true, text.pp("linear_2"))?,
             ],
+            image: config
+                .image_dim
+                .map(|dim| ImageEmbedding::load(config, dim, &condition.pp("image_embedder")))
+                .transpose()?,
             blocks,
             scale_shift_table: table(vb, 2, width)?,
             proj_out: load_output(config, &vb.pp("proj_out"))?,
@@ -76,15 +83,22 @@ impl WanTransformer {
         &self.config
     }
 
-    /// Prepares text embeddings `(batch, text tokens, text width)`, zeros where they are filled up.
+    /// Prepares text embeddings `(batch, text tokens, text width)`, zeros where they are filled up, and for a form that
+    /// reads them the states of pictures `(pictures, tokens, image width)`.
     ///
     /// # Errors
-    /// When the shapes do not fit.
-    pub fn text_context(&self, text: &Tensor) -> Result<TextContext> {
+    /// When the shapes do not fit, or pictures are given to a form that reads none or missing for one that does.
+    pub fn text_context(&self, text: &Tensor, pictures: Option<&Tensor>) -> Result<TextContext> {
+        let pictures = match (&self.image, pictures) {
+            (Some(image), Some(states)) => Some(image.forward(&states.to_dtype(self.dtype)?)?),
+            (None, None) => None,
+            (Some(_), None) => candle_core::bail!("this transformer reads pictures, and none were given"),
+            (None, Some(_)) => candle_core::bail!("this transformer reads no pictures"),
+        };
         let inner = self.text[0].forward_gelu(&text.to_dtype(self.dtype)?)?;
         let projected = self.text[1].forward(&inner)?;
-        let blocks =
-            self.blocks.iter().map(|block| block.cross.key_value(&projected)).collect::<Result<Vec<_>>>()?;
+        let key_value = |block: &Block| block.cross.key_value(&projected, pictures.as_ref());
+        let blocks = self.blocks.iter().map(key_value).collect::<Result<Vec<_>>>()?;
         Ok(TextContext { projected, blocks })
     }
 
@@ -191,8 +205,8 @@ impl Block {
             .transpose()?;
         let feed = vb.pp("ffn").pp("net");
         Ok(Self {
-            attention: Attention::load(config, &vb.pp("attn1"))?,
-            cross: Attention::load(config, &vb.pp("attn2"))?,
+            attention: Attention::load(config, None, &vb.pp("attn1"))?,
+            cross: Attention::load(config, config.added_kv_proj_dim, &vb.pp("attn2"))?,
             cross_norm,
             feed: [
                 Linear::load(width, config.ffn_dim, true, feed.pp(0).pp("proj"))?,
@@ -230,15 +244,28 @@ struct Attention {
     out: Linear,
     norm_query: Tensor,
     norm_key: Tensor,
+    added: Option<Added>,
     epsilon: f64,
     heads: usize,
     head: usize,
 }
 
+/// Keys and values of pictures.
+struct Added {
+    key: Linear,
+    value: Linear,
+    norm_key: Tensor,
+}
+
 impl Attention {
-    fn load(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Self> {
+    fn load(config: &TransformerConfig, input: Option<usize>, vb: &VarBuilder<'_>) -> Result<Self> {
         let width = config.inner();
         let linear = |name: &str| Linear::load(width, width, true, vb.pp(name));
+        let added = |input: usize| -> Result<Added> {
+            let linear = |name: &str| Linear::load(input, width, true, vb.pp(name));
+            let norm_key = vb.get(width, "norm_added_k.weight")?;
+            Ok(Added { key: linear("add_k_proj")?, value: linear("add_v_proj")?, norm_key })
+        };
         Ok(Self {
             query: linear("to_q")?,
             key: linear("to_k")?,
@@ -246,6 +273,7 @@ impl Attention {
             out: linear("to_out.0")?,
             norm_query: vb.get(width, "norm_q.weight")?,
             norm_key: vb.get(width, "norm_k.weight")?,
+            added: input.map(added).transpose()?,
             epsilon: config.eps,
             heads: config.num_attention_heads,
             head: config.attention_head_dim,
@@ -259,14 +287,27 @@ impl Attention {
         self.mix(&query, &key, &self.split(&self.value.forward(x)?)?)
     }
 
-    fn key_value(&self, text: &Tensor) -> Result<KeyValue> {
+    fn key_value(&self, text: &Tensor, pictures: Option<&Tensor>) -> Result<KeyValue> {
         let key = rms_norm(&self.key.forward(text)?, Some(&self.norm_key), self.epsilon)?;
-        Ok(KeyValue { key: self.split(&key)?, value: self.split(&self.value.forward(text)?)? })
+        let image = |(added, pictures): (&Added, &Tensor)| {
+            let key = rms_norm(&added.key.forward(pictures)?, Some(&added.norm_key), self.epsilon)?;
+            Ok::<_, candle_core::Error>((self.split(&key)?, self.split(&added.value.forward(pictures)?)?))
+        };
+        Ok(KeyValue {
+            key: self.split(&key)?,
+            value: self.split(&self.value.forward(text)?)?,
+            image: self.added.as_ref().zip(pictures).map(image).transpose()?,
+        })
     }
 
     fn attend_text(&self, x: &Tensor, text: &KeyValue) -> Result<Tensor> {
         let query = rms_norm(&self.query.forward(x)?, Some(&self.norm_query), self.epsilon)?;
-        self.mix(&self.split(&query)?, &text.key, &text.value)
+        let query = self.split(&query)?;
+        let words = self.mix(&query, &text.key, &text.value)?;
+        match &text.image {
+            Some((key, value)) => words + self.mix(&query, key, value)?,
+            None => Ok(words),
+        }
     }
 
     fn split(&self, x: &Tensor) -> Result<Tensor> {
@@ -277,6 +318,51 @@ impl Attention {
     fn mix(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
         let scale = 1.0 / (self.head as f64).sqrt();
         attention(query, key, value, None, scale)?.flatten_from(2)
+    }
+}
+
+/// The states of pictures, brought to the transformer's width.
+struct ImageEmbedding {
+    /// Positions of the tokens of two pictures.
+    positions: Option<Tensor>,
+    norms: [[Tensor; 2]; 2],
+    feed: [Linear; 2],
+}
+
+impl ImageEmbedding {
+    fn load(config: &TransformerConfig, dim: usize, vb: &VarBuilder<'_>) -> Result<Self> {
+        let width = config.inner();
+        let norm = |name: &str, width: usize| -> Result<[Tensor; 2]> {
+            let vb = vb.pp(name).set_dtype(DType::F32);
+            Ok([vb.get(width, "weight")?, vb.get(width, "bias")?])
+        };
+        let feed = vb.pp("ff").pp("net");
+        Ok(Self {
+            positions: config
+                .pos_embed_seq_len
+                .map(|tokens| vb.get((1, tokens, dim), "pos_embed"))
+                .transpose()?,
+            norms: [norm("norm1", dim)?, norm("norm2", width)?],
+            feed: [
+                Linear::load(dim, dim, true, feed.pp(0).pp("proj"))?,
+                Linear::load(dim, width, true, feed.pp(2))?,
+            ],
+        })
+    }
+
+    /// `(pictures, tokens, image width)` to `(1, all tokens, width)`.
+    fn forward(&self, states: &Tensor) -> Result<Tensor> {
+        const EPSILON: f64 = 1e-5;
+        let norm = |x: &Tensor, [weight, bias]: &[Tensor; 2]| {
+            layer_norm(&x.to_dtype(DType::F32)?, Some((weight, bias)), EPSILON)?.to_dtype(x.dtype())
+        };
+        let (pictures, tokens, dim) = states.dims3()?;
+        let mut x = states.reshape((1, pictures * tokens, dim))?;
+        if let Some(positions) = &self.positions {
+            x = (x + positions)?;
+        }
+        let inner = self.feed[0].forward(&norm(&x, &self.norms[0])?)?.gelu_erf()?;
+        norm(&self.feed[1].forward(&inner)?, &self.norms[1])
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::VideoModel;
 use crate::error::Error;
-use crate::pipeline::{GenerateRequest, PipelineInfo};
+use crate::pipeline::{GenerateRequest, PipelineInfo, conditions};
 use crate::sampler::checkpoint::MAX_STEPS;
 use crate::text::PromptTokenizer;
 
@@ -13,7 +13,8 @@ pub(super) fn check<M: VideoModel>(model: &M, request: &GenerateRequest) -> Resu
         return Err(Error::ZeroSteps);
     }
     check_numbers(request)?;
-    check_image(model, request)?;
+    check_second_pass(model, request)?;
+    conditions::check(&model.facts().architecture, model.takes(), request)?;
     let negative = model.is_guided(request).then_some(&request.negative_prompt);
     for prompt in [Some(&request.prompt), negative].into_iter().flatten() {
         model.prompt_fits(prompt, request.truncate_prompt)?;
@@ -57,18 +58,21 @@ fn check_size(multiple: usize, side: &'static str, given: usize) -> Result<(), E
     Err(Error::Size { side, given, multiple, nearest })
 }
 
-fn check_image<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<(), Error> {
-    let needed = [3, request.height, request.width];
-    let rule = match (&request.image, model.takes_image()) {
-        (None, true) => "needs a picture to begin with, and none was given",
-        (Some(_), false) => "takes no picture, and one was given",
-        (Some(image), true) if image.dims() != needed => {
-            let given = image.dims().to_vec();
-            return Err(Error::LatentShape { what: "image", given, needed: needed.to_vec() });
-        }
-        _ => return Ok(()),
-    };
-    Err(Error::Image { architecture: model.facts().architecture.clone(), rule })
+fn check_second_pass<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<(), Error> {
+    let Some(second) = &request.second_pass else { return Ok(()) };
+    if !model.makes_second_pass() {
+        let rule = "makes no second pass from given latents";
+        return Err(Error::SecondPass { architecture: model.facts().architecture.clone(), rule });
+    }
+    if !(second.strength > 0.0 && second.strength <= 1.0) {
+        let (given, rule) = (second.strength, "it must be above 0 and at most 1");
+        return Err(Error::Number { field: "denoise_strength", given, rule });
+    }
+    let numbers = [("upsample_adain", second.adain), ("upsample_tone_map", second.tone_map)];
+    match numbers.into_iter().find(|(_, value)| !value.is_finite()) {
+        Some((field, given)) => Err(Error::Number { field, given, rule: "it must be a finite number" }),
+        None => Ok(()),
+    }
 }
 
 fn check_numbers(request: &GenerateRequest) -> Result<(), Error> {

@@ -30,9 +30,24 @@ pub(super) fn digest(request: &GenerateRequest, course: &Course<'_>) -> Result<[
     if request.dynamic_guidance {
         hasher.update(b"dynamic guidance");
     }
-    let given = [(&b"image"[..], &request.image), (b"image noise", &request.image_noise)];
-    for (name, tensor) in given.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?))) {
-        hasher.update(name).update(&latents_bytes(tensor)?);
+    for condition in &request.conditions {
+        hasher.update(b"pictures").update(&(condition.frame as u64).to_le_bytes());
+        for number in [condition.strength, request.condition_noise_scale] {
+            hasher.update(&number.to_bits().to_le_bytes());
+        }
+        hasher.update(&(condition.count() as u64).to_le_bytes()).update(&latents_bytes(&condition.pictures)?);
+    }
+    for noise in &request.condition_noise {
+        hasher.update(b"condition noise").update(&latents_bytes(noise)?);
+    }
+    if let Some(second) = &request.second_pass {
+        hasher.update(b"second pass");
+        for number in [second.strength, second.adain, second.tone_map] {
+            hasher.update(&number.to_bits().to_le_bytes());
+        }
+        if let Some(noise) = &second.noise {
+            hasher.update(&latents_bytes(noise)?);
+        }
     }
     for noise in &request.step_noise {
         hasher.update(b"step noise").update(&latents_bytes(noise)?);

@@ -4,8 +4,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::CogVideoXPipeline;
 use crate::error::Error;
-use crate::frames::RgbFrames;
 use crate::models::cogvideox::transformer::Positions;
+use crate::pipeline::conditions::{Takes, condition_noise};
+use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::rng::{Stream, normal_tensor};
@@ -67,8 +68,8 @@ impl VideoModel for CogVideoXPipeline {
         self.text.check(prompt, truncate)
     }
 
-    fn takes_image(&self) -> bool {
-        self.image
+    fn takes(&self) -> Takes {
+        if self.image { Takes::First { needed: true } } else { Takes::NOTHING }
     }
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
@@ -149,6 +150,7 @@ impl VideoModel for CogVideoXPipeline {
         &self,
         request: &GenerateRequest,
         plan: &Plan,
+        _context: &Context,
         index: usize,
         state: &mut State,
         output: &Tensor,
@@ -169,8 +171,8 @@ impl VideoModel for CogVideoXPipeline {
         Ok(step.predicted)
     }
 
-    fn preview(&self, plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
-        Ok(self.latent_rgb.project(&self.volume(plan, predicted)?)?)
+    fn colours(&self) -> &LatentRgb {
+        &self.latent_rgb
     }
 
     fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
@@ -220,19 +222,9 @@ fn image_latents(
     request: &GenerateRequest,
     plan: &Plan,
 ) -> Result<Option<Tensor>, Error> {
-    let Some(image) = request.image.as_ref().filter(|_| model.image) else { return Ok(None) };
-    let pixels = image.to_device(&model.device)?.to_dtype(DType::F32)?.affine(2.0, -1.0)?;
-    let (_, height, width) = pixels.dims3()?;
-    let video = pixels.to_dtype(model.dtype)?.reshape((1, 3, 1, height, width))?;
-    let moments = model.vae.encode(&video, None)?;
-    let noise = match &request.image_noise {
-        Some(noise) if noise.dims() == moments.mean.dims() => noise.to_device(&model.device)?,
-        Some(noise) => {
-            let (given, needed) = (noise.dims().to_vec(), moments.mean.dims().to_vec());
-            return Err(Error::LatentShape { what: "image_noise", given, needed });
-        }
-        None => normal_tensor(request.seed, Stream::Image, moments.mean.shape(), &model.device)?,
-    };
+    let Some(given) = request.conditions.first() else { return Ok(None) };
+    let moments = model.vae.encode(&given.video(1, &model.device, model.dtype)?, None)?;
+    let noise = condition_noise(request, 0, moments.mean.dims(), &model.device)?;
     let drawn = model.vae.scale_image(&moments.sample(&noise)?)?.transpose(1, 2)?.contiguous()?;
     let rest = plan.cells[0] - 1;
     Ok(Some(drawn.to_dtype(DType::F32)?.pad_with_zeros(1, 0, rest)?))

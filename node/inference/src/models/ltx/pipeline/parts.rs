@@ -2,13 +2,15 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::conditions::{Given, Layout};
+use super::second;
 use super::{LtxClass, LtxPipeline, pack, unpack};
 use crate::error::Error;
-use crate::frames::RgbFrames;
 use crate::models::ltx::rope::{Positions, RopeTables};
 use crate::models::ltx::transformer::TextContext;
 use crate::models::ltx::vae::{DecodeSettings, Noise};
-use crate::pipeline::latents::Volume;
+use crate::pipeline::conditions::Takes;
+use crate::pipeline::latents::{LatentRgb, Volume};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::rng::{Stream, normal_tensor};
@@ -21,9 +23,28 @@ const LINEAR_THRESHOLD: f64 = 0.025;
 
 /// What follows from a request without the network.
 pub struct Plan {
-    schedule: Schedule,
-    volume: Volume,
-    class: LtxClass,
+    pub(super) schedule: Schedule,
+    pub(super) volume: Volume,
+    pub(super) class: LtxClass,
+    /// Where the request's pictures go.
+    pub(super) layout: Layout,
+    /// Whether the run goes on from finished latents.
+    second: bool,
+}
+
+impl Plan {
+    /// Tokens of latent frames that stand before the clip's own.
+    fn extra_tokens(&self) -> usize {
+        let [_, rows, columns] = self.volume.grid();
+        self.layout.extra() * rows * columns
+    }
+
+    /// `[1, tokens, channels of a token]` with all that stands before the clip's own.
+    fn shape(&self) -> Vec<usize> {
+        let mut shape = self.volume.packed_shape();
+        shape[1] += self.extra_tokens();
+        shape
+    }
 }
 
 impl VideoModel for LtxPipeline {
@@ -46,9 +67,31 @@ impl VideoModel for LtxPipeline {
         self.text.check(prompt, truncate)
     }
 
+    fn takes(&self) -> Takes {
+        if !self.encodes {
+            return Takes::Nothing("takes no picture, and one was given: its autoencoder has no encoder");
+        }
+        if self.info.work.patch[0] != 1 {
+            return Takes::Nothing(
+                "takes no picture, and one was given: its tokens span several latent frames",
+            );
+        }
+        Takes::Any
+    }
+
+    fn makes_second_pass(&self) -> bool {
+        true
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
-        let (schedule, volume) = (schedule(self, request)?, Volume::new(&self.info.work, request));
-        Ok(Plan { schedule, volume, class: self.class })
+        let volume = Volume::new(&self.info.work, request);
+        let layout = Layout::new(request, volume.cells[0], self.info.work.temporal_ratio);
+        second::check(self, request, &volume)?;
+        let schedule = schedule(self, request)?;
+        let second = request.second_pass.is_some();
+        let plan = Plan { schedule, volume, class: class(self, request), layout, second };
+        check_noise(request, &plan)?;
+        Ok(plan)
     }
 
     fn course<'a>(&self, plan: &'a Plan) -> Course<'a> {
@@ -60,16 +103,47 @@ impl VideoModel for LtxPipeline {
     }
 
     fn latents_shape(&self, plan: &Plan, _done: usize) -> Vec<usize> {
-        plan.volume.packed_shape()
+        plan.shape()
     }
 
     fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
         let volume = &plan.volume;
-        initial(request, &volume.shape(), &volume.packed_shape(), |noise| pack(noise, volume.patch))
+        // What a second pass goes on from is hidden once the context is there; a run begins with the noise alone.
+        let noise = request
+            .second_pass
+            .as_ref()
+            .map(|second| GenerateRequest { initial_latents: second.noise.clone(), ..request.clone() });
+        let request = noise.as_ref().unwrap_or(request);
+        let whole = request.initial_latents.as_ref().filter(|given| given.dims() == plan.shape());
+        if let Some(given) = whole {
+            return Ok(given.to_dtype(DType::F32)?.contiguous()?);
+        }
+        let own =
+            initial(request, &volume.shape(), &volume.packed_shape(), |noise| pack(noise, volume.patch))?;
+        match plan.layout.hiding(request, volume)? {
+            Some(before) => Ok(Tensor::cat(&[pack(&before, volume.patch)?, own], 1)?),
+            None => Ok(own),
+        }
     }
 
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
-        Context::new(self, request, &plan.volume)
+        Context::new(self, request, plan)
+    }
+
+    fn enter(
+        &self,
+        _request: &GenerateRequest,
+        plan: &Plan,
+        context: &Context,
+        state: &mut State,
+    ) -> Result<(), Error> {
+        if let Some(clean) = &context.clean {
+            state.latents = self.enter_second(plan, clean, &state.latents)?;
+        }
+        if let Some(given) = &context.given {
+            state.latents = given.lay(&state.latents, &plan.layout, &plan.volume)?;
+        }
+        Ok(())
     }
 
     fn output(
@@ -80,17 +154,24 @@ impl VideoModel for LtxPipeline {
         index: usize,
         state: &State,
     ) -> Result<Tensor, Error> {
-        velocity(self, request, &plan.schedule, context, index, &state.latents)
+        velocity(self, request, plan, context, index, &state.latents)
     }
 
     fn advance(
         &self,
-        _request: &GenerateRequest,
+        request: &GenerateRequest,
         plan: &Plan,
+        context: &Context,
         index: usize,
         state: &mut State,
         output: &Tensor,
     ) -> Result<Tensor, Error> {
+        if let Some(given) = &context.given {
+            let latents = given.noised(request, plan, index, &state.latents)?;
+            let levels = plan.levels(index, &self.device)?;
+            state.latents = (&latents + output.broadcast_mul(&levels.changes)?)?;
+            return Ok((latents - output.broadcast_mul(&levels.sigmas)?)?);
+        }
         let sigma = f64::from(plan.schedule.sigmas[index]);
         let predicted = (&state.latents - (output * sigma)?)?;
         state.latents = match plan.class {
@@ -101,18 +182,22 @@ impl VideoModel for LtxPipeline {
     }
 
     fn change(&self, plan: &Plan, index: usize) -> Option<f32> {
+        if !plan.layout.is_empty() || plan.second {
+            return None;
+        }
         Some(match plan.class {
             LtxClass::Text => plan.schedule.change(index),
             LtxClass::Condition => plan.schedule.change_from_timestep(index),
         })
     }
 
-    fn preview(&self, plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
-        Ok(self.latent_rgb.project(&self.volume(plan, predicted)?)?)
+    fn colours(&self) -> &LatentRgb {
+        &self.latent_rgb
     }
 
     fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
-        Ok(unpack(latents, plan.volume.cells, plan.volume.patch)?)
+        let own = latents.narrow(1, plan.extra_tokens(), plan.volume.packed_shape()[1])?;
+        Ok(unpack(&own, plan.volume.cells, plan.volume.patch)?)
     }
 
     fn decode(
@@ -125,11 +210,45 @@ impl VideoModel for LtxPipeline {
     }
 }
 
+/// Which of the reference's pipelines computes a request. `LTXImageToVideoPipeline`, which is `LTXPipeline` beside its
+/// picture, takes one for the beginning; everything else is given as `LTXConditionPipeline` takes it.
+fn class(model: &LtxPipeline, request: &GenerateRequest) -> LtxClass {
+    match request.conditions.as_slice() {
+        _ if request.second_pass.is_some() => LtxClass::Condition,
+        [] => model.class,
+        [only] if only.frame == 0 && only.count() == 1 && only.strength >= 1.0 => model.class,
+        _ => LtxClass::Condition,
+    }
+}
+
+/// Given noise is as much as the steps take, and of their shape.
+fn check_noise(request: &GenerateRequest, plan: &Plan) -> Result<(), Error> {
+    let given = &request.step_noise;
+    if given.is_empty() || plan.layout.is_empty() {
+        return Ok(());
+    }
+    if given.len() < plan.schedule.steps() {
+        let rule = "each step takes one";
+        return Err(Error::Number { field: "number of step_noise", given: given.len() as f64, rule });
+    }
+    match given.iter().find(|noise| noise.dims() != plan.shape()) {
+        Some(noise) => {
+            let (given, needed) = (noise.dims().to_vec(), plan.shape());
+            Err(Error::LatentShape { what: "step_noise", given, needed })
+        }
+        None => Ok(()),
+    }
+}
+
 /// The points of a request's run.
 pub(super) fn schedule(model: &LtxPipeline, request: &GenerateRequest) -> Result<Schedule, Error> {
+    second::part(whole_schedule(model, request)?, request)
+}
+
+fn whole_schedule(model: &LtxPipeline, request: &GenerateRequest) -> Result<Schedule, Error> {
     let given = request.timesteps.as_ref().map(|t| t.iter().map(|&t| t as f32).collect::<Vec<f32>>());
     let config = &model.scheduler;
-    match model.class {
+    match class(model, request) {
         LtxClass::Text => {
             let volume = Volume::new(&model.info.work, request);
             let mu = calculate_shift(config, volume.cells.iter().product());
@@ -163,51 +282,61 @@ pub struct Context {
     text: TextContext,
     rope: RopeTables,
     guided: bool,
+    /// Where there are pictures.
+    given: Option<Given>,
+    /// What a second pass goes on from.
+    clean: Option<Tensor>,
 }
 
 impl Context {
-    fn new(model: &LtxPipeline, request: &GenerateRequest, volume: &Volume) -> Result<Self, Error> {
+    fn new(model: &LtxPipeline, request: &GenerateRequest, plan: &Plan) -> Result<Self, Error> {
         let guided = model.is_guided(request);
-        let (mut text, mut mask) = model.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        let masked = plan.class == LtxClass::Condition;
+        let encode = |prompt: &str| model.text.encode(prompt, request.truncate_prompt, masked);
+        let (mut text, mut mask) = encode(&request.prompt)?;
         if guided {
-            let (negative, its_mask) =
-                model.encode_prompt(&request.negative_prompt, request.truncate_prompt)?;
+            let (negative, its_mask) = encode(&request.negative_prompt)?;
             text = Tensor::cat(&[negative, text], 0)?;
             mask = Tensor::cat(&[its_mask, mask], 0)?;
         }
         let text = model.transformer.text_context(&text, Some(&mask))?;
-        Ok(Self { text, rope: rope(model, request, volume)?, guided })
+        let given = match plan.layout.is_empty() {
+            true => None,
+            false => Some(Given::new(model, request, &plan.layout, &plan.volume)?),
+        };
+        let clean = second::clean(model, request, &plan.volume)?;
+        Ok(Self { text, rope: rope(model, request, plan)?, guided, given, clean })
     }
 }
 
-fn rope(model: &LtxPipeline, request: &GenerateRequest, volume: &Volume) -> Result<RopeTables, Error> {
-    let work = &model.info.work;
+fn rope(model: &LtxPipeline, request: &GenerateRequest, plan: &Plan) -> Result<RopeTables, Error> {
+    let (work, volume) = (&model.info.work, &plan.volume);
     let (time, space) = (work.temporal_ratio as f64, work.spatial_ratio as f64);
     let rope = model.transformer.rope();
-    let tables = match model.class {
+    let tables = match plan.class {
         LtxClass::Text => {
             let scale = Some([time / request.fps, space, space]);
             rope.tables(Positions::Grid { size: volume.grid(), scale }, &model.device)?
         }
         LtxClass::Condition => {
-            let coordinates = coordinates(volume, work.temporal_ratio, work.spatial_ratio, request.fps)?;
+            let times = plan.layout.times(volume, work.temporal_ratio);
+            let coordinates = coordinates(volume, &times, work.spatial_ratio, request.fps)?;
             rope.tables(Positions::Coordinates(&coordinates), &model.device)?
         }
     };
     Ok(tables)
 }
 
-/// `[1, 3, tokens]`: seconds at a cell's first frame, with the first latent frame a single picture, and pixels.
-fn coordinates(volume: &Volume, temporal: usize, spatial: usize, fps: f64) -> Result<Tensor, Error> {
-    let [frames, rows, columns] = volume.grid();
-    let [pt, ph, pw] = volume.patch;
+/// `[1, 3, tokens]`: seconds and pixels of tokens whose frames begin at these frames of the clip.
+fn coordinates(volume: &Volume, times: &[usize], spatial: usize, fps: f64) -> Result<Tensor, Error> {
+    let [_, rows, columns] = volume.grid();
+    let [_, ph, pw] = volume.patch;
     let second = (1.0 / fps) as f32;
-    let tokens = frames * rows * columns;
+    let tokens = times.len() * rows * columns;
     let mut axes: [Vec<f32>; 3] = std::array::from_fn(|_| Vec::with_capacity(tokens));
-    for frame in 0..frames {
+    for &picture in times {
         for row in 0..rows {
             for column in 0..columns {
-                let picture = (frame * pt * temporal + 1).saturating_sub(temporal);
                 axes[0].push(picture as f32 * second);
                 axes[1].push((row * ph * spatial) as f32);
                 axes[2].push((column * pw * spatial) as f32);
@@ -221,14 +350,20 @@ fn coordinates(volume: &Volume, temporal: usize, spatial: usize, fps: f64) -> Re
 fn velocity(
     model: &LtxPipeline,
     request: &GenerateRequest,
-    schedule: &Schedule,
+    plan: &Plan,
     context: &Context,
     index: usize,
     latents: &Tensor,
 ) -> Result<Tensor, Error> {
     let batch = if context.guided { 2 } else { 1 };
-    let input = if context.guided { Tensor::cat(&[latents, latents], 0)? } else { latents.clone() };
-    let timesteps = Tensor::from_vec(vec![schedule.timesteps[index]; batch], (batch, 1), &model.device)?;
+    let twice = |tensor: &Tensor| Tensor::cat(&vec![tensor; batch], 0);
+    let (input, timesteps) = match &context.given {
+        Some(given) => {
+            (given.noised(request, plan, index, latents)?, plan.levels(index, &model.device)?.timesteps)
+        }
+        None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &model.device)?),
+    };
+    let (input, timesteps) = (twice(&input)?, twice(&timesteps)?);
     let velocity = model.transformer.forward(&input, &timesteps, &context.text, &context.rope)?;
     let velocity = velocity.to_dtype(DType::F32)?;
     if !context.guided {

@@ -4,10 +4,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::MochiPipeline;
 use crate::error::Error;
-use crate::frames::RgbFrames;
 use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
-use crate::pipeline::latents::{Volume, pack, unpack};
+use crate::pipeline::latents::{LatentRgb, Volume, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
@@ -115,6 +114,7 @@ impl VideoModel for MochiPipeline {
         &self,
         _request: &GenerateRequest,
         plan: &Plan,
+        _context: &Context,
         index: usize,
         state: &mut State,
         output: &Tensor,
@@ -130,8 +130,8 @@ impl VideoModel for MochiPipeline {
         Some(plan.schedule.change(index))
     }
 
-    fn preview(&self, plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
-        Ok(self.latent_rgb.project(&self.volume(plan, predicted)?)?)
+    fn colours(&self) -> &LatentRgb {
+        &self.latent_rgb
     }
 
     fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {

@@ -7,8 +7,8 @@ use super::PyramidPipeline;
 use super::resize::enlarge;
 use super::units::Plan;
 use crate::error::Error;
-use crate::frames::RgbFrames;
 use crate::models::pyramid::transformer::TextContext;
+use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
@@ -121,6 +121,7 @@ impl VideoModel for PyramidPipeline {
         &self,
         request: &GenerateRequest,
         plan: &Plan,
+        _context: &Context,
         index: usize,
         state: &mut State,
         output: &Tensor,
@@ -153,8 +154,8 @@ impl VideoModel for PyramidPipeline {
         Ok(seen)
     }
 
-    fn preview(&self, _plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
-        Ok(self.latent_rgb.project(predicted)?)
+    fn colours(&self) -> &LatentRgb {
+        &self.latent_rgb
     }
 
     fn volume(&self, _plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {

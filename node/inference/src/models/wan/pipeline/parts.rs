@@ -2,12 +2,13 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::pictures::{self, Pictures};
 use super::{WanPipeline, WanSchedule};
 use crate::error::Error;
-use crate::frames::RgbFrames;
 use crate::models::wan::rope::RopeTables;
 use crate::models::wan::transformer::{TextContext, WanTransformer};
-use crate::pipeline::latents::{pack, unpack};
+use crate::pipeline::conditions::Takes;
+use crate::pipeline::latents::{LatentRgb, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
 use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
@@ -17,6 +18,8 @@ use crate::tiling::Tiling;
 /// What follows from a request without the network.
 pub struct Plan {
     schedule: WanSchedule,
+    /// Whether a picture is the first latent frame.
+    first: bool,
     /// Latent frames, rows and columns.
     cells: [usize; 3],
 }
@@ -28,6 +31,8 @@ pub struct Context {
     /// For the second.
     low: Option<Texts>,
     rope: RopeTables,
+    /// The latents of the pictures, in the form in which the model takes them.
+    pictures: Option<Tensor>,
 }
 
 /// The prompts as one transformer reads them.
@@ -57,12 +62,17 @@ impl VideoModel for WanPipeline {
         self.text.check(&clean(prompt), truncate)
     }
 
+    fn takes(&self) -> Takes {
+        self.pictures.takes(self.transformer.config())
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
         let work = &self.info.work;
         let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
         let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
         check_positions(self, request, cells)?;
-        Ok(Plan { schedule: self.sampler.schedule(request)?, cells })
+        let first = matches!(self.pictures, Pictures::First) && !request.conditions.is_empty();
+        Ok(Plan { schedule: self.sampler.schedule(request)?, first, cells })
     }
 
     fn course<'a>(&self, plan: &'a Plan) -> Course<'a> {
@@ -85,11 +95,11 @@ impl VideoModel for WanPipeline {
             true => Some(self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?),
             false => None,
         };
+        let states = self.pictures.states(request, self)?;
         let texts = |transformer: &WanTransformer| -> Result<Texts, Error> {
-            Ok(Texts {
-                positive: transformer.text_context(&positive)?,
-                negative: negative.as_ref().map(|text| transformer.text_context(text)).transpose()?,
-            })
+            let context = |text: &Tensor| transformer.text_context(text, states.as_ref());
+            let negative = negative.as_ref().map(context).transpose()?;
+            Ok(Texts { positive: context(&positive)?, negative })
         };
         let timesteps = plan.schedule.course().timesteps;
         let any = |low: bool| timesteps.iter().any(|&timestep| self.is_low(timestep) == low);
@@ -100,6 +110,7 @@ impl VideoModel for WanPipeline {
             high: any(false).then(|| texts(&self.transformer)).transpose()?,
             low: low.map(|low| texts(&low.transformer)).transpose()?,
             rope: RopeTables::new(self.transformer.config(), grid, &self.device)?,
+            pictures: pictures::latents(self, request)?,
         })
     }
 
@@ -120,8 +131,16 @@ impl VideoModel for WanPipeline {
         let texts =
             texts.as_ref().expect("invariant: a context has the texts of every transformer of its plan");
         let patch = self.info.work.patch;
-        let latents = pack(&state.latents, patch)?;
-        let timestep = Tensor::from_vec(vec![timestep], (1, 1), &self.device)?;
+        let (latents, timestep) = match &context.pictures {
+            None => (state.latents.clone(), Tensor::new(&[[timestep]], &self.device)?),
+            Some(first) if plan.first => {
+                (pictures::with_first(&state.latents, first)?, self.timesteps_after_first(plan, timestep)?)
+            }
+            Some(channels) => {
+                (Tensor::cat(&[&state.latents, channels], 1)?, Tensor::new(&[[timestep]], &self.device)?)
+            }
+        };
+        let latents = pack(&latents, patch)?;
         let velocity = |text: &TextContext| -> Result<Tensor, Error> {
             let velocity = transformer.forward(&latents, &timestep, text, &context.rope)?;
             Ok(unpack(&velocity.to_dtype(DType::F32)?, plan.cells, patch)?)
@@ -139,19 +158,26 @@ impl VideoModel for WanPipeline {
         &self,
         _request: &GenerateRequest,
         plan: &Plan,
+        context: &Context,
         index: usize,
         state: &mut State,
         output: &Tensor,
     ) -> Result<Tensor, Error> {
-        plan.schedule.advance(index, state, output)
+        let predicted = plan.schedule.advance(index, state, output)?;
+        let Some(first) = context.pictures.as_ref().filter(|_| plan.first) else { return Ok(predicted) };
+        if index + 1 == plan.schedule.course().steps() {
+            state.latents = pictures::with_first(&state.latents, first)?;
+        }
+        Ok(pictures::with_first(&predicted, first)?)
     }
 
     fn change(&self, plan: &Plan, index: usize) -> Option<f32> {
-        plan.schedule.change(index)
+        // The last step also puts a given first frame back.
+        if plan.first { None } else { plan.schedule.change(index) }
     }
 
-    fn preview(&self, _plan: &Plan, predicted: &Tensor) -> Result<RgbFrames, Error> {
-        Ok(self.latent_rgb.project(predicted)?)
+    fn colours(&self) -> &LatentRgb {
+        &self.latent_rgb
     }
 
     fn volume(&self, _plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
@@ -169,6 +195,17 @@ impl VideoModel for WanPipeline {
         let video = watched(observer, |watch| self.vae.decode(&z, tiling, watch))?;
         let video = video.squeeze(0)?.transpose(0, 1)?;
         Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+    }
+}
+
+impl WanPipeline {
+    /// A timestep for each token, `[1, tokens]`, with the first latent frame's without noise.
+    fn timesteps_after_first(&self, plan: &Plan, timestep: f32) -> Result<Tensor, Error> {
+        let patch = self.info.work.patch;
+        let [frames, rows, columns] = std::array::from_fn(|axis| plan.cells[axis] / patch[axis]);
+        let (first, all) = (rows * columns, frames * rows * columns);
+        let values = (0..all).map(|token| if token < first { 0.0 } else { timestep }).collect::<Vec<_>>();
+        Ok(Tensor::from_vec(values, (1, all), &self.device)?)
     }
 }
 

@@ -13,7 +13,8 @@ use crate::sampler::{
 };
 
 /// The schedulers' classes.
-pub(super) const CLASSES: &[&str] = &["UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"];
+pub(in crate::models::wan) const CLASSES: &[&str] =
+    &["UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"];
 
 /// A sampler's settings.
 #[derive(Debug, Clone, PartialEq)]

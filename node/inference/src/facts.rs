@@ -1,0 +1,197 @@
+//! What a model folder says of itself before its weights are read: which clips it can make, what it does where nobody
+//! says otherwise, what a job costs with it, how it reads prompts, and which files it is made of.
+//!
+//! A family answers all of it in one function, [`crate::registry::Architecture::facts`], from configuration files alone.
+//! Loading begins with the same function, so what a node promises and what it computes cannot differ.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use crate::error::Error;
+use crate::folder::{EXTRAS_FILE, TEXT_STEM, WEIGHTS_STEM};
+use crate::pipeline::PipelineInfo;
+use crate::text::{Encoded, PromptTokenizer, TextError};
+use crate::weights;
+
+/// The file that names the pipeline's class and its parts.
+pub const INDEX_FILE: &str = "model_index.json";
+/// Endings of the files of a part beside its weights: configurations and vocabularies.
+const ENDINGS: &[&str] = &["json", "model", "txt"];
+
+/// What a folder says.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// What [`crate::Pipeline::info`] says of the loaded model; the numbers of parameters are 0 here.
+    pub info: PipelineInfo,
+    /// What a job costs, beside what `info` says of it.
+    pub figures: Figures,
+    /// How prompts are counted.
+    pub prompts: PromptRule,
+    /// Where its files lie.
+    pub parts: Vec<Part>,
+}
+
+/// From what, beside [`crate::WorkConfig`], a job's work follows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Figures {
+    /// How text takes part in the transformer.
+    pub attention: Attention,
+    /// How many of the transformer's blocks see text and video as one sequence with one set of weights, while the others
+    /// do not.
+    pub single_layers: usize,
+    /// Matrices of a feed-forward: 2, or 3 if it is gated.
+    pub feed_forward_matrices: usize,
+    /// Width of a text token in the transformer.
+    pub text_width: usize,
+    /// Parameters of the text encoder that every token meets.
+    pub text_parameters: u64,
+    /// Channels and residual blocks at each resolution of the VAE's decoder, from the finest to the coarsest.
+    pub decoder: Vec<(usize, usize)>,
+    /// Pixels along a side of what the finest of them works on.
+    pub vae_patch: usize,
+    /// Whether a clip is made latent frame by latent frame in stages of growing size; then every stage has a job's steps.
+    pub staged: bool,
+}
+
+/// How text takes part in a transformer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attention {
+    /// Video attends to itself, then to the text.
+    Cross,
+    /// Text and video attend to each other, with weights of their own.
+    Joint,
+    /// Text and video attend to each other, with the same weights.
+    Shared,
+}
+
+/// How a model reads prompts.
+#[derive(Debug, Clone)]
+pub struct PromptRule {
+    /// The folder of the tokenizer whose limit counts.
+    pub tokenizer: &'static str,
+    /// What is done to a prompt first.
+    pub clean: Option<fn(&str) -> String>,
+    /// What is put behind a prompt, and not behind a negative one.
+    pub suffix: String,
+}
+
+impl PromptRule {
+    /// Prompts as they stand, by the usual tokenizer.
+    #[must_use]
+    pub fn plain() -> Self {
+        Self { tokenizer: "tokenizer", clean: None, suffix: String::new() }
+    }
+}
+
+/// A prompt's tokens as a model counts them, without the model.
+pub struct PromptCounter {
+    rule: PromptRule,
+    tokenizer: PromptTokenizer,
+}
+
+impl PromptCounter {
+    /// Reads a model's tokenizer.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot be read; both name the file.
+    pub fn open(folder: &Path, rule: PromptRule) -> Result<Self, TextError> {
+        Ok(Self { tokenizer: PromptTokenizer::load(&folder.join(rule.tokenizer))?, rule })
+    }
+
+    /// A prompt in `limit` tokens, and what of it is cut.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn encode(&self, prompt: &str, is_negative: bool, limit: usize) -> Result<Encoded, TextError> {
+        let mut text = self.rule.clean.map_or_else(|| prompt.to_owned(), |clean| clean(prompt));
+        if !is_negative {
+            text.push_str(&self.rule.suffix);
+        }
+        self.tokenizer.encode(&text, limit)
+    }
+}
+
+/// A folder within a model's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Its name.
+    pub folder: String,
+    /// The stem of its weight files, where it has weights.
+    pub weights: Option<&'static str>,
+}
+
+impl Part {
+    /// Those of a text-to-video pipeline in the published diffusers layout.
+    pub(crate) fn usual() -> Vec<Self> {
+        vec![
+            Self::with("transformer", WEIGHTS_STEM),
+            Self::with("vae", WEIGHTS_STEM),
+            Self::with("text_encoder", TEXT_STEM),
+            Self::plain("tokenizer"),
+            Self::plain("scheduler"),
+        ]
+    }
+
+    /// With weights under this stem.
+    pub(crate) fn with(folder: &str, stem: &'static str) -> Self {
+        Self { folder: folder.to_owned(), weights: Some(stem) }
+    }
+
+    /// Without weights.
+    pub(crate) fn plain(folder: &str) -> Self {
+        Self { folder: folder.to_owned(), weights: None }
+    }
+
+    fn names(&self, model: &Path) -> Result<Vec<String>, Error> {
+        let folder = model.join(&self.folder);
+        let mut files: Vec<PathBuf> = Vec::new();
+        let unreadable = |source| Error::Read { file: folder.clone(), source };
+        for entry in std::fs::read_dir(&folder).map_err(unreadable)? {
+            let path = entry.map_err(unreadable)?.path();
+            let ending = path.extension().and_then(|ending| ending.to_str());
+            if ending.is_some_and(|ending| ENDINGS.contains(&ending)) {
+                files.push(path);
+            }
+        }
+        if let Some(stem) = self.weights {
+            files.extend(weights::find(&folder, stem, None)?);
+        }
+        // `is_file` follows links: download caches are full of them.
+        let names = files.iter().filter(|path| path.is_file());
+        let names = names.filter_map(|path| path.file_name()?.to_str());
+        Ok(names.map(|name| format!("{}/{name}", self.folder)).collect())
+    }
+}
+
+impl Facts {
+    /// Whether all weights are there and whole, as far as their headers tell.
+    ///
+    /// # Errors
+    /// When a file is missing, cut short or corrupt.
+    pub fn check_weights(&self, folder: &Path) -> Result<(), Error> {
+        for part in &self.parts {
+            if let Some(stem) = part.weights {
+                weights::check(&folder.join(&part.folder), stem, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The paths within the folder that the model is made of, sorted, with `/`: of each part the configurations and
+    /// vocabularies, and those weights that are read; the index and `kinoflock.json` where they are there. Whatever else
+    /// lies in the folder, such as a readme or the same weights in another form, is no part of the model.
+    ///
+    /// # Errors
+    /// When a part cannot be read or lacks its weights.
+    pub fn files(&self, folder: &Path) -> Result<BTreeSet<String>, Error> {
+        let mut files: BTreeSet<String> = [INDEX_FILE, EXTRAS_FILE]
+            .into_iter()
+            .filter(|name| folder.join(name).is_file())
+            .map(str::to_owned)
+            .collect();
+        for part in &self.parts {
+            files.extend(part.names(folder)?);
+        }
+        Ok(files)
+    }
+}

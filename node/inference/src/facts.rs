@@ -29,6 +29,8 @@ pub struct Facts {
     pub prompts: PromptRule,
     /// Where its files lie.
     pub parts: Vec<Part>,
+    /// Whether it makes clips of the size of its defaults alone.
+    pub one_size: bool,
 }
 
 /// From what, beside [`crate::WorkConfig`], a job's work follows.

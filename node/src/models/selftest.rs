@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use kinoflock_inference::registry;
 use kinoflock_protocol::capacity::SelfTest;
 use kinoflock_protocol::card::Fingerprint;
 use kinoflock_protocol::codec::{List, Text};
@@ -85,6 +86,9 @@ impl SelfTestError {
 #[must_use]
 pub fn request(model: &Model, job: JobId, load: LoadRequest, output: Output) -> RunRequest {
     let (rules, defaults) = (&model.manifest.rules, &model.manifest.defaults);
+    // What cannot be read is told when the model is loaded.
+    let one_size = registry::facts(&model.dir).is_ok_and(|facts| facts.one_size);
+    let side = |usual: u32| if one_size { usual } else { (rules.size_multiple * SIDE).min(usual) };
     let base = RunRequest {
         job,
         model: load,
@@ -92,8 +96,8 @@ pub fn request(model: &Model, job: JobId, load: LoadRequest, output: Output) -> 
         negative: Text::default(),
         seed: SEED,
         frames: rules.frames_offset + rules.frames_multiple,
-        width: (rules.size_multiple * SIDE).min(defaults.width),
-        height: (rules.size_multiple * SIDE).min(defaults.height),
+        width: side(defaults.width),
+        height: side(defaults.height),
         fps: defaults.fps.to_f64(),
         steps: STEPS,
         guidance: defaults.guidance.to_f64(),

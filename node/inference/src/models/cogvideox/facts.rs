@@ -50,7 +50,8 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
         vae_patch: 1,
         staged: false,
     };
-    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual() })
+    let one_size = config.use_learned_positional_embeddings;
+    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual(), one_size })
 }
 
 /// Transformer and VAE agree about latents.

@@ -55,7 +55,7 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
     if UpsamplerConfig::find(folder)?.is_some() {
         parts.push(Part::with(upsampler::PART, WEIGHTS_STEM));
     }
-    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts })
+    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts, one_size: false })
 }
 
 /// Which of the reference's pipelines a folder names.

@@ -49,7 +49,7 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
         vae_patch: 1,
         staged: false,
     };
-    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual() })
+    Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual(), one_size: false })
 }
 
 /// Whether what one part gives is what the next takes, as their configurations say.

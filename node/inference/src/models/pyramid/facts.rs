@@ -58,7 +58,7 @@ pub fn facts(folder: &Path) -> Result<Facts, Error> {
     ];
     let suffix = own.pyramid.prompt_suffix.clone();
     let prompts = PromptRule { tokenizer: T5_TOKENIZER, clean: None, suffix };
-    Ok(Facts { info: info(&own.pyramid, work, defaults), figures, prompts, parts })
+    Ok(Facts { info: info(&own.pyramid, work, defaults), figures, prompts, parts, one_size: false })
 }
 
 /// What follows from the settings.

@@ -68,7 +68,7 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
         parts.extend([Part::with(vision::PART, TEXT_STEM), Part::plain(vision::PROCESSOR_PART)]);
     }
     let prompts = PromptRule { clean: Some(clean), ..PromptRule::plain() };
-    Ok(Facts { info, figures, prompts, parts })
+    Ok(Facts { info, figures, prompts, parts, one_size: false })
 }
 
 /// How a folder's model takes pictures.

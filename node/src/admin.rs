@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 pub mod call;
 pub mod report;
 
-pub use report::{DeviceReport, JobReport, StatusReport};
+pub use report::{DeviceReport, HoldersReport, JobReport, StatusReport};
 
 /// Admin requests that wait for the daemon's loop; one more waits in its connection.
 pub const ADMIN_QUEUE: usize = 16;
@@ -46,6 +46,10 @@ pub enum AdminRequest {
     Drain(DeviceCommand, oneshot::Sender<Result<(), String>>),
     /// A ticket that leads here.
     Ticket(oneshot::Sender<Result<String, String>>),
+    /// Fetch a model from other nodes and hold it.
+    Keep(String, oneshot::Sender<Result<(), String>>),
+    /// How many nodes hold each model of this one.
+    Holders(oneshot::Sender<Vec<HoldersReport>>),
 }
 
 /// Which device, and for how long.
@@ -56,6 +60,14 @@ pub struct DeviceCommand {
     pub device: Option<String>,
     /// After so many seconds the device goes on by itself.
     pub for_seconds: Option<u64>,
+}
+
+/// Which model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelCommand {
+    /// Its name or id.
+    pub model: String,
 }
 
 /// What the routes share.
@@ -170,6 +182,8 @@ impl Admin {
             .route("/resume", post(resume))
             .route("/drain", post(drain))
             .route("/ticket", get(ticket))
+            .route("/keep", post(keep))
+            .route("/holders", get(holders))
     }
 
     async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> AdminRequest) -> Result<T, Response> {
@@ -238,6 +252,17 @@ async fn ticket(State(admin): State<Admin>) -> Response {
     match admin.ask(AdminRequest::Ticket).await {
         Ok(Ok(ticket)) => format!("{ticket}\n").into_response(),
         Ok(Err(reason)) => (StatusCode::CONFLICT, format!("{reason}\n")).into_response(),
+        Err(response) => response,
+    }
+}
+
+async fn keep(State(admin): State<Admin>, Query(command): Query<ModelCommand>) -> Response {
+    done(admin.ask(|reply| AdminRequest::Keep(command.model, reply)).await)
+}
+
+async fn holders(State(admin): State<Admin>) -> Response {
+    match admin.ask(AdminRequest::Holders).await {
+        Ok(counted) => Json(counted).into_response(),
         Err(response) => response,
     }
 }

@@ -76,6 +76,11 @@ enum Command {
     Init(init::InitArgs),
     /// Be a node until SIGTERM or Ctrl-C.
     Run(RunArgs),
+    /// Be an archive: hold models for the network and give them to nodes that ask, computing nothing.
+    ///
+    /// What is not here is fetched from other nodes, every piece verified, if its card's licence is open. It needs disk and
+    /// no GPU. storage.keep in the configuration does the same on a node that computes.
+    Keep(KeepArgs),
     /// Make a clip on this machine: a daemon of its own, a signed job over the network, a verified clip.
     Try(trial::TryArgs),
     /// What the running node is doing.
@@ -139,6 +144,16 @@ struct RunArgs {
     worker: Option<PathBuf>,
 }
 
+/// Flags of `keep`.
+#[derive(Debug, Args)]
+struct KeepArgs {
+    /// Models by id, or by the name under which others offer them.
+    #[arg(required = true, value_name = "MODEL")]
+    wanted: Vec<String>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
 /// Flags of `resume`.
 #[derive(Debug, Args)]
 struct ResumeArgs {
@@ -193,7 +208,7 @@ impl Cli {
         if let Some(Command::Worker) = self.command {
             return Ok(crate::engine::worker::main());
         }
-        if let Some(Command::Run(run)) = &self.command {
+        if let Some(Command::Run(run) | Command::Keep(KeepArgs { run, .. })) = &self.command {
             run.add_to(&mut overrides);
         }
         if self.overrides.print_config {
@@ -211,6 +226,13 @@ fn answer(command: Command, overrides: &ConfigOverrides) -> anyhow::Result<ExitC
         Command::Init(args) => init::run(&args, overrides)?,
         Command::Run(_) => {
             let config = load(overrides)?;
+            logging::start();
+            crate::run::main(config)?;
+        }
+        Command::Keep(KeepArgs { wanted, .. }) => {
+            let mut config = load(overrides)?;
+            config.devices.clear();
+            config.storage.keep.extend(wanted);
             logging::start();
             crate::run::main(config)?;
         }

@@ -43,6 +43,9 @@ pub const MAX_ADDRESSES: usize = 64;
 /// Most `[[device]]` sections.
 pub const MAX_DEVICES: usize = 64;
 
+/// Most models of `storage.keep`.
+pub const MAX_KEPT: usize = 64;
+
 /// Shortest lease in milliseconds: below it a slow link loses every quote.
 const MIN_LEASE_MS: u64 = 1_000;
 
@@ -156,7 +159,7 @@ pub struct Config {
     pub admin: SocketAddr,
     /// How long running jobs may finish after SIGTERM.
     pub drain: Duration,
-    /// The devices, at least one, with distinct names.
+    /// The devices, with distinct names; none on an archive, which computes nothing.
     pub devices: Vec<DeviceConfig>,
 }
 
@@ -328,6 +331,10 @@ pub struct Storage {
     pub audit_limit: u64,
     /// How long they are kept.
     pub audit_keep: Duration,
+    /// Whether other nodes may have the files of models under open licences.
+    pub share_models: bool,
+    /// Names or ids of models to fetch from others and hold, at most [`MAX_KEPT`].
+    pub keep: Vec<String>,
 }
 
 /// `[engine]`, checked. The worker program stands in each device.
@@ -528,6 +535,14 @@ fn check_storage(section: &file::StorageSection, folders: Option<&Folders>) -> R
         replicas_limit: section.replicas_limit.0,
         audit_limit: section.audit_limit.0,
         audit_keep: section.audit_keep.duration(),
+        share_models: section.share_models,
+        keep: match section.keep.len() {
+            given if given > MAX_KEPT => {
+                let count = format!("{given} models");
+                return Err(invalid("storage.keep", &count, &format!("at most {MAX_KEPT}")));
+            }
+            _ => section.keep.clone(),
+        },
     })
 }
 

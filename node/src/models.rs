@@ -11,6 +11,9 @@
 //! - [`manifest`]: from a folder in the published layout to a manifest; rules and work figures come from its
 //!   configuration files.
 //! - [`import`]: takes a folder, or the bundled model, into the store: whole or not at all.
+//! - [`known`]: the models that are known by name, each with a card; [`hub`]: where they are published; [`pull`]: takes one
+//!   from there; [`licence`]: which may be passed on.
+//! - [`shelf`]: what other nodes may have of it, piece by piece.
 //! - [`verify`]: hashes every file again and names what is missing, cut or changed.
 //! - [`selftest`]: the small fixed job by which a node shows itself that it can run a model.
 
@@ -26,9 +29,14 @@ use kinoflock_protocol::model::{ModelError, ModelManifest};
 pub use self::verify::Fault;
 
 pub mod embedded;
+pub mod hub;
 pub mod import;
+pub mod known;
+pub mod licence;
 pub mod manifest;
+pub mod pull;
 pub mod selftest;
+pub mod shelf;
 pub mod verify;
 
 /// Most models in one store.
@@ -39,8 +47,10 @@ pub const MAX_NAME: usize = 64;
 const MANIFEST: &str = "manifest";
 const MANIFEST_JSON: &str = "manifest.json";
 const NAME: &str = "name";
-const CARD: &str = "card.json";
+pub(crate) const CARD: &str = "card.json";
 const FILES: &str = "files";
+/// How the name of a folder begins that is being removed.
+const REMOVED: &str = ".removed-";
 
 /// A model of this node.
 #[derive(Debug, Clone, PartialEq)]
@@ -148,6 +158,16 @@ pub enum ModelsError {
         /// Which limit.
         source: TooLong,
     },
+    /// Files that make another model than the one that was wanted.
+    #[error(
+        "the files make {given} and not {expected}: this release reads their configuration otherwise than the one that listed them"
+    )]
+    OtherModel {
+        /// The model that was wanted.
+        expected: ModelId,
+        /// The one that they make.
+        given: ModelId,
+    },
     /// A card that is none.
     #[error("{}: {reason}", path.display())]
     Card {
@@ -174,6 +194,7 @@ impl ModelsError {
             Self::Name { .. } => "model_name",
             Self::Manifest { source, .. } => source.code(),
             Self::TooLong { .. } => "too_long",
+            Self::OtherModel { .. } => "other_model",
             Self::Card { .. } => "card",
         }
     }
@@ -222,6 +243,25 @@ impl ModelStore {
     /// As [`ModelStore::list`].
     pub fn find(&self, name: &str) -> Result<Option<Model>, ModelsError> {
         Ok(self.list()?.into_iter().find(|model| model.name == name || model.id.to_string() == name))
+    }
+
+    /// Bytes of all models.
+    ///
+    /// # Errors
+    /// As [`ModelStore::list`].
+    pub fn used(&self) -> Result<u64, ModelsError> {
+        Ok(self.list()?.iter().map(|model| model.manifest.total_len()).fold(0, u64::saturating_add))
+    }
+
+    /// Removes a model and its files. A daemon that runs has it until its next start.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn remove(&self, model: &Model) -> Result<(), ModelsError> {
+        let (path, going) = (self.path(&model.id), self.folder.join(format!("{REMOVED}{}", model.id)));
+        // Gone as a model at once, however long its files take.
+        std::fs::rename(&path, &going).map_err(file_error(&path))?;
+        std::fs::remove_dir_all(&going).map_err(file_error(&going))
     }
 
     /// Hashes every file of a model again. What is wrong is named, file by file; nothing is sound.
@@ -283,7 +323,7 @@ fn read_card(path: &Path, model: &ModelId) -> Result<Option<Card>, ModelsError> 
     Ok(Some(card))
 }
 
-fn is_name(name: &str) -> bool {
+pub(crate) fn is_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= MAX_NAME
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))

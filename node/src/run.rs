@@ -9,6 +9,7 @@
 //! - `jobs`: what scheduler and workers say; `finish`: from a worker's files to a receipt; `checkpoints`: where another
 //!   run, here or elsewhere, goes on; `audits`: what is kept and shown of each step; `auditor`: jobs of others looked at;
 //! - `boards`: what followers of a job are told; `selftest`: which models may be offered; `advert`: what is offered;
+//! - `archive`: model files for others, and from others;
 //! - `held`, `replicate`: sealed clips for others, and ours with others; `custody`: jobs watched for others;
 //! - `lists`: signed lists, held and handed on;
 //! - `interest`, `look`: why this node is idle; `operator`: what the admin interface asks.
@@ -43,6 +44,7 @@ use crate::telemetry::Metrics;
 use self::boards::Boards;
 
 mod advert;
+mod archive;
 mod auditor;
 mod audits;
 mod boards;
@@ -124,6 +126,10 @@ enum Note {
         id: kinoflock_protocol::audit::AuditId,
         result: Result<Box<auditor::AuditGathered>, auditor::AuditMissed>,
     },
+    /// These models' files can be had from here.
+    Shelved { models: Vec<ModelId> },
+    /// A model came from other nodes, or could not be had.
+    Fetched { name: String, result: Result<Box<Model>, String> },
     /// Something of an engine.
     Engine { device: DeviceId, event: EngineEvent },
 }
@@ -190,6 +196,7 @@ struct Daemon {
     audits: audits::Audits,
     auditor: auditor::Auditor,
     models: BTreeMap<ModelId, Arc<Model>>,
+    archive: archive::Archive,
     prompts: prompts::Prompts,
     self_tests: crate::models::selftest::Results,
     devices: BTreeMap<DeviceId, Device>,
@@ -228,7 +235,8 @@ impl Daemon {
         self.learn_all_listed();
         self.settle();
         while !self.over(drain_until) {
-            let wake = [self.scheduler.poll_timeout(), drain_until].into_iter().flatten().min();
+            let due = [self.scheduler.poll_timeout(), self.archive.poll_timeout(), drain_until];
+            let wake = due.into_iter().flatten().min();
             tokio::select! {
                 Some(note) = notes.recv() => self.handle_note(note),
                 Some(event) = events.recv() => self.handle_net(event),
@@ -264,6 +272,7 @@ impl Daemon {
             self.handle_event(event);
         }
         self.audit_next();
+        self.fetch_models();
         self.ask_to_be_seen();
         self.show();
     }
@@ -288,6 +297,8 @@ impl Daemon {
             Note::Sought(sought) => self.handle_sought(*sought),
             Note::Lists { editions } => self.handle_lists(editions),
             Note::Gathered { id, result } => self.handle_gathered(id, result),
+            Note::Shelved { models } => self.handle_shelved(models),
+            Note::Fetched { name, result } => self.handle_fetched(&name, result),
             Note::Engine { device, event } => self.handle_engine(device, event),
         }
     }
@@ -431,7 +442,7 @@ impl Daemon {
 }
 
 /// This machine's clock, as it is written in messages.
-fn unix_now() -> UnixMillis {
+pub(crate) fn unix_now() -> UnixMillis {
     UnixMillis::from_system_time(SystemTime::now())
 }
 

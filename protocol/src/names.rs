@@ -54,6 +54,12 @@ pub fn capacity_key(model: &ModelId) -> BlobId {
     BlobId::from_bytes(blake3::derive_key("kinoflock 1 nodes that serve a model", model.as_bytes()))
 }
 
+/// Under what in the DHT nodes are found that hold a model's files and give them to others.
+#[must_use]
+pub fn holding_key(model: &ModelId) -> BlobId {
+    BlobId::from_bytes(blake3::derive_key("kinoflock 1 nodes that hold a model's files", model.as_bytes()))
+}
+
 /// A node and where it may be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeAddress {

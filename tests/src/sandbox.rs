@@ -80,6 +80,7 @@ pub struct Node {
     network_lines: String,
     log: String,
     wrapper: Vec<String>,
+    verb: Vec<String>,
     child: Option<Child>,
 }
 
@@ -169,6 +170,7 @@ impl Sandbox {
             network_lines: String::new(),
             log: LOG.to_owned(),
             wrapper: Vec::new(),
+            verb: vec!["run".to_owned()],
             child: None,
         };
         fs::create_dir_all(&node.folder).expect("a node's folder");
@@ -254,6 +256,11 @@ impl Node {
         lines.clone_into(&mut self.network_lines);
     }
 
+    /// Is an archive of these models from the next start on, and computes nothing.
+    pub fn keep(&mut self, models: &[&str]) {
+        self.verb = ["keep"].iter().chain(models).map(ToString::to_string).collect();
+    }
+
     /// Starts it by this command line, to which its own is added.
     pub fn wrap(&mut self, wrapper: &[&str]) {
         self.wrapper = wrapper.iter().map(ToString::to_string).collect();
@@ -267,7 +274,8 @@ impl Node {
         fs::write(self.folder.join("node.toml"), self.config_text()).expect("a configuration");
         let log =
             fs::OpenOptions::new().create(true).append(true).open(self.folder.join("log")).expect("a log");
-        let child = self.command().arg("run").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
+        let child =
+            self.command().args(&self.verb).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
         self.child = Some(child.expect("kinoflockd starts"));
     }
 

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{DeviceCommand, StatusReport};
+use super::{DeviceCommand, HoldersReport, StatusReport};
 
 /// Largest answer that the command line reads.
 const ANSWER_LIMIT: u64 = 4 << 20;
@@ -77,6 +77,23 @@ pub fn command(socket: &Path, verb: &str, command: &DeviceCommand) -> Result<(),
         query.push(format!("for_seconds={seconds}"));
     }
     call(socket, "POST", &format!("/{verb}?{}", query.join("&"))).map(|_| ())
+}
+
+/// Has the running daemon fetch a model from other nodes and hold it.
+///
+/// # Errors
+/// [`CallError`] if no daemon answers, or it has the model.
+pub fn keep(socket: &Path, model: &str) -> Result<(), CallError> {
+    call(socket, "POST", &format!("/keep?model={}", percent_encode(model))).map(|_| ())
+}
+
+/// How many nodes hold each model of the running daemon.
+///
+/// # Errors
+/// [`CallError`] if no daemon answers.
+pub fn holders(socket: &Path) -> Result<Vec<HoldersReport>, CallError> {
+    let body = call(socket, "GET", "/holders")?;
+    serde_json::from_str(&body).map_err(|error| CallError::Malformed(error.to_string()))
 }
 
 fn call(socket: &Path, method: &str, target: &str) -> Result<String, CallError> {

@@ -51,10 +51,39 @@ pub struct StatusReport {
     /// Audits since the start.
     #[serde(default)]
     pub audits: AuditsReport,
+    /// Models that are fetched from other nodes and held.
+    #[serde(default)]
+    pub archive: Vec<ArchiveReport>,
     /// Jobs failed since the start.
     pub jobs_failed: u64,
     /// Jobs cancelled since the start.
     pub jobs_cancelled: u64,
+}
+
+/// A model that is fetched from other nodes and held.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArchiveReport {
+    /// As the operator calls it.
+    pub name: String,
+    /// `waits`, `comes` or `held`.
+    pub state: String,
+    /// Its id, once it is held.
+    pub model: Option<String>,
+    /// Bytes that are here.
+    pub done: u64,
+    /// Bytes of all; 0 until that is known.
+    pub total: u64,
+    /// Why it waits; empty if it does not.
+    pub text: String,
+}
+
+/// How many nodes hold a model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldersReport {
+    /// Its id.
+    pub model: String,
+    /// Nodes that are known to hold it, this one among them.
+    pub holders: usize,
 }
 
 /// Audits since the start.
@@ -209,6 +238,9 @@ impl fmt::Display for StatusReport {
             )?;
         }
         self.audits.fmt(f)?;
+        for model in &self.archive {
+            write!(f, "\n{model}")?;
+        }
         let own = format!("/p2p/{}", self.node);
         for address in &self.addresses {
             write!(f, "\nlistens on {}", address.strip_suffix(&own).unwrap_or(address))?;
@@ -239,6 +271,17 @@ impl StatusReport {
         match seen.iter().find(|seen| !seen.text.is_empty()) {
             Some(seen) => writeln!(f, ": {}", seen.text),
             None => writeln!(f),
+        }
+    }
+}
+
+impl fmt::Display for ArchiveReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.state.as_str() {
+            "held" => write!(f, "holds {}", self.name),
+            "comes" => write!(f, "fetches {}: {} of {}", self.name, Size(self.done), Size(self.total)),
+            _ if self.text.is_empty() => write!(f, "wants {}", self.name),
+            _ => write!(f, "wants {}: {}", self.name, self.text),
         }
     }
 }

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::{control, load, say};
 use crate::admin::call;
 use crate::config::{Config, ConfigOverrides, ListenAddress};
+use crate::disk;
 use crate::engine::supervisor::{self, EngineEvent, WorkerConfig};
 use crate::identity::Identity;
 use crate::models::ModelStore;
@@ -103,8 +104,7 @@ fn writable(folder: &Path) -> Result<String, String> {
         .and_then(|()| std::fs::write(&trial, b"x"))
         .and_then(|()| std::fs::remove_file(&trial));
     tried.map_err(|error| format!("{}: {error}", folder.display()))?;
-    let space = rustix::fs::statvfs(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    let free = space.f_bavail.saturating_mul(space.f_frsize);
+    let free = disk::available(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let text = format!("{}: {} GiB free", folder.display(), free >> 30);
     if free < LITTLE_SPACE { Err(format!("{text}; at least 1 GiB is wanted")) } else { Ok(text) }
 }

@@ -6,17 +6,31 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Subcommand;
 
-use super::say;
+use super::{control, say};
+use crate::admin::call;
 use crate::config::Config;
 use crate::engine::bench;
 use crate::engine::supervisor::{self, WorkerConfig};
-use crate::models::{Model, ModelStore, embedded, selftest};
+use crate::models::{Model, ModelStore, embedded, pull, selftest};
+
+mod fetch;
+mod known;
+mod show;
+mod words;
+
+use words::size;
+
+/// With fewer known holders than this a model is at risk of being lost.
+const SAFE_HOLDERS: usize = 3;
 
 /// Commands about models.
 #[derive(Debug, Subcommand)]
 pub(super) enum ModelCommand {
-    /// The models that are here.
+    /// The models that are here; while a daemon runs, how many nodes are known to hold each.
     List {
+        /// The models that can be pulled by name instead, with licence and what is told of their training.
+        #[arg(long)]
+        known: bool,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -28,6 +42,24 @@ pub(super) enum ModelCommand {
         /// The name by which artists ask for it; the folder's name if none is given.
         #[arg(long)]
         name: Option<String>,
+    },
+    /// Fetch a known model from the hub where it is published, and take it in.
+    ///
+    /// What is here when it breaks off stays: the same command goes on from there. HF_ENDPOINT names another hub or a
+    /// mirror, HF_TOKEN holds a token for models that want one.
+    Pull(fetch::PullArgs),
+    /// A model's manifest and card; of one that is not here, what the list of known models says.
+    Show {
+        /// The model, by name or id.
+        model: String,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove a model and its files, or what is here of one that was not pulled to its end.
+    Remove {
+        /// The model, by name or id.
+        model: String,
     },
     /// Hash every file again and compare with the manifest.
     Verify {
@@ -48,13 +80,19 @@ pub(super) enum ModelCommand {
 }
 
 pub(super) fn run(command: ModelCommand, config: &Config) -> anyhow::Result<ExitCode> {
+    if let ModelCommand::List { known: true, json } = command {
+        return known::list(json);
+    }
     let store = ModelStore::open(&config.storage.models, config.storage.models_limit)?;
     // A damaged bundled model would be made anew here, and verification have nothing to tell.
     if !matches!(command, ModelCommand::Verify { .. }) {
         store.import_bundled()?;
     }
     match command {
-        ModelCommand::List { json } => list(&store.list()?, json),
+        ModelCommand::List { json, .. } => list(&store, config, json),
+        ModelCommand::Pull(args) => fetch::run(&args, &store, config),
+        ModelCommand::Show { model, json } => show::run(&store, &model, json),
+        ModelCommand::Remove { model } => remove(&store, &model),
         ModelCommand::Import { folder, name } => import(&store, &folder, name),
         ModelCommand::Verify { model } => verify(&store, model.as_deref()),
         ModelCommand::Fingerprint { model, tolerance } => fingerprint(&store, config, &model, tolerance),
@@ -97,7 +135,15 @@ fn chosen(store: &ModelStore, wanted: Option<&str>) -> anyhow::Result<Vec<Model>
     Ok(chosen)
 }
 
-fn list(models: &[Model], json: bool) -> anyhow::Result<ExitCode> {
+fn list(store: &ModelStore, config: &Config, json: bool) -> anyhow::Result<ExitCode> {
+    let models = store.list()?;
+    // Who else holds a model, a running daemon alone can find out.
+    let counted = call::holders(&control::socket(config)).unwrap_or_default();
+    let holders = |model: &Model| {
+        let told = counted.iter().find(|told| told.model == model.id.to_string());
+        // The bundled model is in every program.
+        told.map(|told| told.holders).filter(|_| model.name != embedded::NAME)
+    };
     if json {
         let rows: Vec<_> = models
             .iter()
@@ -108,20 +154,65 @@ fn list(models: &[Model], json: bool) -> anyhow::Result<ExitCode> {
                     "architecture": &*model.manifest.architecture,
                     "bytes": model.manifest.total_len().to_string(),
                     "card": model.card.is_some(),
+                    "holders": holders(model),
+                    "at_risk": holders(model).map(|known| known < SAFE_HOLDERS),
                 })
             })
             .collect();
         say::data(&serde_json::to_string_pretty(&serde_json::json!({ "schema": 1, "models": rows }))?);
         return Ok(ExitCode::SUCCESS);
     }
-    for model in models {
-        let mib = model.manifest.total_len().div_ceil(1 << 20);
-        let card = if model.card.is_some() { "with a card" } else { "without a card" };
+    for model in &models {
+        let card = match &model.card {
+            Some(card) => format!("licence {}", card.licence.name.as_str()),
+            None => "without a card".to_owned(),
+        };
+        let held = match holders(model) {
+            Some(1) => "\n    at risk: no other node is known to hold it".to_owned(),
+            Some(known) if known < SAFE_HOLDERS => {
+                format!("\n    at risk: {known} nodes are known to hold it")
+            }
+            Some(known) => format!("\n    {known} nodes are known to hold it"),
+            None => String::new(),
+        };
         say::data(&format!(
-            "{}  {}  {mib} MiB, {card}\n    {}",
-            model.name, &*model.manifest.architecture, model.id
+            "{}  {}  {}, {card}\n    {}{held}",
+            model.name,
+            &*model.manifest.architecture,
+            size(model.manifest.total_len()),
+            model.id
         ));
     }
+    for (name, bytes) in pull::unfinished(store)? {
+        say::words(&format!(
+            "{name} is not here as a whole, {} are: kinoflockd model pull {name}",
+            size(bytes)
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn remove(store: &ModelStore, wanted: &str) -> anyhow::Result<ExitCode> {
+    let discarded = pull::discard(store, wanted)?;
+    let model = match store.find(wanted)? {
+        Some(model) => model,
+        None if discarded => {
+            say::words(&format!("what was here of {wanted} is gone"));
+            return Ok(ExitCode::SUCCESS);
+        }
+        None => chosen(store, Some(wanted))?.remove(0),
+    };
+    anyhow::ensure!(
+        model.name != embedded::NAME,
+        "{} is in this program and would be here again at once",
+        embedded::NAME
+    );
+    store.remove(&model)?;
+    let gone = size(model.manifest.total_len());
+    say::words(&format!(
+        "{} is gone, {gone} are free; a daemon that runs has it until its next start",
+        model.name
+    ));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -142,6 +142,15 @@ pub const DOCS: &[KeyDoc] = &[
         "storage.audit_keep",
         "How long they are kept. Artists expect to be shown them for an hour at least.",
     ),
+    doc(
+        "storage.share_models",
+        "Give other nodes the files of models under open licences, as far as network.upload lets.",
+    ),
+    doc(
+        "storage.keep",
+        "Models to fetch from other nodes and hold, by id (model1...) or by the name under which others offer them. Only under\n\
+         open licences.",
+    ),
     doc("engine.worker", "The program started as worker; empty for this one."),
     doc("engine.worker_args", "Its arguments; empty for the default [\"worker\"]."),
     doc("engine.phase_deadline", "Shortest deadline of a phase (load, text, step, decode, encode)."),

@@ -152,6 +152,8 @@ pub struct StorageSection {
     pub replicas_limit: ByteSize,
     pub audit_limit: ByteSize,
     pub audit_keep: Span,
+    pub share_models: bool,
+    pub keep: Vec<String>,
 }
 
 /// `[engine]`
@@ -296,6 +298,8 @@ impl Default for StorageSection {
             replicas_limit: default_replicas_limit(),
             audit_limit: default_audit_limit(),
             audit_keep: default_audit_keep(),
+            share_models: true,
+            keep: Vec::new(),
         }
     }
 }

@@ -27,6 +27,18 @@ impl ModelStore {
     /// # Errors
     /// When the folder is no model, or the store's limit or the disk has no room for it. The store is as before then.
     pub fn import(&self, folder: &Path, name: &str) -> Result<Model, ModelsError> {
+        self.take(folder, name, None)
+    }
+
+    /// The same of a model whose id is known. What this release reads from its files must make that very model.
+    ///
+    /// # Errors
+    /// As [`ModelStore::import`], and [`ModelsError::OtherModel`].
+    pub fn import_as(&self, folder: &Path, name: &str, id: &ModelId) -> Result<Model, ModelsError> {
+        self.take(folder, name, Some(id))
+    }
+
+    fn take(&self, folder: &Path, name: &str, wanted: Option<&ModelId>) -> Result<Model, ModelsError> {
         if !is_name(name) {
             return Err(ModelsError::Name { given: name.to_owned() });
         }
@@ -44,7 +56,7 @@ impl ModelStore {
         if card.is_file() {
             fs::copy(&card, part.path.join(CARD)).map_err(file_error(&card))?;
         }
-        self.finish(part, name)
+        self.finish(part, name, wanted)
     }
 
     /// Takes in the model that is bundled with this program, unless it is here and sound: one whose files were damaged
@@ -73,16 +85,19 @@ impl ModelStore {
                 .map_err(file_error(&target))
                 .map_err(|error| self.disk(error, needed))?;
         }
-        let model = self.finish(part, embedded::NAME)?;
+        let model = self.finish(part, embedded::NAME, None)?;
         let line = format!("{stamp} {}\n", model.id);
         fs::write(&marker, line).map_err(file_error(&marker))?;
         Ok(Some(model))
     }
 
-    fn finish(&self, part: Part, name: &str) -> Result<Model, ModelsError> {
+    fn finish(&self, part: Part, name: &str, wanted: Option<&ModelId>) -> Result<Model, ModelsError> {
         let made = manifest::of_folder(&part.files())?;
         let bytes = made.encode();
         let id = ModelId::of(&bytes);
+        if let Some(expected) = wanted.filter(|wanted| **wanted != id) {
+            return Err(ModelsError::OtherModel { expected: *expected, given: id });
+        }
         let here = self.list()?;
         let known = here.iter().any(|model| model.id == id);
         read_card(&part.path.join(CARD), &id)?;

@@ -155,7 +155,9 @@ impl Daemon {
     /// As the scheduler would answer: a device that is paused until a known time takes jobs for later.
     fn state(&self, devices: &[DeviceStatus]) -> NodeState {
         let draining = |device: &DeviceStatus| matches!(device.mode, DeviceMode::Draining { .. });
-        if self.draining || devices.iter().all(draining) {
+        // An archive has no device that could be drained: it takes no jobs and does not go.
+        let all_drain = !devices.is_empty() && devices.iter().all(draining);
+        if self.draining || all_drain {
             NodeState::Draining
         } else if devices.iter().any(|device| device.mode.takes_jobs()) {
             NodeState::Open

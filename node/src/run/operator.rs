@@ -21,6 +21,8 @@ impl Daemon {
         match request {
             AdminRequest::Status(reply) => drop(reply.send(self.report())),
             AdminRequest::Ticket(reply) => drop(reply.send(self.ticket())),
+            AdminRequest::Keep(model, reply) => drop(reply.send(self.want(&model))),
+            AdminRequest::Holders(reply) => self.count_holders(reply),
             AdminRequest::Pause(command, reply) => {
                 drop(reply.send(self.command(&command, |scheduler, device, until, now| {
                     scheduler.pause(device, until, now);
@@ -87,6 +89,7 @@ impl Daemon {
             known_nodes: self.adverts.live().count(),
             watched_jobs: self.custodian.count(),
             held_bytes: self.holdings.blobs().fill().used,
+            archive: self.archive.report(),
             audits: self.auditor.report(),
             quotes: self.interest.report(now, |id| self.models.get(id).map(|model| model.name.clone())),
             seen: self.looks.report(now),
@@ -107,6 +110,9 @@ impl Daemon {
         let open = devices.iter().any(|device| device.mode.takes_jobs());
         match () {
             () if self.draining => Err("it is about to stop".to_owned()),
+            () if devices.is_empty() => {
+                Err("it is an archive, which holds models and computes nothing".to_owned())
+            }
             () if !served && testing => Err("models are being tested".to_owned()),
             () if !served => Err("no model passed its self-test; see the devices below".to_owned()),
             () if !open => Err("no device is open; see the devices below".to_owned()),

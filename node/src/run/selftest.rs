@@ -183,11 +183,18 @@ impl Daemon {
         let passed: BTreeMap<_, _> = passed.collect();
         let any = !passed.is_empty();
         self.scheduler.set_models(id, passed, Instant::now());
-        if any && !self.ready.send_replace(true) {
+        if any {
+            self.be_ready();
+        }
+        self.advertise();
+    }
+
+    /// Says that this node does what it is for, the first time.
+    pub(super) fn be_ready(&self) {
+        if !self.ready.send_replace(true) {
             crate::shutdown::notify("READY=1");
             tracing::info!("ready");
         }
-        self.advertise();
     }
 
     /// The best result of a model on any device, and on how many devices it passed.

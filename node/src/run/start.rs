@@ -25,6 +25,7 @@ use crate::engine::supervisor::{self, WorkerConfig};
 use crate::holdings::{Holdings, HoldingsError};
 use crate::identity::{Identity, IdentityError};
 use crate::models::selftest::Results;
+use crate::models::shelf::Shelf;
 use crate::models::{Model, ModelStore, ModelsError, manifest, verify};
 use crate::policy::Policy;
 use crate::queue::{JobRecord, Queue, QueueError};
@@ -124,11 +125,13 @@ async fn run(config: Config) -> Result<(), RunError> {
         config.custody.jobs,
         config.custody.after,
     );
+    let shelf = Shelf::default();
     net.serve_blobs(Arc::new(Sources(vec![
         Arc::new(ClipSource { clips: clips.clone() }),
         Arc::new(ClipSource { clips: audits.store() }),
         Arc::new(ClipSource { clips: holdings.blobs().clone() }),
         custodian.inputs(),
+        Arc::new(shelf.clone()),
     ])));
 
     let (metrics, registry) = Metrics::new();
@@ -160,6 +163,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         copying: std::collections::BTreeSet::new(),
         keeping: std::collections::BTreeSet::new(),
         custodian,
+        archive: super::archive::Archive::new(shelf, &config.storage.keep, Instant::now()),
         prompts: super::prompts::Prompts::of(&models),
         models,
         self_tests: Results::open(&config.storage.state.join(SELF_TESTS)),
@@ -187,6 +191,11 @@ async fn run(config: Config) -> Result<(), RunError> {
     };
     daemon.restore()?;
     daemon.restore_custody();
+    let sound = daemon.models.values().filter(|model| !unsound.contains_key(&model.id)).cloned();
+    daemon.put_on_shelf(sound.collect());
+    if daemon.devices.is_empty() {
+        daemon.be_ready();
+    }
     daemon.run(events, inbox, admin_requests, signals).await;
     stop.cancel();
     if let Err(error) = local.remove(&runtime_folder) {

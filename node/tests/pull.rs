@@ -19,7 +19,7 @@ const WEIGHTS: &str = "transformer/diffusion_pytorch_model.safetensors";
 const AT_ONCE: &[Duration] = &[Duration::ZERO; 3];
 
 fn pipeline() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("inference/tests/goldens/ltx-video-0.9.5/pipeline")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("inference/tests/goldens/ltx-video-0.9.0/pipeline")
 }
 
 struct World {

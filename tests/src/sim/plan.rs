@@ -79,7 +79,7 @@ impl Sim {
             let model = model(self.dice.below(self.scene.models));
             let arrives = self.base + Duration::from_secs_f64(at);
             self.jobs.push(SimJob {
-                client: if self.scene.over == 0.0 { number } else { number / 4 },
+                client: if self.scene.over == 0.0 { number } else { number / self.scene.jobs_each },
                 wanted: Wanted { model, shape: sizes::shape(), work },
                 arrives,
                 fate: Fate::default(),

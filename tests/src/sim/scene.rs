@@ -39,6 +39,8 @@ pub struct Scene {
     pub length: f64,
     /// Seconds between two adverts of a node.
     pub advert_every: f64,
+    /// Jobs of one artist, where they do not all come at once.
+    pub jobs_each: usize,
     /// Seed of everything.
     pub seed: u64,
 }
@@ -60,6 +62,7 @@ impl Scene {
             speed_error: 0.05,
             length: 1.0,
             advert_every: ADVERT_EVERY,
+            jobs_each: 4,
             seed: 1,
         }
     }

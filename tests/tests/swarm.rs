@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::net::{TcpListener, UdpSocket};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use kinoflock_node::identity::Identity;
@@ -48,10 +49,14 @@ impl Place {
     }
 }
 
+/// Ports that nobody has, below those that systems give to whoever asks for any: no connection takes one meanwhile.
 fn free_ports() -> [u16; 2] {
-    let udp = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let tcp = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    [udp, tcp]
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 20_000 + (std::process::id() % 5_000) as u16;
+    let mut free = (0..10_000).map(|_| first + NEXT.fetch_add(1, Ordering::Relaxed) % 7_000).filter(|port| {
+        UdpSocket::bind(("127.0.0.1", *port)).is_ok() && TcpListener::bind(("127.0.0.1", *port)).is_ok()
+    });
+    [free.next().unwrap(), free.next().unwrap()]
 }
 
 /// Three nodes, each told of the two others, and each started when the earlier ones were running already.

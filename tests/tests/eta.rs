@@ -7,7 +7,7 @@ use kinoflock_tests::sim::plan::plan;
 use kinoflock_tests::sim::report::Report;
 use kinoflock_tests::sim::{Scene, run};
 
-/// `cargo test --workspace --test eta -- --ignored --nocapture times_told` prints how far each was off.
+/// `cargo test --workspace --test eta -- --nocapture times_told` prints how far each was off.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn times_told_at_admission_hold_for_nine_jobs_in_ten_with_real_processes() {
     // Jobs of 2 to 20 seconds on a node of middling speed, at seven tenths of what the nodes can do.
@@ -30,7 +30,7 @@ async fn times_told_at_admission_hold_for_nine_jobs_in_ten_with_real_processes()
 async fn scenes_of_ten_and_thirty_nodes_go_as_in_the_simulator() {
     println!("| | {}", Report::heading().trim_start_matches("| "));
     for (nodes, jobs) in [(10, 100), (30, 300)] {
-        // Few artists: with many, what is measured on two cores is handshakes with every node.
+        // Few artists: each of them is to be connected with every node before its job, on this one machine.
         let scene = Scene { jobs_each: 20, ..Scene::of(nodes, 1, jobs, jobs as f64 * 12.0 / nodes as f64) };
         let simulated = run(scene);
         println!("| simulated {simulated}");

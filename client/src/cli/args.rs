@@ -340,7 +340,8 @@ pub struct Generate {
     #[arg(long, value_name = "ID@WEIGHT")]
     pub lora: Vec<String>,
     /// A further operation by name: timesteps, decode_timestep, decode_noise_scale, decode_tile, decode_chunk,
-    /// truncate_prompt, extend_frames, picture_noise_scale, denoise_strength, upsample_adain, upsample_tone_map, and whatever the node knows; one that does not know it says so
+    /// truncate_prompt, extend_frames, picture_noise_scale, denoise_strength, upsample_adain, upsample_tone_map, and
+    /// whatever the node knows; one that does not know it says so
     #[arg(long, value_name = "K=V", value_parser = operation)]
     pub set: Vec<(String, OpValue)>,
     /// Which node is to make it.

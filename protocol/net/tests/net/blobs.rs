@@ -10,7 +10,7 @@ use futures::future::join_all;
 use kinoflock_net::blobs::MemoryBlobs;
 use kinoflock_net::{
     BlobReader, BlobSink, BlobSource, FetchError, FetchOptions, FetchProgress, FileSink, HolderFault,
-    MemorySink, NetHandle, Rates,
+    MemorySink, NetEvent, NetHandle, Rates,
 };
 use kinoflock_protocol::BlobId;
 use kinoflock_protocol::clip::Outline;
@@ -315,9 +315,12 @@ async fn broken_sink(over: Over) {
 
 async fn duplex(over: Over) {
     let (one, two) = (bytes(16 * MIB, 11), bytes(16 * MIB, 12));
-    let first = holder(over, &one).await;
+    let mut first = holder(over, &one).await;
     let second = holder(over, &two).await;
     second.net.dial(first.addr()).await.unwrap();
+    // Who is dialled may hear of the connection later than who dials, and knows no address to dial itself.
+    let dialling = second.id();
+    first.wait_for(|e| matches!(e, NetEvent::Connected { node, .. } if node == dialling).then_some(())).await;
     let (from_first, from_second) = ([&first], [&second]);
     let (there, back) =
         tokio::join!(fetch(&first.net, &two, &from_second), fetch(&second.net, &one, &from_first));

@@ -55,8 +55,9 @@ pub(crate) enum Command {
     Request { peer: PeerId, request: Box<Request>, reply: Reply<Result<WireResponse, RequestFailure>> },
     /// Open a stream to a connected peer.
     Open { peer: PeerId, protocol: StreamProtocol, reply: Reply<Result<Opened, OpenError>> },
-    /// Say when there is a connection with a peer that does not run over a relay.
-    Direct { peer: PeerId, reply: Reply<()> },
+    /// Say when there is a connection with a peer that does not run over a relay. `again`: what was tried did not lead
+    /// to one.
+    Direct { peer: PeerId, again: bool, reply: Reply<()> },
     /// Remember addresses of a node.
     Learn { peer: PeerId, addrs: Vec<Multiaddr> },
     /// What identify told about a connected peer, now or as soon as it has.
@@ -227,7 +228,7 @@ impl Driver {
             Command::Open { peer, protocol, reply } => {
                 self.swarm.behaviour_mut().streams.open(peer, protocol, reply);
             }
-            Command::Direct { peer, reply } => self.direct(peer, reply),
+            Command::Direct { peer, again, reply } => self.direct(peer, again, reply),
             Command::Learn { peer, addrs } => self.book.learn(peer, addrs),
             Command::Identify { peer, reply } => self.identify(peer, reply),
             Command::Peers { reply } => {

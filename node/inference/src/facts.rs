@@ -120,6 +120,8 @@ pub struct Part {
     pub folder: String,
     /// The stem of its weight files, where it has weights.
     pub weights: Option<&'static str>,
+    /// The one file that belongs to the model, where not all do that are of a known kind.
+    only: Option<String>,
 }
 
 impl Part {
@@ -134,17 +136,36 @@ impl Part {
         ]
     }
 
+    /// Those that read the text.
+    #[must_use]
+    pub fn text() -> Vec<Self> {
+        vec![Self::with("text_encoder", TEXT_STEM), Self::plain("tokenizer")]
+    }
+
     /// With weights under this stem.
     pub(crate) fn with(folder: &str, stem: &'static str) -> Self {
-        Self { folder: folder.to_owned(), weights: Some(stem) }
+        Self { folder: folder.to_owned(), weights: Some(stem), only: None }
     }
 
     /// Without weights.
     pub(crate) fn plain(folder: &str) -> Self {
-        Self { folder: folder.to_owned(), weights: None }
+        Self { folder: folder.to_owned(), weights: None, only: None }
     }
 
-    fn names(&self, model: &Path) -> Result<Vec<String>, Error> {
+    /// A weight file in the model's folder itself.
+    pub(crate) fn file(path: &Path) -> Self {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+        Self { folder: String::new(), weights: None, only: name }
+    }
+
+    /// The paths of its files within a model's folder, with `/`.
+    ///
+    /// # Errors
+    /// When the folder cannot be read or lacks its weights.
+    pub fn names(&self, model: &Path) -> Result<Vec<String>, Error> {
+        if let Some(only) = &self.only {
+            return Ok(vec![only.clone()]);
+        }
         let folder = model.join(&self.folder);
         let mut files: Vec<PathBuf> = Vec::new();
         let unreadable = |source| Error::Read { file: folder.clone(), source };
@@ -174,6 +195,9 @@ impl Facts {
         for part in &self.parts {
             if let Some(stem) = part.weights {
                 weights::check(&folder.join(&part.folder), stem, None)?;
+            }
+            if let Some(only) = &part.only {
+                weights::check_file(&folder.join(only))?;
             }
         }
         Ok(())

@@ -2,17 +2,23 @@
 
 use std::sync::Arc;
 
+use candle_core::quantized::QTensor;
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::cpu::{View, generic_only, shapes_only};
 use super::ops;
 use super::pack::{Epilogue, Packed, product};
+use crate::weights::quantised;
 
 /// `x W^T + b` over the last dimension.
 ///
 /// On the CPU weights that want no gradient are packed as f32 and inputs of other types are widened for the call;
 /// load under [`super::set_generic_only`] to differentiate through the input there.
+///
+/// Weights that their file holds in blocks of few bits stay so and are widened for each call. Candle's own product of
+/// such weights is not used, because it rounds the inputs to 8 bits as well; beside the product of a clip's many tokens
+/// widening takes little time.
 #[derive(Debug, Clone)]
 pub struct Linear {
     inner: Inner,
@@ -22,8 +28,20 @@ pub struct Linear {
 
 #[derive(Debug, Clone)]
 enum Inner {
-    Packed { weight: Arc<Packed>, bias: Option<Arc<Vec<f32>>> },
-    Plain { weight: Tensor, bias: Option<Tensor> },
+    Packed {
+        weight: Arc<Packed>,
+        bias: Option<Arc<Vec<f32>>>,
+    },
+    Plain {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
+    /// With the numbers in which it computes.
+    Quantised {
+        weight: Arc<QTensor>,
+        bias: Option<Tensor>,
+        dtype: DType,
+    },
 }
 
 impl Linear {
@@ -32,9 +50,14 @@ impl Linear {
     /// # Errors
     /// When a tensor is missing or of another shape.
     pub fn load(input: usize, output: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get((output, input), "weight")?;
         let bias = if bias { Some(vb.get(output, "bias")?) } else { None };
-        Self::new(weight, bias)
+        match quantised(&vb, "weight", (output, input))? {
+            Some(weight) => {
+                let inner = Inner::Quantised { weight, bias, dtype: vb.dtype() };
+                Ok(Self { inner, input, output })
+            }
+            None => Self::new(vb.get((output, input), "weight")?, bias),
+        }
     }
 
     /// From tensors: `weight` `(output, input)`, `bias` `(output)`.
@@ -121,6 +144,10 @@ impl Linear {
                     Some(residual) => residual + y,
                     None => Ok(y),
                 }
+            }
+            Inner::Quantised { weight, bias, dtype } => {
+                let weight = weight.dequantize(x.device())?.to_dtype(*dtype)?;
+                Self::new(weight, bias.clone())?.run(x, after)
             }
             Inner::Packed { weight, bias } => {
                 self.run_packed(weight, bias.as_ref().map(|b| b.as_slice()), x, after)

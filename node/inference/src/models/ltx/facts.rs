@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
+use super::checkpoint::Checkpoint;
 use super::config::TransformerConfig;
-use super::pipeline::{DEFAULTS, LtxClass, NAME, read_vae_config};
+use super::pipeline::{DEFAULTS, LtxClass, NAME, read_scheduler, read_transformer_config, read_vae_config};
 use super::upsampler::{self, UpsamplerConfig};
 use super::vae::LtxVaeConfig;
 use crate::error::Error;
 use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, read_t5};
+use crate::folder::{Extras, WEIGHTS_STEM, read_t5};
 use crate::pipeline::{FrameRule, PipelineInfo, WorkConfig, config_error};
 use crate::registry::ModelIndex;
 use crate::text::token_limit;
@@ -27,8 +28,8 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
     index.expect(folder, "text_encoder", &["T5EncoderModel"])?;
     index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
     index.expect(folder, "scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
-    load_flow_match(folder)?;
-    let config = TransformerConfig::read(&folder.join("transformer").join("config.json"))?;
+    read_scheduler(folder)?;
+    let config = read_transformer_config(folder)?;
     let vae = read_vae_config(folder)?;
     let text = read_t5(&folder.join("text_encoder"))?;
     let tokens = token_limit(&folder.join("tokenizer"), class.text_tokens())?;
@@ -51,11 +52,21 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
         vae_patch: vae.patch_size,
         staged: false,
     };
-    let mut parts = Part::usual();
+    let mut parts = parts(folder)?;
     if UpsamplerConfig::find(folder)?.is_some() {
         parts.push(Part::with(upsampler::PART, WEIGHTS_STEM));
     }
     Ok(Facts { info, figures, prompts: PromptRule::plain(), parts, one_size: false })
+}
+
+fn parts(folder: &Path) -> Result<Vec<Part>, Error> {
+    let Some(single) = Checkpoint::find(folder)? else { return Ok(Part::usual()) };
+    let mut parts = Part::text();
+    parts.push(Part::file(single.file()));
+    if folder.join("scheduler").is_dir() {
+        parts.push(Part::plain("scheduler"));
+    }
+    Ok(parts)
 }
 
 /// Which of the reference's pipelines a folder names.

@@ -14,6 +14,7 @@ pub mod embedding;
 pub mod frame_cache;
 pub mod group_norm;
 pub mod linear;
+pub mod moments;
 pub mod norm;
 pub mod ops;
 pub(crate) mod pack;

@@ -18,6 +18,7 @@ use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
 pub use crate::sampler::checkpoint::Checkpoint;
+use crate::sampler::guidance::GuidancePasses;
 pub use conditions::Condition;
 
 /// How a model is loaded.
@@ -263,6 +264,8 @@ pub struct GenerateRequest {
     /// The steps' noise instead of noise from the seed, in the order in which they take it and in the shape of
     /// [`Pipeline::start`], or in the shape that a stage begins with; empty for noise from the seed.
     pub step_noise: Vec<Tensor>,
+    /// How guidance's two predictions are computed; it changes nothing of the result.
+    pub guidance_passes: GuidancePasses,
     /// How to decode.
     pub decode: DecodeOptions,
     /// The noise level that a timestep-conditioned decoder is told, 0 to 1.
@@ -307,6 +310,7 @@ impl GenerateRequest {
             initial_latents: None,
             second_pass: None,
             step_noise: Vec::new(),
+            guidance_passes: GuidancePasses::Auto,
             decode: DecodeOptions::default(),
             decode_timestep: 0.05,
             decode_noise_scale: Some(0.025),

@@ -162,10 +162,12 @@ impl CogVideoXTransformer {
     ) -> Result<Tensor> {
         let (_, frames, _, height, width) = latents.dims5()?;
         let patch = self.config.patch();
-        let mut time = self.time.forward(&self.timesteps.embed(timesteps)?.to_dtype(self.dtype)?)?;
+        let device = latents.device();
+        let sinusoids = self.timesteps.embed(timesteps, device)?;
+        let mut time = self.time.forward(&sinusoids.to_dtype(self.dtype)?)?;
         probe("time_embedding", &time)?;
         if let Some((sinusoids, embedding)) = &self.ofs {
-            let ofs = sinusoids.embed(&Tensor::new(&[OFS], latents.device())?)?.to_dtype(self.dtype)?;
+            let ofs = sinusoids.embed(&Tensor::new(&[OFS], &Device::Cpu)?, device)?.to_dtype(self.dtype)?;
             let ofs = embedding.forward(&ofs)?;
             probe("ofs_embedding", &ofs)?;
             time = time.broadcast_add(&ofs)?;

@@ -123,7 +123,8 @@ impl MochiTransformer {
         let dtype = self.frequencies.dtype();
         let mut video = self.patch.forward(&latents.to_dtype(dtype)?)?;
         probe("patch_embed", &video)?;
-        let embedded = self.time.forward(&self.timesteps.embed(timesteps)?.to_dtype(dtype)?)?;
+        let sinusoids = self.timesteps.embed(timesteps, latents.device())?;
+        let embedded = self.time.forward(&sinusoids.to_dtype(dtype)?)?;
         let embedded = (embedded + &text.pooled)?;
         probe("time_embed.0", &embedded)?;
         probe("time_embed.1", &text.tokens)?;

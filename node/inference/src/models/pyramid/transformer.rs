@@ -47,6 +47,8 @@ pub struct TextContext {
     pooled: Tensor,
     /// `[B, text tokens]`, 1 where the prompt is and 0 where it is filled up.
     mask: Tensor,
+    /// Whether the mask leaves anything out: asked once, since a step does not wait to read from its device.
+    filled: bool,
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.
@@ -109,7 +111,8 @@ impl PyramidTransformer {
         if mask.dims() != &text.dims()[..2] {
             candle_core::bail!("a text {:?} was given a mask of shape {:?}", text.shape(), mask.shape());
         }
-        Ok(TextContext { projected, pooled: self.pooled[1].forward(&pooled)?, mask })
+        let filled = mask.min_all()?.to_scalar::<f32>()? < 1.0;
+        Ok(TextContext { projected, pooled: self.pooled[1].forward(&pooled)?, mask, filled })
     }
 
     /// The velocity `[B, C, T, H, W]` of the last of `clips`, each `[B, C, frames, height, width]`, from the earliest to
@@ -141,7 +144,8 @@ impl PyramidTransformer {
             x = x.broadcast_add(&positions.of(&grids)?.to_dtype(self.dtype)?)?;
         }
         let mut context = text.projected.clone();
-        let time = self.time.forward(&Timesteps::PIXART.embed(timesteps)?.to_dtype(self.dtype)?)?;
+        let sinusoids = Timesteps::PIXART.embed(timesteps, current.device())?;
+        let time = self.time.forward(&sinusoids.to_dtype(self.dtype)?)?;
         let embedded = (time + &text.pooled)?;
         probe(if self.positions.is_some() { "pos_embed" } else { "x_embedder" }, &x)?;
         probe("context_embedder", &context)?;
@@ -176,7 +180,7 @@ impl PyramidTransformer {
         let tokens = text.projected.dim(1)?;
         let rope = RopeTables::new(&config.axes, config.num_attention_heads, tokens, grids, device)?;
         let frames = grids.iter().flat_map(|&[frames, rows, columns]| vec![rows * columns; frames]);
-        Layout::new(rope, &text.mask, frames.collect())
+        Layout::new(rope, &text.mask, text.filled, frames.collect())
     }
 }
 

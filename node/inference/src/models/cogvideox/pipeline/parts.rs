@@ -132,7 +132,7 @@ impl VideoModel for CogVideoXPipeline {
         };
         let input = Tensor::cat(&vec![input; batch], 0)?;
         let timestep = plan.schedule.timesteps[index];
-        let timesteps = Tensor::from_vec(vec![timestep; batch], batch, &self.device)?;
+        let timesteps = Tensor::from_vec(vec![timestep; batch], batch, &Device::Cpu)?;
         let output = self.transformer.forward(&input, &timesteps, &context.text, &context.positions)?;
         let output = output.to_dtype(DType::F32)?;
         if batch == 1 {

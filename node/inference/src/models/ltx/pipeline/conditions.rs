@@ -174,7 +174,7 @@ impl super::parts::Plan {
             LtxClass::Condition => 0.0,
         };
         Ok(Levels {
-            timesteps: self.layout.tokens(timestep, &self.volume, device)?,
+            timesteps: self.layout.tokens(timestep, &self.volume, &Device::Cpu)?,
             sigmas: self.layout.tokens(sigma, &self.volume, device)?.unsqueeze(2)?,
             changes: self.layout.tokens(change, &self.volume, device)?.unsqueeze(2)?,
         })

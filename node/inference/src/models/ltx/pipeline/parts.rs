@@ -361,7 +361,7 @@ fn velocity(
         Some(given) => {
             (given.noised(request, plan, index, latents)?, plan.levels(index, &model.device)?.timesteps)
         }
-        None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &model.device)?),
+        None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &Device::Cpu)?),
     };
     let (input, timesteps) = (twice(&input)?, twice(&timesteps)?);
     let velocity = model.transformer.forward(&input, &timesteps, &context.text, &context.rope)?;
@@ -398,7 +398,7 @@ fn decode(
         };
         let scale = request.decode_noise_scale.unwrap_or(request.decode_timestep);
         z = ((z * (1.0 - scale))? + (noise * scale)?)?;
-        timestep = Some(Tensor::new(&[request.decode_timestep as f32], &model.device)?);
+        timestep = Some(Tensor::new(&[request.decode_timestep as f32], &Device::Cpu)?);
     }
     let noise = if given.is_empty() { Noise::Seed(request.seed) } else { Noise::Given(given) };
     let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };

@@ -96,7 +96,7 @@ impl VideoModel for MochiPipeline {
         let latents = &state.latents;
         let batch = if context.guided { 2 } else { 1 };
         let input = if context.guided { Tensor::cat(&[latents, latents], 0)? } else { latents.clone() };
-        let timesteps = Tensor::from_vec(vec![plan.schedule.timesteps[index]; batch], batch, &self.device)?;
+        let timesteps = Tensor::from_vec(vec![plan.schedule.timesteps[index]; batch], batch, &Device::Cpu)?;
         let velocity = self.transformer.forward(&input, &timesteps, &context.text, &context.rope)?;
         let velocity = velocity.to_dtype(DType::F32)?;
         if !context.guided {

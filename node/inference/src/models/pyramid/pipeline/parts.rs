@@ -124,7 +124,7 @@ impl VideoModel for PyramidPipeline {
         if context.guided {
             clips = clips.iter().map(|clip| Tensor::cat(&[clip, clip], 0)).collect::<Result<_, _>>()?;
         }
-        let timesteps = Tensor::from_vec(vec![plan.timesteps[index]; batch], batch, &self.device)?;
+        let timesteps = Tensor::from_vec(vec![plan.timesteps[index]; batch], batch, &Device::Cpu)?;
         let velocity = self.transformer.forward(&clips, &timesteps, &context.text)?.to_dtype(DType::F32)?;
         if !context.guided {
             return Ok(velocity);

@@ -35,10 +35,9 @@ struct Masks {
 }
 
 impl Layout {
-    /// `mask` is `[B, text]`, 1 or 0; `frames` are the tokens of each frame.
-    pub(super) fn new(rope: RopeTables, mask: &Tensor, frames: Vec<usize>) -> Result<Self> {
+    /// `mask` is `[B, text]`, 1 or 0, with a 0 somewhere where it is `filled`; `frames` are the tokens of each frame.
+    pub(super) fn new(rope: RopeTables, mask: &Tensor, filled: bool, frames: Vec<usize>) -> Result<Self> {
         let (batch, text) = mask.dims2()?;
-        let filled = mask.min_all()?.to_scalar::<f32>()? < 1.0;
         let masks = filled
             .then(|| {
                 let tokens: usize = frames.iter().sum();

@@ -54,7 +54,8 @@ impl Extras {
 /// # Errors
 /// When a file is missing, cut short or corrupt.
 pub fn open_weights(part: &Path, stem: &str, options: &LoadOptions, dtype: DType) -> Result<Weights, Error> {
-    Ok(Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?)
+    let weights = Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?;
+    Ok(weights.entering(options.places.of_component(part)))
 }
 
 /// A T5 or UMT5 encoder from its component's folder, and how many parameters it has. T5 overflows in f16: it is bf16

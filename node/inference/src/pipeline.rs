@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::{Adapter, Places};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
@@ -30,11 +31,13 @@ pub struct LoadOptions {
     /// The infix of the weight files to prefer, such as `fp16` or `bf16`; files without an infix are taken where there
     /// are none with it.
     pub variant: Option<String>,
+    /// Where the model's layers are entered that adapters may change.
+    pub places: Places,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, variant: None }
+        Self { device: Device::Cpu, dtype: DType::F32, variant: None, places: Places::default() }
     }
 }
 
@@ -263,6 +266,8 @@ pub struct GenerateRequest {
     /// The steps' noise instead of noise from the seed, in the order in which they take it and in the shape of
     /// [`Pipeline::start`], or in the shape that a stage begins with; empty for noise from the seed.
     pub step_noise: Vec<Tensor>,
+    /// What changes the model's layers for this run, in this order.
+    pub adapters: Vec<Adapter>,
     /// How to decode.
     pub decode: DecodeOptions,
     /// The noise level that a timestep-conditioned decoder is told, 0 to 1.
@@ -307,6 +312,7 @@ impl GenerateRequest {
             initial_latents: None,
             second_pass: None,
             step_noise: Vec::new(),
+            adapters: Vec::new(),
             decode: DecodeOptions::default(),
             decode_timestep: 0.05,
             decode_noise_scale: Some(0.025),

@@ -18,6 +18,7 @@ use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
 use serde::Deserialize;
 
+use crate::nn::beside::{Register, entering};
 use crate::nn::cpu::with_shapes_only;
 
 /// What is wrong with weights.
@@ -127,6 +128,7 @@ pub struct Weights {
     files: Vec<PathBuf>,
     tensors: BTreeMap<String, TensorFacts>,
     builder: VarBuilder<'static>,
+    register: Option<Arc<dyn Register>>,
 }
 
 struct TensorFacts {
@@ -166,13 +168,19 @@ impl Weights {
             }
         };
         let builder = VarBuilder::from_backend(backend, dtype, device.clone());
-        Ok(Self { files, tensors, builder })
+        Ok(Self { files, tensors, builder, register: None })
     }
 
     /// Where modules take their tensors from.
     #[must_use]
     pub fn builder(&self) -> VarBuilder<'static> {
         self.builder.clone()
+    }
+
+    /// With the layers of what is built from them entered there.
+    #[must_use]
+    pub fn entering(self, register: Option<Arc<dyn Register>>) -> Self {
+        Self { register, ..self }
     }
 
     /// Numbers in all tensors together.
@@ -189,7 +197,11 @@ impl Weights {
         &self,
         build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
     ) -> Result<T, crate::Error> {
-        build(self.builder()).map_err(|error| self.explain(error))
+        let built = match &self.register {
+            Some(register) => entering(Arc::clone(register), || build(self.builder())),
+            None => build(self.builder()),
+        };
+        built.map_err(|error| self.explain(error))
     }
 
     fn explain(&self, error: candle_core::Error) -> crate::Error {

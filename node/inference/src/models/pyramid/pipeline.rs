@@ -20,6 +20,7 @@ use super::config::TransformerConfig;
 use super::facts::{CLIP_TOKENIZER, T5_TOKENIZER, facts, info};
 use super::transformer::PyramidTransformer;
 use super::vae::{PyramidVae, PyramidVaeConfig};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras, TEXT_STEM, WEIGHTS_STEM, open_weights};
 use crate::pipeline::latents::LatentRgb;
@@ -119,6 +120,7 @@ pub struct PyramidPipeline {
     transformer: PyramidTransformer,
     vae: PyramidVae,
     latent_rgb: LatentRgb,
+    places: Places,
     device: Device,
     dtype: DType,
 }
@@ -188,6 +190,7 @@ impl PyramidPipeline {
             transformer,
             vae,
             latent_rgb,
+            places: options.places.clone(),
             device: options.device.clone(),
             dtype: options.dtype,
         })

@@ -37,7 +37,7 @@ fn an_adapter_has_a_signed_card_that_can_be_replaced_and_passed_on() {
     let id = BlobId::of(&bytes);
     let add = ["adapter", "add", "fog.safetensors", "--author", "Ada", "--author", "Ben", "--consent", "all"];
     assert_eq!(must(&home, &add).trim(), id.to_string());
-    let store = Store::open(home.path().join("store")).unwrap();
+    let store = Store::open(home.path().join("client")).unwrap();
     let first = store.find_adapter("fog").unwrap().card.unwrap();
     let open = |id: &CardId| store.card(id).unwrap().unwrap().open::<Card>(&network()).unwrap();
     let card = open(&first).value;

@@ -54,7 +54,8 @@ impl Extras {
 /// # Errors
 /// When a file is missing, cut short or corrupt.
 pub fn open_weights(part: &Path, stem: &str, options: &LoadOptions, dtype: DType) -> Result<Weights, Error> {
-    Ok(Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?)
+    let weights = Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?;
+    Ok(weights.entering(options.places.of_component(part)))
 }
 
 /// The same, for a component whose tensors are published in several namings.

@@ -7,6 +7,7 @@
 //! units in the last place; `tests/nn.rs` holds them to it.
 
 pub mod attention;
+pub mod beside;
 pub mod clip;
 pub mod conv3d;
 pub(crate) mod cpu;

@@ -208,7 +208,7 @@ fn load_patches(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linea
     // The reference gives the form with longer patches a bias whatever the setting says.
     let biased = config.patch_bias || config.patch_size_t.is_some();
     let bias = if biased { Some(vb.get(width, "bias")?) } else { None };
-    Linear::new(weight, bias)
+    Linear::placed(weight, bias, vb, None)
 }
 
 /// The learned table of positions, text first, `[tokens, width]`.

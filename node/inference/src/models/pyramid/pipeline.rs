@@ -21,6 +21,7 @@ use super::config::Variant;
 use super::facts::{facts, info};
 use super::transformer::PyramidTransformer;
 use super::vae::PyramidVae;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras};
 use crate::pipeline::latents::LatentRgb;
@@ -52,6 +53,7 @@ pub struct PyramidPipeline {
     transformer: PyramidTransformer,
     vae: PyramidVae,
     latent_rgb: LatentRgb,
+    places: Places,
     device: Device,
     dtype: DType,
 }
@@ -80,6 +82,7 @@ impl PyramidPipeline {
             transformer,
             vae,
             latent_rgb,
+            places: options.places.clone(),
             device: options.device.clone(),
             dtype: options.dtype,
         })

@@ -173,7 +173,7 @@ impl WanTransformer {
 fn load_patches(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linear> {
     let ([t, h, w], width) = (config.patch_size, config.inner());
     let weight = vb.get((width, config.in_channels, t, h, w), "weight")?;
-    Linear::new(weight.reshape((width, ()))?, Some(vb.get(width, "bias")?))
+    Linear::placed(weight.reshape((width, ()))?, Some(vb.get(width, "bias")?), vb, None)
 }
 
 /// The output layer, whose rows are a token's cells and within each its channels, in the order of packed tokens:
@@ -183,9 +183,13 @@ fn load_output(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linear
     let (rows, width) = (channels * cells, config.inner());
     let weight = vb.get((rows, width), "weight")?.reshape((cells, channels, width))?;
     let bias = vb.get(rows, "bias")?.reshape((cells, channels))?;
-    Linear::new(
+    let order = |channel: usize| (0..cells).map(move |cell| (cell * channels + channel) as u32);
+    let order: Vec<u32> = (0..channels).flat_map(order).collect();
+    Linear::placed(
         weight.transpose(0, 1)?.contiguous()?.reshape((rows, width))?,
         Some(bias.t()?.contiguous()?.flatten_all()?),
+        vb,
+        Some(&order),
     )
 }
 

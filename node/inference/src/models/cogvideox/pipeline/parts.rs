@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::CogVideoXPipeline;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::cogvideox::transformer::Positions;
 use crate::pipeline::conditions::{Takes, condition_noise};
@@ -58,6 +59,10 @@ impl VideoModel for CogVideoXPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {

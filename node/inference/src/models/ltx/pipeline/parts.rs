@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use super::conditions::{Given, Layout};
 use super::second;
 use super::{LtxClass, LtxPipeline, pack, unpack};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::ltx::rope::{Positions, RopeTables};
 use crate::models::ltx::transformer::TextContext;
@@ -57,6 +58,10 @@ impl VideoModel for LtxPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::MochiPipeline;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
@@ -41,6 +42,10 @@ impl VideoModel for MochiPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {

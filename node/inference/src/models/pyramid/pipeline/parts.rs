@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use super::PyramidPipeline;
 use super::resize::enlarge;
 use super::units::Plan;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::pyramid::transformer::TextContext;
 use crate::pipeline::conditions::{Takes, condition_noise};
@@ -36,6 +37,10 @@ impl VideoModel for PyramidPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {

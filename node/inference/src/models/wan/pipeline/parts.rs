@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::pictures::{self, Pictures};
 use super::{WanPipeline, WanSchedule};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::wan::rope::RopeTables;
 use crate::models::wan::transformer::{TextContext, WanTransformer};
@@ -55,6 +56,10 @@ impl VideoModel for WanPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {

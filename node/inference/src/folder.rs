@@ -70,7 +70,8 @@ pub fn open_renamed(
     rename: Rename<'_>,
 ) -> Result<Weights, Error> {
     let files = weights::find(part, stem, options.variant.as_deref())?;
-    Ok(Weights::of_files(files, rename, dtype, &options.device)?)
+    let weights = Weights::of_files(files, rename, dtype, &options.device)?;
+    Ok(weights.entering(options.places.of_component(part)))
 }
 
 /// A T5 or UMT5 encoder from its component's folder, and how many parameters it has. T5 overflows in f16: it is bf16

@@ -103,7 +103,8 @@ impl Checkpoint {
     }
 
     pub(super) fn open_transformer(&self, options: &LoadOptions) -> Result<Weights, WeightsError> {
-        self.open(&transformer_name, options)
+        let weights = self.open(&transformer_name, options)?;
+        Ok(weights.entering(options.places.of_component(Path::new(TRANSFORMER))))
     }
 
     pub(super) fn open_vae(&self, options: &LoadOptions) -> Result<Weights, WeightsError> {

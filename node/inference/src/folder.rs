@@ -54,7 +54,8 @@ impl Extras {
 /// # Errors
 /// When a file is missing, cut short or corrupt.
 pub fn open_weights(part: &Path, stem: &str, options: &LoadOptions, dtype: DType) -> Result<Weights, Error> {
-    Ok(Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?)
+    let weights = Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?;
+    Ok(weights.entering(options.places.of_component(part)))
 }
 
 /// The same, for a component whose tensors are published in several namings.
@@ -69,7 +70,8 @@ pub fn open_renamed(
     rename: Rename<'_>,
 ) -> Result<Weights, Error> {
     let files = weights::find(part, stem, options.variant.as_deref())?;
-    Ok(Weights::of_files(files, rename, dtype, &options.device)?)
+    let weights = Weights::of_files(files, rename, dtype, &options.device)?;
+    Ok(weights.entering(options.places.of_component(part)))
 }
 
 /// A T5 or UMT5 encoder from its component's folder, and how many parameters it has. T5 overflows in f16: it is bf16

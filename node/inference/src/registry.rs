@@ -113,7 +113,10 @@ impl ModelIndex {
 /// without room; each names the file and what is wrong with it.
 pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, Error> {
     let (architecture, index) = find(folder)?;
-    (architecture.load)(folder, &index, options)
+    let options = LoadOptions { places: options.places.fresh(), ..options.clone() };
+    let pipeline = (architecture.load)(folder, &index, &options);
+    options.places.check_merged(pipeline.is_ok())?;
+    pipeline
 }
 
 /// What a model folder says of itself, from its configuration files alone.

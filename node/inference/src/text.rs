@@ -1,5 +1,6 @@
 //! From a prompt to the numbers that a video model reads: tokenizers and text encoders.
 
+pub mod cache;
 pub mod clean;
 pub mod clip;
 mod clip_tokenizer;
@@ -12,6 +13,7 @@ pub mod tokenizer;
 
 use std::path::PathBuf;
 
+pub use cache::TextCache;
 pub use clip::{ClipTextConfig, ClipTextEncoder};
 pub use prompt::PromptEncoder;
 pub use t5::{T5Config, T5Encoder};

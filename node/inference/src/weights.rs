@@ -29,6 +29,7 @@ use candle_nn::var_builder::SimpleBackend;
 
 pub use self::find::find;
 pub use self::mapped::metadata;
+use crate::nn::beside::{Register, entering};
 use crate::nn::cpu::with_shapes_only;
 
 /// What is wrong with weights.
@@ -151,6 +152,7 @@ pub struct Weights {
     files: Vec<PathBuf>,
     tensors: Arc<Tensors>,
     builder: VarBuilder<'static>,
+    register: Option<Arc<dyn Register>>,
 }
 
 /// Gives a component's tensors by the names that modules ask for, with the shapes that they expect.
@@ -237,13 +239,19 @@ impl Weights {
         }
         let tensors = Arc::new(Tensors { source, named });
         let builder = VarBuilder::from_backend(Box::new(Shared(Arc::clone(&tensors))), dtype, device.clone());
-        Ok(Self { files, tensors, builder })
+        Ok(Self { files, tensors, builder, register: None })
     }
 
     /// Where modules take their tensors from.
     #[must_use]
     pub fn builder(&self) -> VarBuilder<'static> {
         self.builder.clone()
+    }
+
+    /// With the layers of what is built from them entered there.
+    #[must_use]
+    pub fn entering(self, register: Option<Arc<dyn Register>>) -> Self {
+        Self { register, ..self }
     }
 
     /// Numbers in all tensors together.
@@ -262,7 +270,11 @@ impl Weights {
     ) -> Result<T, crate::Error> {
         BUILDING.with_borrow_mut(|building| building.push(Arc::clone(&self.tensors)));
         let _built = Built;
-        build(self.builder()).map_err(|error| self.explain(error))
+        let built = match &self.register {
+            Some(register) => entering(Arc::clone(register), || build(self.builder())),
+            None => build(self.builder()),
+        };
+        built.map_err(|error| self.explain(error))
     }
 
     fn explain(&self, error: candle_core::Error) -> crate::Error {

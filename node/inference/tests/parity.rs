@@ -95,6 +95,16 @@ fn pyramid_flow_miniflux_is_within_tolerance() {
 }
 
 #[test]
+fn pyramid_flow_sd3_is_within_tolerance() {
+    assert_parity("pyramid-flow-sd3", 31);
+}
+
+#[test]
+fn pyramid_flow_image_to_video_is_within_tolerance() {
+    assert_parity("pyramid-flow-miniflux-i2v", 2);
+}
+
+#[test]
 fn cogvideox_image_to_video_is_within_tolerance() {
     assert_parity("cogvideox-5b-i2v", 14);
     assert_parity("cogvideox-1.5-i2v", 14);

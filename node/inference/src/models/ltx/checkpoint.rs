@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 use super::config::TransformerConfig;
 use super::names::{transformer_name, vae_name};
 use super::vae::LtxVaeConfig;
+use crate::adapter::names::TRANSFORMER;
 use crate::error::Error;
 use crate::pipeline::{LoadOptions, config_error};
 use crate::sampler::FlowMatchConfig;
@@ -103,7 +104,8 @@ impl Checkpoint {
     }
 
     pub(super) fn open_transformer(&self, options: &LoadOptions) -> Result<Weights, WeightsError> {
-        self.open(&transformer_name, options)
+        let weights = self.open(&transformer_name, options)?;
+        Ok(weights.entering(options.places.of_component(Path::new(TRANSFORMER))))
     }
 
     pub(super) fn open_vae(&self, options: &LoadOptions) -> Result<Weights, WeightsError> {

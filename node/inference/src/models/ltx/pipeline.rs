@@ -19,6 +19,7 @@ use super::names::transformer_name;
 use super::transformer::LtxTransformer;
 use super::upsampler::UpsamplerConfig;
 use super::vae::{LtxVae, LtxVaeConfig};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{Extras, load_flow_match, open_renamed, open_weights};
 pub use crate::folder::{TEXT_STEM, WEIGHTS_STEM};
@@ -83,6 +84,7 @@ pub struct LtxPipeline {
     transformer: LtxTransformer,
     vae: LtxVae,
     latent_rgb: LatentRgb,
+    places: Places,
     /// Of the folder's upsampler, where it has one.
     upsampler: Option<UpsamplerConfig>,
     /// Whether the VAE's files hold an encoder.
@@ -117,6 +119,7 @@ impl LtxPipeline {
             transformer,
             vae,
             latent_rgb,
+            places: options.places.clone(),
             upsampler: UpsamplerConfig::find(folder)?,
             encodes,
             folder: folder.to_owned(),

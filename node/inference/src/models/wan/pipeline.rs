@@ -20,6 +20,7 @@ use super::facts::{facts, form};
 use super::names::transformer_name;
 use super::transformer::WanTransformer;
 use super::vae::{WanVae, WanVaeConfig};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_renamed, open_weights};
 use crate::pipeline::latents::LatentRgb;
@@ -57,6 +58,7 @@ pub struct WanPipeline {
     vae: WanVae,
     pictures: Pictures,
     latent_rgb: LatentRgb,
+    places: Places,
     device: Device,
 }
 
@@ -110,8 +112,8 @@ impl WanPipeline {
         let (vae, vae_parameters) = load_vae(folder, options, pictures.encodes())?;
         info.work = info.work.with_parameters([parameters, vae_parameters, text_parameters + more]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
-        let device = options.device.clone();
-        Ok(Self { info, sampler, text, transformer, low_noise, vae, pictures, latent_rgb, device })
+        let (places, device) = (options.places.clone(), options.device.clone());
+        Ok(Self { info, sampler, text, transformer, low_noise, vae, pictures, latent_rgb, places, device })
     }
 
     /// Uses another sampler from now on.

@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 use super::config::TransformerConfig;
 use super::names::{transformer_name, vae_name};
 use super::vae::LtxVaeConfig;
+use crate::adapter::names::TRANSFORMER;
 use crate::error::Error;
 use crate::pipeline::{LoadOptions, config_error};
 use crate::sampler::FlowMatchConfig;

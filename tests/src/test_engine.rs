@@ -216,6 +216,7 @@ impl TestEngine {
             steps_done: 0,
             sigmas: (0..=request.steps).map(|step| 1.0 - step as f32 / request.steps as f32).collect(),
             memory: BTreeMap::new(),
+            kept: BTreeMap::new(),
             latents: step_latents(&key, 0).map_err(|error| fault(&error))?,
             request_digest: key,
             step_hashes: Vec::new(),

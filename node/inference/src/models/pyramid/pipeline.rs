@@ -23,6 +23,7 @@ use super::vae::{PyramidVae, PyramidVaeConfig};
 use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras, TEXT_STEM, WEIGHTS_STEM, open_weights};
 use crate::pipeline::latents::LatentRgb;
+use crate::pipeline::touch::{Embeds, Way, mix};
 use crate::pipeline::{
     Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json,
 };
@@ -153,6 +154,14 @@ pub struct PromptEmbeds {
     pub mask: Tensor,
     /// CLIP's, `[1, width]`.
     pub pooled: Tensor,
+}
+
+impl Embeds for PromptEmbeds {
+    fn mixed(&self, other: &Self, weight: f64, way: Way) -> candle_core::Result<Self> {
+        let words = |embeds: &Self| (embeds.embeds.clone(), embeds.mask.clone());
+        let (embeds, mask) = words(self).mixed(&words(other), weight, way)?;
+        Ok(Self { embeds, mask, pooled: mix(&self.pooled, &other.pooled, weight, way)? })
+    }
 }
 
 impl PyramidPipeline {

@@ -17,6 +17,7 @@ use crate::nn::embedding::{TimestepEmbedding, Timesteps};
 use crate::nn::linear::Linear;
 use crate::nn::norm::Norm;
 use crate::nn::ops::silu;
+use crate::nn::route::Route;
 
 /// Epsilon of every layer norm.
 const EPSILON: f64 = 1e-6;
@@ -43,6 +44,8 @@ pub struct TextContext {
     pooled: Tensor,
     /// `[B, text tokens]`, 1 where the prompt is and 0 where it is filled up.
     mask: Tensor,
+    /// Which blocks are computed how often; those of one stream are counted on behind those of two.
+    pub route: Route,
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.
@@ -98,7 +101,8 @@ impl PyramidTransformer {
         if mask.dims() != &text.dims()[..2] {
             candle_core::bail!("a text {:?} was given a mask of shape {:?}", text.shape(), mask.shape());
         }
-        Ok(TextContext { projected, pooled: self.pooled[1].forward(&pooled)?, mask })
+        let pooled = self.pooled[1].forward(&pooled)?;
+        Ok(TextContext { projected, pooled, mask, route: Route::default() })
     }
 
     /// The velocity `[B, C, T, H, W]` of the last of `clips`, each `[B, C, frames, height, width]`, from the earliest to
@@ -135,13 +139,17 @@ impl PyramidTransformer {
         probe("time_text_embed", &embedded)?;
         let conditioning = silu(&embedded)?;
         for (index, block) in self.blocks.iter().enumerate() {
-            (context, x) = block.forward(&context, &x, &conditioning, &layout)?;
+            for _ in 0..text.route.times(index) {
+                (context, x) = block.forward(&context, &x, &conditioning, &layout)?;
+            }
             probe(&format!("transformer_blocks.{index}.0"), &context)?;
             probe(&format!("transformer_blocks.{index}.1"), &x)?;
         }
         let mut x = Tensor::cat(&[&context, &x], 1)?;
         for (index, block) in self.single_blocks.iter().enumerate() {
-            x = block.forward(&x, &conditioning, &layout)?;
+            for _ in 0..text.route.times(self.blocks.len() + index) {
+                x = block.forward(&x, &conditioning, &layout)?;
+            }
             probe(&format!("single_transformer_blocks.{index}"), &x)?;
         }
         let length: usize = grids.last().copied().unwrap_or_default().iter().product();

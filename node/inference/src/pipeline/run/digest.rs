@@ -2,7 +2,7 @@
 
 use super::Course;
 use crate::error::Error;
-use crate::pipeline::GenerateRequest;
+use crate::pipeline::{GenerateRequest, touch};
 use crate::sampler::checkpoint::latents_bytes;
 
 /// blake3 of everything that the latents depend on, the model aside.
@@ -52,5 +52,6 @@ pub(super) fn digest(request: &GenerateRequest, course: &Course<'_>) -> Result<[
     for noise in &request.step_noise {
         hasher.update(b"step noise").update(&latents_bytes(noise)?);
     }
+    touch::digest(&request.touch, &mut hasher)?;
     Ok(*hasher.finalize().as_bytes())
 }

@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::models::pyramid::transformer::TextContext;
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
 use crate::tiling::Tiling;
 
@@ -45,13 +45,19 @@ impl VideoModel for PyramidPipeline {
     }
 
     fn is_guided(&self, request: &GenerateRequest) -> bool {
-        request.guidance > 1.0 || request.later_guidance.is_some_and(|guidance| guidance > 1.0)
+        let later = request.later_guidance.is_some_and(|guidance| guidance > 1.0);
+        request.is_guided() || (later && request.touch.guidance.is_empty())
     }
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
-        self.text.check(&self.with_suffix(&request.prompt), request.truncate_prompt)?;
-        if self.is_guided(request) {
-            self.text.check(&request.negative_prompt, request.truncate_prompt)?;
+        if request.touch.decode_only.is_none() {
+            let second = request.touch.prompt.as_ref().map(|second| &second.prompt);
+            for prompt in [Some(&request.prompt), second].into_iter().flatten() {
+                self.text.check(&self.with_suffix(prompt), request.truncate_prompt)?;
+            }
+            if self.is_guided(request) {
+                self.text.check(&request.negative_prompt, request.truncate_prompt)?;
+            }
         }
         Plan::new(self, request)
     }
@@ -71,9 +77,14 @@ impl VideoModel for PyramidPipeline {
         plan.noise(request, 0)
     }
 
+    fn noise(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
+        plan.whole_noise(request)
+    }
+
     fn context(&self, request: &GenerateRequest, _plan: &Plan) -> Result<Context, Error> {
         let guided = self.is_guided(request);
-        let mut text = vec![self.encode_prompt(&self.with_suffix(&request.prompt), request.truncate_prompt)?];
+        let encode = |prompt: &str| self.encode_prompt(&self.with_suffix(prompt), request.truncate_prompt);
+        let mut text = vec![touch::prompt(request, encode)?];
         if guided {
             text.insert(0, self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?);
         }
@@ -81,7 +92,8 @@ impl VideoModel for PyramidPipeline {
             Tensor::cat(&text.iter().map(part).collect::<Vec<_>>(), 0)
         };
         let (embeds, mask) = (joined(|text| &text.embeds)?, joined(|text| &text.mask)?);
-        let text = self.transformer.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
+        let mut text = self.transformer.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
+        text.route = request.touch.route.clone();
         Ok(Context { text, guided })
     }
 
@@ -109,7 +121,9 @@ impl VideoModel for PyramidPipeline {
             return Ok(velocity);
         }
         let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-        let guided = guide(&negative, &positive, self.settings.guidance(request, place.unit))?;
+        let plain = self.settings.guidance(request, place.unit);
+        let scale = request.guidance_at(index, plan.places.len(), plain);
+        let guided = guide(&negative, &positive, scale)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }

@@ -10,7 +10,7 @@ use crate::models::wan::transformer::{TextContext, WanTransformer};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
 use crate::text::clean::clean;
 use crate::tiling::Tiling;
@@ -66,6 +66,10 @@ impl VideoModel for WanPipeline {
         self.pictures.takes(self.transformer.config())
     }
 
+    fn hides(&self) -> bool {
+        true
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
         let work = &self.info.work;
         let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
@@ -90,14 +94,19 @@ impl VideoModel for WanPipeline {
     }
 
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
-        let positive = self.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
+        let positive = touch::prompt(request, encode)?;
         let negative = match self.is_guided(request) {
-            true => Some(self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?),
+            true => Some(encode(&request.negative_prompt)?),
             false => None,
         };
         let states = self.pictures.states(request, self)?;
         let texts = |transformer: &WanTransformer| -> Result<Texts, Error> {
-            let context = |text: &Tensor| transformer.text_context(text, states.as_ref());
+            let context = |text: &Tensor| -> Result<TextContext, Error> {
+                let mut context = transformer.text_context(text, states.as_ref())?;
+                context.route = request.touch.route.clone();
+                Ok(context)
+            };
             let negative = negative.as_ref().map(context).transpose()?;
             Ok(Texts { positive: context(&positive)?, negative })
         };
@@ -122,7 +131,8 @@ impl VideoModel for WanPipeline {
         index: usize,
         state: &State,
     ) -> Result<Tensor, Error> {
-        let timestep = plan.schedule.course().timesteps[index];
+        let course = plan.schedule.course();
+        let timestep = course.timesteps[index];
         let low = self.low_noise.as_ref().filter(|_| self.is_low(timestep));
         let (transformer, texts, guidance) = match low {
             Some(low) => (&low.transformer, &context.low, low.guidance.unwrap_or(request.guidance)),
@@ -147,7 +157,8 @@ impl VideoModel for WanPipeline {
         };
         let positive = velocity(&texts.positive)?;
         let Some(negative) = &texts.negative else { return Ok(positive) };
-        let guided = guide(&velocity(negative)?, &positive, guidance)?;
+        let scale = request.guidance_at(index, course.steps(), guidance);
+        let guided = guide(&velocity(negative)?, &positive, scale)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }

@@ -171,7 +171,8 @@ impl Engine for TestEngine {
         let samplers = (0..=request.steps).map(sampler);
         let commitment = Commitment { conditioning: key, samplers: samplers.collect() };
         let steps_done = request.steps - first;
-        Ok(Made { frames, latents, latents_shape, state_hashes, commitment, steps_done })
+        let kept = BTreeMap::new();
+        Ok(Made { frames, latents, latents_shape, kept, state_hashes, commitment, steps_done })
     }
 
     fn audit(&mut self, audit: &AuditRun, context: &mut Context<'_>) -> Result<AuditReport, Failure> {

@@ -8,9 +8,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
-use crate::folder::{EXTRAS_FILE, TEXT_STEM, WEIGHTS_STEM};
-use crate::pipeline::PipelineInfo;
-use crate::text::{Encoded, PromptTokenizer, TextError};
+use crate::folder::{EXTRAS_FILE, Extras, TEXT_STEM, WEIGHTS_STEM};
+use crate::pipeline::{Defaults, FrameRule, PipelineInfo, WorkConfig};
+use crate::text::{Encoded, PromptTokenizer, T5Config, TextError};
 use crate::weights;
 
 /// The file that names the pipeline's class and its parts.
@@ -53,6 +53,45 @@ pub struct Figures {
     pub vae_patch: usize,
     /// Whether a clip is made latent frame by latent frame in stages of growing size; then every stage has a job's steps.
     pub staged: bool,
+}
+
+impl Figures {
+    /// Of a model with one stream of blocks, feed-forwards of two matrices, T5, and no stages.
+    pub(crate) fn usual(
+        attention: Attention,
+        text_width: usize,
+        text: &T5Config,
+        decoder: Vec<(usize, usize)>,
+    ) -> Self {
+        Self {
+            attention,
+            single_layers: 0,
+            feed_forward_matrices: 2,
+            text_width,
+            text_parameters: text.token_parameters(),
+            decoder,
+            vae_patch: 1,
+            staged: false,
+        }
+    }
+}
+
+/// What most models say: clips of whole tokens, prompts as long as the work's context, and `usual` defaults unless the
+/// folder has its own.
+pub(crate) fn usual_info(
+    folder: &Path,
+    architecture: &str,
+    work: WorkConfig,
+    usual: Defaults,
+) -> Result<PipelineInfo, Error> {
+    Ok(PipelineInfo {
+        architecture: architecture.to_owned(),
+        size_multiple: work.spatial_ratio * work.patch[2],
+        frame_rule: FrameRule::of_tokens(&work),
+        defaults: Extras::read(folder, work.latent_channels)?.defaults.unwrap_or(usual),
+        token_limit: work.context_tokens,
+        work,
+    })
 }
 
 /// How text takes part in a transformer.

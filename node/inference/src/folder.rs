@@ -141,6 +141,18 @@ pub fn check_only<T: PartialEq + std::fmt::Debug>(
     Err(config_error(file, key, format!("{value:?}"), format!("only {only:?} is known")))
 }
 
+/// Checks that what a part's settings say of other parts is so: each is a key, its value, what it must be, and whose that
+/// is.
+///
+/// # Errors
+/// The first that differs, with file, key and value.
+pub fn check_agree(file: &Path, settings: &[(&str, usize, usize, &str)]) -> Result<(), Error> {
+    match settings.iter().find(|(_, given, needed, _)| given != needed) {
+        Some((key, given, needed, who)) => Err(config_error(file, key, given, format!("{who} {needed}"))),
+        None => Ok(()),
+    }
+}
+
 /// Checks that no count is 0, nor so large that no model can have it.
 ///
 /// # Errors

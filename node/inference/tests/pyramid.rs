@@ -5,15 +5,16 @@ use std::path::PathBuf;
 
 use kinoflock_inference::models::pyramid::PyramidPipeline;
 use kinoflock_inference::{
-    Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, Silent,
-    Tensor, load,
+    Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, Silent, Tensor,
 };
 use serde_json::json;
 
 #[path = "support/tiny.rs"]
 mod tiny;
 
-use tiny::{Watch, edit, load_error, open};
+use tiny::{
+    Watch, assert_cancels, assert_foreign, assert_halves_near, assert_resumes, edit, load_error, mean, open,
+};
 
 const NAME: &str = "pyramid-flow-miniflux";
 /// 3 stages: one step each in the first unit and two in the later one.
@@ -107,13 +108,7 @@ fn steps_go_through_the_stages_of_each_unit_and_previews_grow() {
 fn a_cancel_stops_before_the_next_step_and_within_a_decode_in_pieces() {
     let mut pipeline = open(&golden());
     let mut request = request(&*pipeline);
-    for after in 0..=STEPS {
-        let mut watch = Watch::cancelling_after(after);
-        match pipeline.generate(&request, &mut watch) {
-            Err(Error::Cancelled { steps_done, steps: STEPS }) => assert_eq!(steps_done, after),
-            other => panic!("{other:?}"),
-        }
-    }
+    assert_cancels(&mut *pipeline, &request, STEPS);
     /// Wants to stop at the n-th question during the decode.
     struct Impatient(std::cell::Cell<usize>, bool);
     impl Observer for Impatient {
@@ -134,51 +129,38 @@ fn a_cancel_stops_before_the_next_step_and_within_a_decode_in_pieces() {
 #[test]
 fn a_run_goes_on_from_any_checkpoint_bit_for_bit() {
     let mut pipeline = open(&golden());
-    let mut request = request(&*pipeline);
-    (request.checkpoint_every, request.frames) = (1, 17);
-    let steps = 15;
-    let mut kept = Watch::default();
-    let whole = pipeline.generate(&request, &mut kept).unwrap();
-    assert_eq!(kept.checkpoints.len(), steps - 1);
-    let resumed = |pipeline: &mut dyn Pipeline, checkpoint: Checkpoint, request: &GenerateRequest| {
-        let request = GenerateRequest { resume: Some(checkpoint), ..request.clone() };
-        pipeline.generate(&request, &mut Silent)
-    };
-    for checkpoint in &kept.checkpoints {
+    let request = GenerateRequest { frames: 17, ..request(&*pipeline) };
+    let (_, checkpoints) = assert_resumes(&mut *pipeline, &request);
+    assert_eq!(checkpoints.len(), 14);
+    for checkpoint in &checkpoints {
         let units = checkpoint.memory.get("units").map(|units| units.dim(2).unwrap());
         let done = checkpoint.steps_done;
         assert_eq!(units, if done < 3 { None } else { Some(1 + (done - 3) / 6) });
-        let bytes = checkpoint.to_bytes().unwrap();
-        let rest = resumed(&mut *pipeline, Checkpoint::from_bytes(&bytes).unwrap(), &request).unwrap();
-        assert_eq!(rest.step_hashes, whole.step_hashes);
-        assert_eq!(rest.frames, whole.frames);
-        assert_eq!(rest.steps_done, steps - done);
     }
-    let late = kept.checkpoints[10].clone();
+    let late = checkpoints[10].clone();
+    let mut resumed = |checkpoint: Checkpoint| {
+        let request = GenerateRequest { resume: Some(checkpoint), ..request.clone() };
+        pipeline.generate(&request, &mut Silent).unwrap_err().code()
+    };
     let without = Checkpoint { memory: Default::default(), ..late.clone() };
-    assert_eq!(resumed(&mut *pipeline, without, &request).unwrap_err().code(), "checkpoint");
+    assert_eq!(resumed(without), "checkpoint");
     let mut wrong = late.clone();
     let part = wrong.memory["units"].narrow(3, 0, 4).unwrap();
     wrong.memory.insert("units".to_owned(), part);
-    assert_eq!(resumed(&mut *pipeline, wrong, &request).unwrap_err().code(), "latent_shape");
-    for other in [
+    assert_eq!(resumed(wrong), "latent_shape");
+    let others = [
         GenerateRequest { seed: 8, ..request.clone() },
         GenerateRequest { later_guidance: Some(2.0), ..request.clone() },
         GenerateRequest { stage_steps: Some([vec![1; 3], vec![1; 3]]), ..request },
-    ] {
-        assert_eq!(resumed(&mut *pipeline, late.clone(), &other).unwrap_err().code(), "checkpoint");
-    }
+    ];
+    assert_foreign(&mut *pipeline, &late, &others);
 }
 
 #[test]
 fn what_cannot_be_made_is_refused_with_the_nearest_that_can() {
     let pipeline = open(&golden());
     let good = request(&*pipeline);
-    let refused = |change: &dyn Fn(&mut GenerateRequest)| {
-        let mut request = good.clone();
-        change(&mut request);
-        pipeline.check(&request).unwrap_err().to_string()
-    };
+    let refused = tiny::refusals(&*pipeline, &good);
     assert_eq!(
         refused(&|r| r.width = 360),
         "width 360 cannot be made: it must be a multiple of 64; the nearest is 384"
@@ -253,14 +235,7 @@ fn half_types_stay_near_f32() {
     let mut pipeline = open(&golden());
     let request = request(&*pipeline);
     let exact = pipeline.generate(&request, &mut Silent).unwrap();
-    let size = exact.latents.abs().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
-    for dtype in [DType::BF16, DType::F16] {
-        let options = LoadOptions { dtype, ..LoadOptions::default() };
-        let made = load(&golden(), &options).unwrap().generate(&request, &mut Silent).unwrap();
-        let difference = (&made.latents - &exact.latents).unwrap().abs().unwrap();
-        let mean = difference.mean_all().unwrap().to_scalar::<f32>().unwrap();
-        assert!(mean < 0.1 * size, "{dtype:?}: {mean} of {size}");
-    }
+    assert_halves_near(&golden(), &request, &exact.latents, 0.1 * mean(&exact.latents));
 }
 
 #[test]

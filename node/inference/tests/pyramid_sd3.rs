@@ -1,9 +1,7 @@
 //! Pyramid Flow's SD3 variant from the outside, and clips from a picture with both variants.
 #![allow(clippy::unwrap_used)]
 
-use kinoflock_inference::{
-    Condition, DType, Device, GenerateRequest, LoadOptions, Pipeline, Silent, Tensor, load,
-};
+use kinoflock_inference::{Condition, DType, Device, GenerateRequest, Pipeline, Silent, Tensor};
 use serde_json::json;
 
 #[path = "support/tiny.rs"]
@@ -11,7 +9,10 @@ mod tiny;
 #[path = "support/torch.rs"]
 mod torch;
 
-use tiny::{Watch, copied, edit, error_of, golden, load_error, mean, open};
+use tiny::{
+    Watch, assert_halves_near, assert_resumes, copied, difference, edit, error_of, golden, load_error, mean,
+    open, refusals,
+};
 
 const SD3: &str = "pyramid-flow-sd3";
 const BOTH: [&str; 2] = ["pyramid-flow-miniflux", SD3];
@@ -47,21 +48,11 @@ fn it_is_known_by_its_transformer_and_has_the_references_defaults() {
 fn one_seed_makes_one_clip_and_a_run_goes_on_from_any_checkpoint_bit_for_bit() {
     for conditions in [Vec::new(), picture(0.3)] {
         let mut pipeline = open(&golden(SD3));
-        let request = GenerateRequest {
-            checkpoint_every: 1,
-            conditions: conditions.clone(),
-            ..request(&*pipeline, (64, 64, 17))
-        };
-        let mut watch = Watch::default();
-        let whole = pipeline.generate(&request, &mut watch).unwrap();
         let steps = if conditions.is_empty() { 9 } else { 6 };
+        let request = GenerateRequest { conditions, ..request(&*pipeline, (64, 64, 17)) };
+        let (whole, checkpoints) = assert_resumes(&mut *pipeline, &request);
         assert_eq!((whole.latents.dims(), whole.step_hashes.len()), (&[1, 4, 3, 8, 8][..], steps));
-        assert_eq!((watch.checkpoints.len(), watch.total), (steps - 1, steps));
-        for checkpoint in watch.checkpoints {
-            let resumed = GenerateRequest { resume: Some(checkpoint), ..request.clone() };
-            let rest = pipeline.generate(&resumed, &mut Silent).unwrap();
-            assert_eq!((&rest.step_hashes, &rest.frames), (&whole.step_hashes, &whole.frames));
-        }
+        assert_eq!(checkpoints.len(), steps - 1);
     }
 }
 
@@ -80,8 +71,8 @@ fn a_clip_from_a_picture_begins_with_it_and_makes_the_later_units_alone() {
         let (steps, dark, whole) = first(&mut *pipeline, picture(0.1));
         assert_eq!(steps, 3, "{name}");
         let (_, light, other) = first(&mut *pipeline, picture(0.9));
-        assert!(tiny::difference(&dark, &light) > 0.05, "{name}");
-        assert!(tiny::difference(&whole.narrow(2, 1, 1).unwrap(), &other.narrow(2, 1, 1).unwrap()) > 1e-3);
+        assert!(difference(&dark, &light) > 0.05, "{name}");
+        assert!(difference(&whole.narrow(2, 1, 1).unwrap(), &other.narrow(2, 1, 1).unwrap()) > 1e-3);
         let (steps, _, _) = first(&mut *pipeline, Vec::new());
         assert_eq!(steps, 6, "{name}");
         // Given noise is drawn with instead of the seed's.
@@ -94,7 +85,7 @@ fn a_clip_from_a_picture_begins_with_it_and_makes_the_later_units_alone() {
         };
         let made = |pipeline: &mut dyn Pipeline, seed| pipeline.generate(&still(seed), &mut Silent).unwrap();
         let pictures = [1, 2].map(|seed| made(&mut *pipeline, seed).latents.narrow(2, 0, 1).unwrap());
-        assert_eq!(tiny::difference(&pictures[0], &pictures[1]), 0.0, "{name}");
+        assert_eq!(difference(&pictures[0], &pictures[1]), 0.0, "{name}");
     }
 }
 
@@ -104,11 +95,7 @@ fn what_cannot_be_made_is_refused_with_the_limit() {
         let pipeline = open(&golden(name));
         let good = GenerateRequest { conditions: picture(0.5), ..request(&*pipeline, (64, 64, 9)) };
         assert!(pipeline.check(&good).is_ok());
-        let refused = |change: &dyn Fn(&mut GenerateRequest)| {
-            let mut request = good.clone();
-            change(&mut request);
-            pipeline.check(&request).unwrap_err().to_string()
-        };
+        let refused = refusals(&*pipeline, &good);
         assert!(refused(&|r| r.frames = 1).starts_with("frames is 1: the picture that is given"), "{name}");
         assert!(refused(&|r| r.conditions[0].frame = 3).contains("which a clip begins with"), "{name}");
         assert!(refused(&|r| r.conditions[0].strength = 0.5).contains("fully"), "{name}");
@@ -183,10 +170,5 @@ fn half_types_stay_near_f32() {
     let mut pipeline = open(&golden(SD3));
     let request = request(&*pipeline, (64, 64, 9));
     let exact = pipeline.generate(&request, &mut Silent).unwrap().latents;
-    for dtype in [DType::BF16, DType::F16] {
-        let options = LoadOptions { dtype, ..LoadOptions::default() };
-        let made = load(&golden(SD3), &options).unwrap().generate(&request, &mut Silent).unwrap().latents;
-        let off = mean(&(made - &exact).unwrap());
-        assert!(off < 0.1 * mean(&exact), "{dtype:?}: {off} of {}", mean(&exact));
-    }
+    assert_halves_near(&golden(SD3), &request, &exact, 0.1 * mean(&exact));
 }

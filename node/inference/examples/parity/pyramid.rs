@@ -112,7 +112,7 @@ fn transformer(case: &Case) -> Result<Outputs, String> {
 fn vae_encode(case: &Case) -> Result<Outputs, String> {
     let (vae, _) = load_vae(&case.pipeline, &LoadOptions::default(), true).map_err(text)?;
     let moments = vae.encode(case.input("in.x")?).map_err(text)?;
-    Ok(vec![("out.enc_mean".to_owned(), "", moments.mean), ("out.enc_logvar".to_owned(), "", moments.logvar)])
+    Ok(common::moments(moments))
 }
 
 /// Latents decoded whole, run by run, and the first of them alone.

@@ -53,10 +53,12 @@ impl Linear {
     /// # Errors
     /// When a tensor is missing or of another shape.
     pub fn load(input: usize, output: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
-        let bias = if bias { Some(vb.get(output, "bias")?) } else { None };
+        let read_bias = || if bias { vb.get(output, "bias").map(Some) } else { Ok(None) };
         let Some(weight) = quantised(&vb, "weight", (output, input))? else {
-            return Self::placed(vb.get((output, input), "weight")?, bias, &vb, None);
+            let weight = vb.get((output, input), "weight")?;
+            return Self::placed(weight, read_bias()?, &vb, None);
         };
+        let bias = read_bias()?;
         let (name, dtype, device) = (vb.prefix(), vb.dtype(), vb.device());
         let named = Named { name: &name, input, output, rows: None, dtype, device };
         match beside::enter(&named)? {

@@ -49,13 +49,8 @@ fn usual_projection() -> usize {
 
 impl ClipTextConfig {
     fn form(&self) -> ClipForm {
-        ClipForm {
-            width: self.hidden_size,
-            inner: self.intermediate_size,
-            heads: self.num_attention_heads,
-            quick: self.hidden_act == "quick_gelu",
-            epsilon: self.layer_norm_eps,
-        }
+        let sizes = [self.hidden_size, self.intermediate_size, self.num_attention_heads];
+        ClipForm::new(sizes, &self.hidden_act, self.layer_norm_eps)
     }
 
     /// Refuses what this encoder does not compute.
@@ -69,7 +64,7 @@ impl ClipTextConfig {
         if self.model_type != "clip_text_model" {
             return fault("model_type", self.model_type.clone(), "only clip_text_model is known");
         }
-        if !matches!(self.hidden_act.as_str(), "quick_gelu" | "gelu") {
+        if !ClipForm::ACTIVATIONS.contains(&self.hidden_act.as_str()) {
             return fault("hidden_act", self.hidden_act.clone(), "known are quick_gelu and gelu");
         }
         if self.num_attention_heads == 0 || !self.hidden_size.is_multiple_of(self.num_attention_heads) {

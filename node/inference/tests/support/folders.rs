@@ -4,7 +4,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use kinoflock_inference::{GenerateRequest, LoadOptions, Silent, Tensor, load};
+use kinoflock_inference::{Silent, Tensor};
+
+#[path = "tiny.rs"]
+mod tiny;
 
 /// Tensors by name.
 pub(crate) type Named = BTreeMap<String, Tensor>;
@@ -14,21 +17,7 @@ pub(crate) fn here(path: &str) -> PathBuf {
 }
 
 pub(crate) fn copied(golden: &str) -> tempfile::TempDir {
-    let target = tempfile::tempdir().unwrap();
-    copy(&here("goldens").join(golden).join("pipeline"), target.path());
-    target
-}
-
-pub(crate) fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
-    }
+    tiny::copied(&tiny::golden(golden))
 }
 
 pub(crate) fn read(file: &Path) -> Named {
@@ -41,12 +30,9 @@ pub(crate) fn write(file: &Path, tensors: &Named) {
 
 /// The latents and frames of a short run.
 pub(crate) fn run(folder: &Path) -> (Vec<f32>, Vec<u8>) {
-    let mut pipeline = load(folder, &LoadOptions::default()).unwrap();
-    let mut request = GenerateRequest::new("a red dog", &pipeline.info().defaults);
+    let mut pipeline = tiny::open(folder);
     let frames = pipeline.info().frame_rule.nearest(9);
-    (request.width, request.height, request.frames, request.steps) = (64, 64, frames, 2);
-    request.negative_prompt = "cold fog".to_owned();
-    request.seed = 7;
+    let request = tiny::request(&*pipeline, (64, 64, frames, 2));
     let made = pipeline.generate(&request, &mut Silent).unwrap();
     let frames = (0..request.frames).flat_map(|i| made.frames.frame(i).unwrap().to_vec()).collect();
     (made.latents.flatten_all().unwrap().to_vec1().unwrap(), frames)

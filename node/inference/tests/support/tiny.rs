@@ -5,8 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use kinoflock_inference::{
-    Checkpoint, DType, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, RgbFrames, StepEvent,
-    Tensor, load,
+    Checkpoint, DType, Error, GenerateRequest, Generated, LoadOptions, Observer, Phase, Pipeline, RgbFrames,
+    Silent, StepEvent, Tensor, load,
 };
 
 /// The tiny model of a folder of goldens.
@@ -75,6 +75,73 @@ pub(crate) fn error_of(folder: &Path, file: &str, key: &str, value: serde_json::
     load_error(changed(folder, file, key, value).path()).to_string()
 }
 
+/// Says what is told when a request that can be made is changed.
+pub(crate) fn refusals<'a>(
+    pipeline: &'a dyn Pipeline,
+    good: &'a GenerateRequest,
+) -> impl Fn(&dyn Fn(&mut GenerateRequest)) -> String + 'a {
+    |change| {
+        let mut request = good.clone();
+        change(&mut request);
+        pipeline.check(&request).unwrap_err().to_string()
+    }
+}
+
+/// A run of so many steps stops after any number of them, and before the decode.
+pub(crate) fn assert_cancels(pipeline: &mut dyn Pipeline, request: &GenerateRequest, steps: usize) {
+    for after in 0..=steps {
+        let mut watch = Watch { cancel_after: Some(after), ..Watch::default() };
+        match pipeline.generate(request, &mut watch) {
+            Err(Error::Cancelled { steps_done, steps: told }) => {
+                assert_eq!((steps_done, told), (after, steps));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(watch.hashes.len(), after);
+    }
+}
+
+/// A run with a checkpoint after every step but the last goes on from each, as bytes, to the same clip; gives the whole run
+/// and its checkpoints.
+pub(crate) fn assert_resumes(
+    pipeline: &mut dyn Pipeline,
+    request: &GenerateRequest,
+) -> (Generated, Vec<Checkpoint>) {
+    let request = GenerateRequest { checkpoint_every: 1, ..request.clone() };
+    let mut watch = Watch::default();
+    let whole = pipeline.generate(&request, &mut watch).unwrap();
+    assert_eq!(watch.checkpoints.len(), watch.total - 1);
+    for checkpoint in &watch.checkpoints {
+        let resume = Some(Checkpoint::from_bytes(&checkpoint.to_bytes().unwrap()).unwrap());
+        let rest = pipeline.generate(&GenerateRequest { resume, ..request.clone() }, &mut Silent).unwrap();
+        assert_eq!((&rest.step_hashes, &rest.frames), (&whole.step_hashes, &whole.frames));
+        assert_eq!(rest.steps_done, watch.total - checkpoint.steps_done);
+    }
+    (whole, watch.checkpoints)
+}
+
+/// A checkpoint belongs to its request alone.
+pub(crate) fn assert_foreign(
+    pipeline: &mut dyn Pipeline,
+    checkpoint: &Checkpoint,
+    others: &[GenerateRequest],
+) {
+    for other in others {
+        let resumed = GenerateRequest { resume: Some(checkpoint.clone()), ..other.clone() };
+        assert_eq!(pipeline.generate(&resumed, &mut Silent).unwrap_err().code(), "checkpoint");
+    }
+}
+
+/// Latents of half types lie within `most` of those in f32, in the mean.
+pub(crate) fn assert_halves_near(folder: &Path, request: &GenerateRequest, exact: &Tensor, most: f32) {
+    for dtype in [DType::BF16, DType::F16] {
+        let options = LoadOptions { dtype, ..LoadOptions::default() };
+        let made = load(folder, &options).unwrap().generate(request, &mut Silent).unwrap();
+        let off = mean(&(&made.latents - exact).unwrap());
+        assert!(off < most, "{dtype:?}: {off}, at most {most}");
+    }
+}
+
 /// The largest difference.
 pub(crate) fn difference(a: &Tensor, b: &Tensor) -> f32 {
     assert_eq!(a.dims(), b.dims());
@@ -102,17 +169,12 @@ pub(crate) struct Watch {
     pub(crate) cancel_after: Option<usize>,
 }
 
-impl Watch {
-    pub(crate) fn cancelling_after(steps: usize) -> Self {
-        Self { cancel_after: Some(steps), ..Self::default() }
-    }
-}
-
 impl Observer for Watch {
     fn phase(&mut self, phase: Phase) {
         self.phases.push(phase);
     }
     fn step(&mut self, event: &StepEvent<'_>) {
+        assert_eq!(event.index, self.hashes.len());
         self.hashes.push(event.hash);
         self.sigmas.push(event.sigma);
         self.latents.push(event.latents.clone());

@@ -9,8 +9,8 @@ use super::pipeline::{
 use super::vae::PyramidVaeConfig;
 use crate::error::Error;
 use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, TEXT_STEM, WEIGHTS_STEM, read_t5};
-use crate::pipeline::{Defaults, FrameRule, PipelineInfo, WorkConfig, config_error};
+use crate::folder::{Extras, TEXT_STEM, WEIGHTS_STEM, check_agree, read_t5};
+use crate::pipeline::{Defaults, FrameRule, PipelineInfo, WorkConfig};
 use crate::text::{ClipTextConfig, T5Config, token_limit};
 
 /// Inner width of a feed-forward, in widths of a token.
@@ -82,18 +82,12 @@ fn check_widths(
     let pooled = clips.iter().fold(0, |all: usize, clip| all.saturating_add(vector(clip)));
     let cells = if config.variant == Variant::Flux { PATCH * PATCH } else { 1 };
     let (takes, gives) = (config.latent_channels * cells, vae.latent_channels().saturating_mul(cells));
-    let widths = [
-        ("in_channels", takes, gives, VAE_FOLDER),
-        ("joint_attention_dim", config.joint_attention_dim, t5.d_model, config.variant.t5().encoder),
-        ("pooled_projection_dim", config.pooled_projection_dim, pooled, "CLIP"),
+    let settings = [
+        ("in_channels", takes, gives, "the VAE gives"),
+        ("joint_attention_dim", config.joint_attention_dim, t5.d_model, "T5 gives a width of"),
+        ("pooled_projection_dim", config.pooled_projection_dim, pooled, "CLIP gives a width of"),
     ];
-    match widths.into_iter().find(|(_, takes, gives, _)| takes != gives) {
-        Some((key, takes, gives, from)) => {
-            let file = part.join("config.json");
-            Err(config_error(file, key, takes, format!("{from} gives a width of {gives}")))
-        }
-        None => Ok(()),
-    }
+    check_agree(&part.join("config.json"), &settings)
 }
 
 /// miniFLUX's CLIP, a fortieth of T5, is left out.

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+mod adapter;
 mod args;
 mod audit;
 mod batch;
@@ -84,6 +85,7 @@ async fn with_context(command: Command, context: &Context<'_>) -> Result<(), Fai
         Command::Models { node } => nodes::models(&node, context).await,
         Command::Join { ticket } => nodes::join(&ticket, context).await,
         Command::Ticket => ticket::ticket(context),
+        Command::Adapter { command } => adapter::run(command, context),
         Command::Latents { command } => latents::run(command, context).await,
         Command::Ops => {
             ops::run(context);

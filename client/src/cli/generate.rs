@@ -4,13 +4,13 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use kinoflock_protocol::limits::MAX_PROMPT;
-use kinoflock_protocol::{ClipId, JobId};
+use kinoflock_protocol::{ClipId, Envelope, JobId, ValidJob};
 use serde::Serialize;
 
 use super::args::{Generate, Save, Where};
 use super::context::Context;
 use super::failure::Failure;
-use super::{audit, batch, follow, latents, many, survey};
+use super::{adapter, audit, batch, follow, latents, many, survey};
 use crate::ask::{Ask, Length, Pictures};
 use crate::latents::{Latents, MAX_FILE as MAX_LATENTS};
 use crate::provenance::{self, Statement};
@@ -120,6 +120,7 @@ pub(super) fn write(
     save: &Save,
     context: &Context<'_>,
 ) -> Result<Option<PathBuf>, Failure> {
+    let cards = record.map_or_else(Vec::new, |record| cards_of(record, context));
     let exported = match record.and_then(|record| Some((record, record.receipt.as_ref()?))) {
         Some((record, receipt)) if !save.bare => {
             let statement = Statement {
@@ -129,6 +130,7 @@ pub(super) fn write(
                 job: &record.envelope,
                 model_name: &record.model_name,
                 with_prompt: save.with_prompt,
+                cards: &cards,
             };
             Some(provenance::export(bare, &statement)?)
         }
@@ -145,6 +147,13 @@ pub(super) fn write(
     })?;
     context.out.line(&path.display().to_string());
     Ok(Some(path))
+}
+
+/// The cards of a job's adapters, as far as they are here.
+pub(super) fn cards_of(record: &JobRecord, context: &Context<'_>) -> Vec<Envelope> {
+    let spec = ValidJob::parse_stored(&record.envelope, &record.network).map(ValidJob::into_spec);
+    let Some((spec, store)) = spec.ok().zip(context.store().ok()) else { return Vec::new() };
+    spec.adapters.iter().filter_map(|adapter| store.card(&adapter.card?).ok().flatten()).collect()
 }
 
 /// Says what stands against saving a clip where the flags say, before anything is made.
@@ -194,10 +203,7 @@ async fn submit(
 }
 
 pub(super) fn refuse_what_is_not_there(args: &Generate) -> Result<(), Failure> {
-    let flags = [
-        ("--lora", !args.lora.is_empty(), "adapters"),
-        ("--collective", args.collective.is_some(), "collectives"),
-    ];
+    let flags = [("--collective", args.collective.is_some(), "collectives")];
     match flags.into_iter().find(|(_, given, _)| *given) {
         Some((flag, _, what)) => {
             let text =
@@ -234,6 +240,7 @@ pub(super) fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure
         initial_latents,
         volume,
         pictures,
+        adapters: adapter::asked(&args.lora, context)?,
         latents: args.latents,
         artist: context.config.artist.clone(),
         licence: args.licence.clone().or_else(|| context.config.licence.clone()),

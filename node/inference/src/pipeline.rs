@@ -16,10 +16,12 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::{Adapter, Places};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
 pub use crate::sampler::checkpoint::Checkpoint;
+use crate::sampler::guidance::GuidancePasses;
 pub use conditions::Condition;
 pub use touch::Touch;
 
@@ -33,11 +35,13 @@ pub struct LoadOptions {
     /// The infix of the weight files to prefer, such as `fp16` or `bf16`; files without an infix are taken where there
     /// are none with it.
     pub variant: Option<String>,
+    /// Where the model's layers are entered that adapters may change.
+    pub places: Places,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, variant: None }
+        Self { device: Device::Cpu, dtype: DType::F32, variant: None, places: Places::default() }
     }
 }
 
@@ -266,6 +270,10 @@ pub struct GenerateRequest {
     /// The steps' noise instead of noise from the seed, in the order in which they take it and in the shape of
     /// [`Pipeline::start`], or in the shape that a stage begins with; empty for noise from the seed.
     pub step_noise: Vec<Tensor>,
+    /// How guidance's two predictions are computed; it changes nothing of the result.
+    pub guidance_passes: GuidancePasses,
+    /// What changes the model's layers for this run, in this order.
+    pub adapters: Vec<Adapter>,
     /// What is changed inside the run.
     pub touch: Touch,
     /// How to decode.
@@ -312,6 +320,8 @@ impl GenerateRequest {
             initial_latents: None,
             second_pass: None,
             step_noise: Vec::new(),
+            guidance_passes: GuidancePasses::Auto,
+            adapters: Vec::new(),
             touch: Touch::default(),
             decode: DecodeOptions::default(),
             decode_timestep: 0.05,

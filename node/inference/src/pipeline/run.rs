@@ -25,6 +25,7 @@ use super::{
     Checkpoint, Commitment, GenerateRequest, Generated, Observer, Phase, Pipeline, PipelineInfo, StepEvent,
     Transition,
 };
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::frames::RgbFrames;
 use crate::pipeline::latents::LatentRgb;
@@ -87,6 +88,9 @@ pub trait VideoModel: Send {
 
     /// Where it computes.
     fn device(&self) -> &Device;
+
+    /// Its layers that adapters may change.
+    fn places(&self) -> &Places;
 
     /// How many tokens a prompt has, with the end mark.
     ///
@@ -300,6 +304,7 @@ fn generate<M: VideoModel>(
         return entry::decoded(model, request, &plan, observer);
     }
     let course = model.course(&plan);
+    let _beside = model.places().apply(&request.adapters)?;
     let mut run = Run::begin(model, request, &plan)?;
     let steps = course.steps();
     observer.phase(Phase::Text);

@@ -222,6 +222,7 @@ fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<Gen
             ..SecondPass::new(strength)
         }),
         initial_latents,
+        adapters: super::adapters::adapters(request)?,
         touch,
         decode: DecodeOptions {
             tile: extra.decode_tile.map(|pixels| pixels as usize),
@@ -273,7 +274,7 @@ pub(super) fn read_state(path: &str) -> Result<Vec<u8>, Failure> {
     std::fs::read(path).map_err(fault)
 }
 
-fn failure(error: &Error) -> Failure {
+pub(super) fn failure(error: &Error) -> Failure {
     // Another try, or another node, may have the memory, the device or the file; it has not another arithmetic.
     let (code, retryable) = match error {
         Error::OutOfMemory { .. } => ("out_of_memory", true),

@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use super::conditions::{Given, Layout};
 use super::second;
 use super::{LtxClass, LtxPipeline, pack, unpack};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::ltx::rope::{Positions, RopeTables};
 use crate::models::ltx::transformer::TextContext;
@@ -57,6 +58,10 @@ impl VideoModel for LtxPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -366,7 +371,7 @@ fn velocity(
         Some(given) => {
             (given.noised(request, plan, index, latents)?, plan.levels(index, &model.device)?.timesteps)
         }
-        None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &model.device)?),
+        None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &Device::Cpu)?),
     };
     let (input, timesteps) = (twice(&input)?, twice(&timesteps)?);
     let velocity = model.transformer.forward(&input, &timesteps, &context.text, &context.rope)?;
@@ -404,7 +409,7 @@ fn decode(
         };
         let scale = request.decode_noise_scale.unwrap_or(request.decode_timestep);
         z = ((z * (1.0 - scale))? + (noise * scale)?)?;
-        timestep = Some(Tensor::new(&[request.decode_timestep as f32], &model.device)?);
+        timestep = Some(Tensor::new(&[request.decode_timestep as f32], &Device::Cpu)?);
     }
     let noise = if given.is_empty() { Noise::Seed(request.seed) } else { Noise::Given(given) };
     let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };

@@ -15,10 +15,12 @@ pub mod embedding;
 pub mod frame_cache;
 pub mod group_norm;
 pub mod linear;
+pub mod moments;
 pub mod norm;
 pub mod ops;
 pub(crate) mod pack;
 pub mod rope;
+pub mod route;
 pub mod shuffle;
 pub(crate) mod simd;
 

@@ -176,7 +176,8 @@ impl Register for Component {
     fn enter(&self, layer: &Named<'_>) -> candle_core::Result<Entered> {
         let name = format!("{}.{}", self.name, layer.name);
         let mut inner = self.places.lock();
-        let place = Place::default();
+        // The same as before, so that no copy of the layer keeps what is taken away.
+        let place = inner.layers.get(&name).map_or_else(Place::default, |layer| layer.place.clone());
         let known = Layer {
             place: place.clone(),
             input: layer.input,

@@ -2,18 +2,24 @@
 
 use std::sync::Arc;
 
+use candle_core::quantized::QTensor;
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::beside::{self, Branch, Named, Place};
+use super::beside::{self, Branch, Entered, Named, Place};
 use super::cpu::{View, generic_only, shapes_only};
 use super::ops;
 use super::pack::{Epilogue, Packed, product};
+use crate::weights::quantised;
 
 /// `x W^T + b` over the last dimension.
 ///
 /// On the CPU weights that want no gradient are packed as f32 and inputs of other types are widened for the call;
 /// load under [`super::set_generic_only`] to differentiate through the input there.
+///
+/// Weights that their file holds in blocks of few bits stay so and are widened for each call. Candle's own product of
+/// such weights is not used, because it rounds the inputs to 8 bits as well; beside the product of a clip's many tokens
+/// widening takes little time.
 #[derive(Debug, Clone)]
 pub struct Linear {
     inner: Inner,
@@ -25,8 +31,20 @@ pub struct Linear {
 
 #[derive(Debug, Clone)]
 enum Inner {
-    Packed { weight: Arc<Packed>, bias: Option<Arc<Vec<f32>>> },
-    Plain { weight: Tensor, bias: Option<Tensor> },
+    Packed {
+        weight: Arc<Packed>,
+        bias: Option<Arc<Vec<f32>>>,
+    },
+    Plain {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
+    /// With the numbers in which it computes.
+    Quantised {
+        weight: Arc<QTensor>,
+        bias: Option<Tensor>,
+        dtype: DType,
+    },
 }
 
 impl Linear {
@@ -35,9 +53,22 @@ impl Linear {
     /// # Errors
     /// When a tensor is missing or of another shape.
     pub fn load(input: usize, output: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get((output, input), "weight")?;
         let bias = if bias { Some(vb.get(output, "bias")?) } else { None };
-        Self::placed(weight, bias, &vb, None)
+        let Some(weight) = quantised(&vb, "weight", (output, input))? else {
+            return Self::placed(vb.get((output, input), "weight")?, bias, &vb, None);
+        };
+        let (name, dtype, device) = (vb.prefix(), vb.dtype(), vb.device());
+        let named = Named { name: &name, input, output, rows: None, dtype, device };
+        match beside::enter(&named)? {
+            // A sum in blocks of few bits would be rounded to them: such a layer is widened for good.
+            Some(entered) if entered.weight.is_some() || entered.bias.is_some() => {
+                Self::entered(weight.dequantize(device)?.to_dtype(dtype)?, bias, entered)
+            }
+            entered => {
+                let inner = Inner::Quantised { weight, bias, dtype };
+                Ok(Self { inner, input, output, place: entered.map(|entered| entered.place) })
+            }
+        }
     }
 
     /// From tensors that were read under the builder's name, so that adapters find the layer: `weight` `(output, input)`,
@@ -54,7 +85,14 @@ impl Linear {
         let (output, input) = weight.dims2()?;
         let (name, dtype) = (vb.prefix(), vb.dtype());
         let named = Named { name: &name, input, output, rows, dtype, device: weight.device() };
-        let Some(entered) = beside::enter(&named)? else { return Self::new(weight, bias) };
+        match beside::enter(&named)? {
+            Some(entered) => Self::entered(weight, bias, entered),
+            None => Self::new(weight, bias),
+        }
+    }
+
+    /// With its place, and with what is to be added at once.
+    fn entered(weight: Tensor, bias: Option<Tensor>, entered: Entered) -> Result<Self> {
         let weight = beside::merged(weight, entered.weight.as_ref())?;
         let bias = match (bias, entered.bias) {
             (Some(bias), more) => Some(beside::merged(bias, more.as_ref())?),
@@ -149,6 +187,10 @@ impl Linear {
     fn run_alone(&self, x: &Tensor, after: &After) -> Result<Tensor> {
         match &self.inner {
             Inner::Plain { weight, bias } => after.apply(ops::linear(x, weight, bias.as_ref())?),
+            Inner::Quantised { weight, bias, dtype } => {
+                let weight = weight.dequantize(x.device())?.to_dtype(*dtype)?;
+                Self::new(weight, bias.clone())?.run(x, after)
+            }
             Inner::Packed { weight, bias } => {
                 self.run_packed(weight, bias.as_ref().map(|b| b.as_slice()), x, after)
             }

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
-use super::{PromptTokenizer, T5Encoder};
+use super::{PromptTokenizer, T5Encoder, TextCache};
 use crate::error::Error;
 use crate::folder::load_t5;
 use crate::pipeline::LoadOptions;
@@ -16,7 +16,11 @@ pub struct PromptEncoder {
     encoder: T5Encoder,
     limit: usize,
     device: Device,
+    known: TextCache<Text, (Tensor, Tensor)>,
 }
+
+/// What embeddings depend on: the ids, which of them are the prompt, and whether the filling is left out.
+type Text = (Vec<u32>, Vec<u8>, bool);
 
 impl PromptEncoder {
     /// Reads a folder's `tokenizer` and `text_encoder`, and says how many parameters the latter has. A prompt has at most
@@ -41,7 +45,8 @@ impl PromptEncoder {
         let tokenizer = PromptTokenizer::load(tokenizer)?;
         let limit = tokenizer.max_length.map_or(most, |limit| limit.min(most));
         let (encoder, parameters) = load_t5(encoder, options)?;
-        Ok((Self { tokenizer, encoder, limit, device: options.device.clone() }, parameters))
+        let (device, known) = (options.device.clone(), TextCache::default());
+        Ok((Self { tokenizer, encoder, limit, device, known }, parameters))
     }
 
     /// Tokens that are read of a prompt, with the end mark.
@@ -88,9 +93,7 @@ impl PromptEncoder {
         if let Some(cut_text) = encoded.cut_text.filter(|_| !truncate) {
             return Err(Error::PromptTooLong { tokens: encoded.tokens, limit, cut_text });
         }
-        let ids = Tensor::from_vec(encoded.ids, (1, limit), &self.device)?;
-        let mask = Tensor::from_vec(encoded.mask, (1, limit), &self.device)?;
-        Ok((self.encoder.forward(&ids, masked.then_some(&mask))?, mask))
+        self.embed((encoded.ids, encoded.mask, masked))
     }
 
     /// The embeddings `[1, limit, width]` of filling alone, and their mask of zeros `[1, limit]` (u8): what some references
@@ -99,8 +102,21 @@ impl PromptEncoder {
     /// # Errors
     /// What the device reports.
     pub fn encode_nothing(&self) -> Result<(Tensor, Tensor), Error> {
-        let ids = Tensor::zeros((1, self.limit), DType::U32, &self.device)?;
-        let mask = Tensor::zeros((1, self.limit), DType::U8, &self.device)?;
-        Ok((self.encoder.forward(&ids, Some(&mask))?, mask))
+        self.embed((vec![0; self.limit], vec![0; self.limit], true))
+    }
+
+    /// How often the encoder was run: the last few texts are remembered.
+    #[must_use]
+    pub fn encodings(&self) -> usize {
+        self.known.made()
+    }
+
+    fn embed(&self, text: Text) -> Result<(Tensor, Tensor), Error> {
+        self.known.get_or(text.clone(), || {
+            let (ids, mask, masked) = text;
+            let ids = Tensor::from_vec(ids, (1, self.limit), &self.device)?;
+            let mask = Tensor::from_vec(mask, (1, self.limit), &self.device)?;
+            Ok((self.encoder.forward(&ids, masked.then_some(&mask))?, mask))
+        })
     }
 }

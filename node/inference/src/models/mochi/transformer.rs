@@ -123,14 +123,17 @@ impl MochiTransformer {
         let dtype = self.frequencies.dtype();
         let mut video = self.patch.forward(&latents.to_dtype(dtype)?)?;
         probe("patch_embed", &video)?;
-        let embedded = self.time.forward(&self.timesteps.embed(timesteps)?.to_dtype(dtype)?)?;
+        let sinusoids = self.timesteps.embed(timesteps, latents.device())?;
+        let embedded = self.time.forward(&sinusoids.to_dtype(dtype)?)?;
         let embedded = (embedded + &text.pooled)?;
         probe("time_embed.0", &embedded)?;
         probe("time_embed.1", &text.tokens)?;
         let signal = silu(&embedded)?;
         let mut words = text.tokens.clone();
         for (index, block) in self.blocks.iter().enumerate() {
-            (video, words) = block.forward(&video, &words, &signal, text, rope)?;
+            for _ in 0..text.route.times(index) {
+                (video, words) = block.forward(&video, &words, &signal, text, rope)?;
+            }
             probe(&format!("transformer_blocks.{index}.0"), &video)?;
             probe(&format!("transformer_blocks.{index}.1"), &words)?;
         }

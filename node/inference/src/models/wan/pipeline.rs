@@ -17,11 +17,12 @@ use serde::Deserialize;
 
 use super::config::TransformerConfig;
 use super::facts::{facts, form};
+use super::names::transformer_name;
 use super::transformer::WanTransformer;
 use super::vae::{WanVae, WanVaeConfig};
 use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_weights};
+use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_renamed, open_weights};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{
@@ -211,7 +212,7 @@ pub fn load_transformer(
 ) -> Result<(WanTransformer, u64), Error> {
     let part = folder.join(name);
     let config = TransformerConfig::read(&part.join("config.json"))?;
-    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let weights = open_renamed(&part, WEIGHTS_STEM, options, options.dtype, &transformer_name)?;
     let transformer = weights.build(|vb| WanTransformer::load(&config, &vb))?;
     Ok((transformer, weights.parameters()))
 }

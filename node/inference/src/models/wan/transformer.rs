@@ -5,7 +5,7 @@
 //! depends on the text alone (its projection, keys and values of every block) is computed once per run as a
 //! [`TextContext`]. The timestep's embedding and the tables that it is added to are f32 whatever the weights are.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::config::TransformerConfig;
@@ -15,6 +15,7 @@ use crate::nn::embedding::{TimestepEmbedding, Timesteps};
 use crate::nn::linear::Linear;
 use crate::nn::norm::{Norm, layer_norm, rms_norm};
 use crate::nn::ops::silu;
+use crate::nn::route::Route;
 
 /// The transformer on a device.
 pub struct WanTransformer {
@@ -34,6 +35,30 @@ pub struct TextContext {
     /// The projected text, `(batch, text tokens, width)`.
     pub projected: Tensor,
     blocks: Vec<KeyValue>,
+    /// Which blocks are computed how often.
+    pub route: Route,
+}
+
+impl TextContext {
+    /// The contexts of two texts as one batch, which goes the first one's way through the blocks.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn join(first: &Self, second: &Self) -> Result<Self> {
+        let cat = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 0);
+        let blocks = first.blocks.iter().zip(&second.blocks).map(|(a, b)| {
+            let image = match (&a.image, &b.image) {
+                (Some(a), Some(b)) => Some((cat(&a.0, &b.0)?, cat(&a.1, &b.1)?)),
+                _ => None,
+            };
+            Ok(KeyValue { key: cat(&a.key, &b.key)?, value: cat(&a.value, &b.value)?, image })
+        });
+        Ok(Self {
+            projected: cat(&first.projected, &second.projected)?,
+            blocks: blocks.collect::<Result<_>>()?,
+            route: first.route.clone(),
+        })
+    }
 }
 
 struct KeyValue {
@@ -99,7 +124,7 @@ impl WanTransformer {
         let projected = self.text[1].forward(&inner)?;
         let key_value = |block: &Block| block.cross.key_value(&projected, pictures.as_ref());
         let blocks = self.blocks.iter().map(key_value).collect::<Result<Vec<_>>>()?;
-        Ok(TextContext { projected, blocks })
+        Ok(TextContext { projected, blocks, route: Route::default() })
     }
 
     /// The prediction for packed latents `(batch, tokens, channels x cells)`, in the same form; timesteps (0 to 1000) are
@@ -138,7 +163,9 @@ impl WanTransformer {
         probe("condition_embedder.2", &text.projected)?;
         let modulation = modulation.to_dtype(DType::F32)?.reshape((batch, (), 6, width))?;
         for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, &modulation, &text.blocks[index], rope)?;
+            for _ in 0..text.route.times(index) {
+                x = block.forward(&x, &modulation, &text.blocks[index], rope)?;
+            }
             probe(&format!("blocks.{index}"), &x)?;
         }
         let values = embedded.to_dtype(DType::F32)?.reshape((batch, (), 1, width))?;
@@ -376,6 +403,7 @@ struct TimeEmbedding {
     embedding: TimestepEmbedding,
     out: Linear,
     dtype: DType,
+    device: Device,
 }
 
 impl TimeEmbedding {
@@ -387,12 +415,13 @@ impl TimeEmbedding {
             embedding: TimestepEmbedding::load(config.freq_dim, width, embedding)?,
             out: Linear::load(width, 6 * width, true, vb.pp("time_proj"))?,
             dtype: vb.dtype(),
+            device: vb.device().clone(),
         })
     }
 
     /// `(.., width)` and `(.., 6 width)`.
     fn forward(&self, timesteps: &Tensor) -> Result<(Tensor, Tensor)> {
-        let sinusoids = self.sinusoids.embed(&timesteps.flatten_all()?)?;
+        let sinusoids = self.sinusoids.embed(&timesteps.flatten_all()?, &self.device)?;
         let embedded = self.embedding.forward(&sinusoids)?.to_dtype(self.dtype)?;
         let mut shape = timesteps.dims().to_vec();
         shape.push(embedded.dim(D::Minus1)?);

@@ -13,7 +13,7 @@ use crate::models::ltx::vae::{DecodeSettings, Noise};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, Volume};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
@@ -129,6 +129,10 @@ impl VideoModel for LtxPipeline {
             Some(before) => Ok(Tensor::cat(&[pack(&before, volume.patch)?, own], 1)?),
             None => Ok(own),
         }
+    }
+
+    fn channel_axis(&self) -> usize {
+        2
     }
 
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
@@ -298,13 +302,14 @@ impl Context {
         let guided = model.is_guided(request);
         let masked = plan.class == LtxClass::Condition;
         let encode = |prompt: &str| model.text.encode(prompt, request.truncate_prompt, masked);
-        let (mut text, mut mask) = encode(&request.prompt)?;
+        let (mut text, mut mask) = touch::prompt(request, encode)?;
         if guided {
             let (negative, its_mask) = encode(&request.negative_prompt)?;
             text = Tensor::cat(&[negative, text], 0)?;
             mask = Tensor::cat(&[its_mask, mask], 0)?;
         }
-        let text = model.transformer.text_context(&text, Some(&mask))?;
+        let mut text = model.transformer.text_context(&text, Some(&mask))?;
+        text.route = request.touch.route.clone();
         let given = match plan.layout.is_empty() {
             true => None,
             false => Some(Given::new(model, request, &plan.layout, &plan.volume)?),
@@ -366,7 +371,7 @@ fn velocity(
         Some(given) => {
             (given.noised(request, plan, index, latents)?, plan.levels(index, &model.device)?.timesteps)
         }
-        None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &model.device)?),
+        None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &Device::Cpu)?),
     };
     let (input, timesteps) = (twice(&input)?, twice(&timesteps)?);
     let velocity = model.transformer.forward(&input, &timesteps, &context.text, &context.rope)?;
@@ -375,7 +380,8 @@ fn velocity(
         return Ok(velocity);
     }
     let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-    let guided = guide(&negative, &positive, request.guidance)?;
+    let scale = request.guidance_at(index, plan.schedule.steps(), request.guidance);
+    let guided = guide(&negative, &positive, scale)?;
     if request.guidance_rescale > 0.0 {
         return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
     }
@@ -403,7 +409,7 @@ fn decode(
         };
         let scale = request.decode_noise_scale.unwrap_or(request.decode_timestep);
         z = ((z * (1.0 - scale))? + (noise * scale)?)?;
-        timestep = Some(Tensor::new(&[request.decode_timestep as f32], &model.device)?);
+        timestep = Some(Tensor::new(&[request.decode_timestep as f32], &Device::Cpu)?);
     }
     let noise = if given.is_empty() { Noise::Seed(request.seed) } else { Noise::Given(given) };
     let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };

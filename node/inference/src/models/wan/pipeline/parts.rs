@@ -11,8 +11,8 @@ use crate::models::wan::transformer::{TextContext, WanTransformer};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
-use crate::sampler::guidance::{guide, rescale};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
+use crate::sampler::guidance::{Passes, guide, rescale};
 use crate::text::clean::clean;
 use crate::tiling::Tiling;
 
@@ -32,6 +32,7 @@ pub struct Context {
     /// For the second.
     low: Option<Texts>,
     rope: RopeTables,
+    passes: Passes,
     /// The latents of the pictures, in the form in which the model takes them.
     pictures: Option<Tensor>,
 }
@@ -41,6 +42,8 @@ struct Texts {
     positive: TextContext,
     /// Where there is guidance.
     negative: Option<TextContext>,
+    /// Negative and positive as one batch, where they go together.
+    both: Option<TextContext>,
 }
 
 impl VideoModel for WanPipeline {
@@ -71,6 +74,10 @@ impl VideoModel for WanPipeline {
         self.pictures.takes(self.transformer.config())
     }
 
+    fn hides(&self) -> bool {
+        true
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
         let work = &self.info.work;
         let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
@@ -95,16 +102,25 @@ impl VideoModel for WanPipeline {
     }
 
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
-        let positive = self.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
+        let positive = touch::prompt(request, encode)?;
         let negative = match self.is_guided(request) {
-            true => Some(self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?),
+            true => Some(encode(&request.negative_prompt)?),
             false => None,
         };
         let states = self.pictures.states(request, self)?;
+        let passes = Passes::new(request.guidance_passes, &self.device);
         let texts = |transformer: &WanTransformer| -> Result<Texts, Error> {
-            let context = |text: &Tensor| transformer.text_context(text, states.as_ref());
+            let context = |text: &Tensor| -> Result<TextContext, Error> {
+                let mut context = transformer.text_context(text, states.as_ref())?;
+                context.route = request.touch.route.clone();
+                Ok(context)
+            };
             let negative = negative.as_ref().map(context).transpose()?;
-            Ok(Texts { positive: context(&positive)?, negative })
+            let positive = context(&positive)?;
+            let both = negative.as_ref().filter(|_| passes.is_together());
+            let both = both.map(|negative| TextContext::join(negative, &positive)).transpose()?;
+            Ok(Texts { positive, negative, both })
         };
         let timesteps = plan.schedule.course().timesteps;
         let any = |low: bool| timesteps.iter().any(|&timestep| self.is_low(timestep) == low);
@@ -116,6 +132,7 @@ impl VideoModel for WanPipeline {
             low: low.map(|low| texts(&low.transformer)).transpose()?,
             rope: RopeTables::new(self.transformer.config(), grid, &self.device)?,
             pictures: pictures::latents(self, request)?,
+            passes,
         })
     }
 
@@ -127,7 +144,8 @@ impl VideoModel for WanPipeline {
         index: usize,
         state: &State,
     ) -> Result<Tensor, Error> {
-        let timestep = plan.schedule.course().timesteps[index];
+        let course = plan.schedule.course();
+        let timestep = course.timesteps[index];
         let low = self.low_noise.as_ref().filter(|_| self.is_low(timestep));
         let (transformer, texts, guidance) = match low {
             Some(low) => (&low.transformer, &context.low, low.guidance.unwrap_or(request.guidance)),
@@ -137,22 +155,27 @@ impl VideoModel for WanPipeline {
             texts.as_ref().expect("invariant: a context has the texts of every transformer of its plan");
         let patch = self.info.work.patch;
         let (latents, timestep) = match &context.pictures {
-            None => (state.latents.clone(), Tensor::new(&[[timestep]], &self.device)?),
+            None => (state.latents.clone(), Tensor::new(&[[timestep]], &Device::Cpu)?),
             Some(first) if plan.first => {
                 (pictures::with_first(&state.latents, first)?, self.timesteps_after_first(plan, timestep)?)
             }
             Some(channels) => {
-                (Tensor::cat(&[&state.latents, channels], 1)?, Tensor::new(&[[timestep]], &self.device)?)
+                (Tensor::cat(&[&state.latents, channels], 1)?, Tensor::new(&[[timestep]], &Device::Cpu)?)
             }
         };
         let latents = pack(&latents, patch)?;
         let velocity = |text: &TextContext| -> Result<Tensor, Error> {
-            let velocity = transformer.forward(&latents, &timestep, text, &context.rope)?;
+            let batch = text.projected.dim(0)?;
+            let each = |tensor: &Tensor| Tensor::cat(&vec![tensor; batch], 0);
+            let velocity = transformer.forward(&each(&latents)?, &each(&timestep)?, text, &context.rope)?;
             Ok(unpack(&velocity.to_dtype(DType::F32)?, plan.cells, patch)?)
         };
-        let positive = velocity(&texts.positive)?;
-        let Some(negative) = &texts.negative else { return Ok(positive) };
-        let guided = guide(&velocity(negative)?, &positive, guidance)?;
+        let Some(negative) = &texts.negative else { return velocity(&texts.positive) };
+        let both = || velocity(texts.both.as_ref().expect("invariant: texts that go together are joined"));
+        let [negative, positive] =
+            context.passes.predict(both, |entry| velocity([negative, &texts.positive][entry]))?;
+        let scale = request.guidance_at(index, course.steps(), guidance);
+        let guided = guide(&negative, &positive, scale)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }
@@ -210,7 +233,7 @@ impl WanPipeline {
         let [frames, rows, columns] = std::array::from_fn(|axis| plan.cells[axis] / patch[axis]);
         let (first, all) = (rows * columns, frames * rows * columns);
         let values = (0..all).map(|token| if token < first { 0.0 } else { timestep }).collect::<Vec<_>>();
-        Ok(Tensor::from_vec(values, (1, all), &self.device)?)
+        Ok(Tensor::from_vec(values, (1, all), &Device::Cpu)?)
     }
 }
 

@@ -29,7 +29,7 @@ use crate::adapter::Places;
 use crate::error::Error;
 use crate::frames::RgbFrames;
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::touch::{NOISE, memory_prefix, step_name};
+use crate::pipeline::touch::{NOISE, check_kept, memory_prefix, step_name};
 use crate::sampler::checkpoint::latents_bytes;
 
 /// The points that a run goes through.
@@ -417,7 +417,9 @@ impl<'a, M: VideoModel> Run<'a, M> {
         for (name, tensor) in &self.state.memory {
             self.kept.insert(format!("{}{name}", memory_prefix(self.done)), home(tensor)?);
         }
-        Ok(())
+        // What a sampler remembers is not known before.
+        let bytes: usize = self.kept.values().map(|tensor| tensor.elem_count() * size_of::<f32>()).sum();
+        check_kept(bytes)
     }
 
     /// Hashes the latents and tells the observer.

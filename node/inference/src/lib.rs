@@ -12,6 +12,7 @@ pub mod error;
 pub mod facts;
 pub mod folder;
 pub mod frames;
+pub mod measure;
 pub mod models;
 pub mod motif;
 pub mod nn;

@@ -4,9 +4,10 @@
 
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::{List, Text, TooLong};
-use kinoflock_protocol::job::{Audience, Keyframe, Op, OpValue, Returns, Share};
-use kinoflock_protocol::limits::{MAX_NAME, MAX_OPS};
+use kinoflock_protocol::job::{Adapter, Audience, Keyframe, Op, OpValue, Returns, Share};
+use kinoflock_protocol::limits::{MAX_ADAPTERS, MAX_NAME, MAX_OPS};
 use kinoflock_protocol::model::{ModelManifest, RuleError};
+use kinoflock_protocol::ops;
 use kinoflock_protocol::{ClipId, JobShape, JobSpec, Micro, Millis, ModelId, Nonce, Prompt, UnixMillis};
 
 /// Checkpoints of a job with many steps.
@@ -37,8 +38,13 @@ pub struct Ask {
     pub ops: Vec<(String, OpValue)>,
     /// Latents to begin from: bytes of a safetensors file.
     pub initial_latents: Option<Vec<u8>>,
+    /// Their channels, latent frames, rows and columns, where they are a volume: the clip is then of that size, if
+    /// nothing else is said.
+    pub volume: Option<[usize; 4]>,
     /// What frames are to show.
     pub pictures: Pictures,
+    /// Adapters on top of the model, in order. Their weights are in the store.
+    pub adapters: Vec<Adapter>,
     /// Whether the final latents are wanted too.
     pub latents: bool,
     /// Whether small pictures of how it looks are wanted meanwhile.
@@ -148,6 +154,14 @@ pub enum AskError {
         /// Operations given.
         given: usize,
     },
+    /// Too many adapters.
+    #[error("{given} adapters exceed the limit of {limit}")]
+    TooManyAdapters {
+        /// Most adapters.
+        limit: usize,
+        /// Adapters given.
+        given: usize,
+    },
     /// Too many keyframes.
     #[error("{given} keyframes exceed the limit of {limit}")]
     TooManyKeyframes {
@@ -178,6 +192,7 @@ impl AskError {
             Self::NotPositive { .. } => "not_positive",
             Self::TooLong { .. } => "too_long",
             Self::TooManyOps { .. } => "too_many_operations",
+            Self::TooManyAdapters { .. } => "too_many_adapters",
             Self::TooManyKeyframes { .. } => "too_many_keyframes",
             Self::KeyframeBeyondEnd { .. } => "keyframe_beyond_end",
             Self::Rule(error) => error.code(),
@@ -211,6 +226,7 @@ impl Ask {
         prompt("negative prompt", &self.negative_prompt)?;
         name("artist", self.artist.as_deref())?;
         name("licence", self.licence.as_deref())?;
+        self.adapters()?;
         self.ops().map(drop)
     }
 
@@ -227,10 +243,12 @@ impl Ask {
     ) -> Result<JobSpec, AskError> {
         self.check()?;
         let (rules, defaults) = (&manifest.rules, &manifest.defaults);
-        let (width, height) = self.size.unwrap_or((defaults.width, defaults.height));
+        let own = self.volume_size(manifest);
+        let usual = own.map_or((defaults.width, defaults.height), |(_, size)| size);
+        let (width, height) = self.size.unwrap_or(usual);
         let fps = self.fps.unwrap_or(defaults.fps);
         let frames = match self.length {
-            None => defaults.frames,
+            None => own.map_or(defaults.frames, |(frames, _)| frames),
             Some(Length::Frames(frames)) => frames,
             Some(Length::Seconds(seconds)) => {
                 let nearest = rules.nearest_frames(frames_of(seconds, fps));
@@ -238,8 +256,8 @@ impl Ask {
             }
         };
         rules.check(frames, width, height)?;
-        let guidance = self.guidance.unwrap_or(defaults.guidance);
-        let steps = self.steps.unwrap_or(defaults.steps);
+        let guidance = self.guidance.unwrap_or_else(|| self.usual_guidance(defaults.guidance));
+        let steps = self.steps.unwrap_or_else(|| self.usual_steps(defaults.steps));
         let shape = JobShape { frames, width, height, steps, guided: guidance != Micro::ONE };
         let words = prompt("prompt", &self.prompt)?;
         let mut spec = JobSpec::generate(model, words, nonce, UnixMillis::default(), shape);
@@ -248,13 +266,15 @@ impl Ask {
         spec.fps = fps;
         spec.guidance = guidance;
         spec.initial_latents = self.initial_latents.as_deref().map(BlobRef::of);
+        spec.adapters = self.adapters()?;
         self.pictures.enter(&mut spec)?;
         spec.returns = Returns {
-            latents: self.latents,
+            latents: self.latents || self.brings_back(),
             previews: self.previews,
             // Steps that pictures reach into cannot be looked at alone.
             step_root: self.audit_share > 0
                 && manifest.work.counts_by_steps()
+                && !self.reaches_in()
                 && self.pictures.files().next().is_none(),
             checkpoint_every: self.checkpoint_every.unwrap_or_else(|| checkpoint_every(steps)),
         };
@@ -264,6 +284,59 @@ impl Ask {
         spec.artist = name("artist", self.artist.as_deref())?;
         spec.licence = name("licence", self.licence.as_deref())?;
         Ok(spec)
+    }
+
+    fn adapters(&self) -> Result<List<Adapter, MAX_ADAPTERS>, AskError> {
+        let too_many = |TooLong { limit, given, .. }| AskError::TooManyAdapters { limit, given };
+        List::new(self.adapters.clone()).map_err(too_many)
+    }
+
+    /// The operation of this name, if it is asked for.
+    fn op(&self, name: &str) -> Option<&OpValue> {
+        self.ops.iter().find(|(given, _)| given == name).map(|(_, value)| value)
+    }
+
+    /// Whether the run is reached into, so that its steps do not follow from each other.
+    fn reaches_in(&self) -> bool {
+        self.ops.iter().any(|(name, value)| ops::reaches_in(name, value))
+    }
+
+    /// Whether more latents than the final ones come back, which come in one file with these.
+    fn brings_back(&self) -> bool {
+        self.op("latents.return_steps").is_some()
+            || self.op("latents.return_noise") == Some(&OpValue::Flag(true))
+    }
+
+    /// Frames and size of a clip of the given latents.
+    fn volume_size(&self, manifest: &ModelManifest) -> Option<(u32, (u32, u32))> {
+        let [channels, frames, rows, columns] = self.volume?.map(|count| u32::try_from(count).ok());
+        let work = &manifest.work;
+        if channels? != work.transformer.channels {
+            return None;
+        }
+        let frames = (frames?.checked_sub(1)?).checked_mul(work.vae.temporal)?.checked_add(1)?;
+        let side = |cells: Option<u32>| cells?.checked_mul(work.vae.spatial);
+        Some((frames, (side(columns)?, side(rows)?)))
+    }
+
+    /// A job's work is counted by its guidance: where it follows a curve, by the curve's greatest point.
+    fn usual_guidance(&self, default: Micro) -> Micro {
+        match self.op("guidance.curve") {
+            Some(OpValue::Numbers(points)) => points.iter().copied().max().unwrap_or(default),
+            Some(OpValue::Number(point)) => *point,
+            Some(OpValue::Whole(point)) => Micro(point.saturating_mul(Micro::ONE.0)),
+            _ => default,
+        }
+    }
+
+    /// As many steps as timesteps; one where nothing is computed.
+    fn usual_steps(&self, default: u32) -> u32 {
+        match (self.op("decode_only"), self.op("timesteps")) {
+            (Some(OpValue::Flag(true)), _) => 1,
+            (_, Some(OpValue::Numbers(timesteps))) => timesteps.len() as u32,
+            (_, Some(OpValue::Number(_) | OpValue::Whole(_))) => 1,
+            _ => default,
+        }
     }
 
     fn ops(&self) -> Result<List<Op, MAX_OPS>, AskError> {

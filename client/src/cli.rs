@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+mod adapter;
 mod args;
 mod audit;
 mod batch;
@@ -15,11 +16,14 @@ mod forget;
 mod generate;
 mod jobs;
 mod keys;
+mod latents;
 mod list;
 mod many;
 mod nodes;
+mod ops;
 mod survey;
 mod ticket;
+mod touch;
 
 pub use args::Cli;
 use args::Command;
@@ -81,6 +85,12 @@ async fn with_context(command: Command, context: &Context<'_>) -> Result<(), Fai
         Command::Models { node } => nodes::models(&node, context).await,
         Command::Join { ticket } => nodes::join(&ticket, context).await,
         Command::Ticket => ticket::ticket(context),
+        Command::Adapter { command } => adapter::run(command, context),
+        Command::Latents { command } => latents::run(command, context).await,
+        Command::Ops => {
+            ops::run(context);
+            Ok(())
+        }
         Command::List { command } => list::run(command, context).await,
         Command::Key { command } => keys::run(command, context),
         Command::Completions { .. } => Ok(()),

@@ -43,6 +43,7 @@ use crate::telemetry::Metrics;
 
 use self::boards::Boards;
 
+mod adapters;
 mod advert;
 mod archive;
 mod auditor;
@@ -58,6 +59,7 @@ mod jobs;
 mod lists;
 mod look;
 mod operator;
+mod ops;
 mod peers;
 mod prompts;
 mod refuse;

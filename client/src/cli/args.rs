@@ -1,10 +1,16 @@
 //! The command line: commands, flags, and help written for artists.
 
+mod adapter;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use kinoflock_protocol::Micro;
 use kinoflock_protocol::job::{OpValue, Share};
+
+pub(super) use self::adapter::{AdapterCommand, Add};
+use super::latents::LatentsCommand;
+use super::touch::Touch;
 
 /// Make videos from words on other people's machines, without a company in the middle.
 #[derive(Debug, Parser)]
@@ -32,6 +38,7 @@ Examples:
   kinoflock generate \"a red circle drifts left over a blue field\" -o clip.mp4
   kinoflock generate \"a paper boat in the rain\" --seconds 4 --size 768x512 --steps 40
   kinoflock generate --prompt-file prompt.txt --seed 7          the same seed draws the same picture
+  kinoflock generate \"night train\" --lora fog.safetensors@0.8 --lora rain@-0.3     what two LoRAs make of it
   kinoflock generate \"night train\" --detach                     prints the job; later: kinoflock wait JOB
   kinoflock generate \"night train\" --seconds 8 --dry-run         who could make it, and how soon? Nothing is sent
   kinoflock generate \"night train\" --variations 8 -o train.mp4   eight seeds on many nodes: train-SEED.mp4
@@ -161,6 +168,20 @@ pub enum Command {
     },
     /// Print a ticket for nodes that you know, to pass on the way in
     Ticket,
+    /// Your adapters (LoRA): who made them, from what, and how credit is shared
+    Adapter {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: AdapterCommand,
+    },
+    /// Latents: look at them, mix them, walk between seeds and prompts, decode them
+    Latents {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: LatentsCommand,
+    },
+    /// The operations that a job may ask for with --set, and what each does
+    Ops,
     /// Signed lists of nodes and models: those of others that you go by, and your own
     List {
         /// What to do with them.
@@ -271,6 +292,7 @@ const NOT_WITH_BATCH: &[&str] = &[
     "steps",
     "guidance",
     "init_latents",
+    "lora",
     "set",
     "latents",
     "licence",
@@ -282,6 +304,20 @@ const NOT_WITH_BATCH: &[&str] = &[
     "variations",
     "dry_run",
     "detach",
+    "guidance_curve",
+    "mix_prompt",
+    "mix_seed",
+    "mix_weight",
+    "skip_layers",
+    "repeat_layers",
+    "permute_channels",
+    "scale_channels",
+    "shift_channels",
+    "channels_after",
+    "return_noise",
+    "return_steps",
+    "start_step",
+    "strength",
 ];
 
 /// A clip from words.
@@ -329,19 +365,18 @@ pub struct Generate {
     /// Image that a frame shows, such as 24=door.png; frames count from 0
     #[arg(long, value_name = "FRAME=FILE", value_parser = keyframe, conflicts_with = "detach")]
     pub keyframe: Vec<(u32, PathBuf)>,
-    /// Latents to begin from instead of noise: a safetensors file
-    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
+    /// Latents to begin from instead of noise: a safetensors file, or a clip of yours whose latents came with it
+    #[arg(long, value_name = "FILE|CLIP", conflicts_with = "detach")]
     pub init_latents: Option<PathBuf>,
     /// Clip of yours to go on from: the new one begins with its last frames, as many as the model can take or as
     /// --set extend_frames=N says
     #[arg(long, value_name = "CLIP", conflicts_with_all = ["image", "detach"])]
     pub extend: Option<String>,
-    /// Adapter and its weight, such as blob1...@0.8 (not there yet)
-    #[arg(long, value_name = "ID@WEIGHT")]
+    /// Adapter (LoRA) and its weight: a safetensors file, or the name or id of one that you took in with kinoflock
+    /// adapter add, such as fog.safetensors@0.8. Several times for several; any number, also below 0 [default weight: 1]
+    #[arg(long, value_name = "FILE|ID@WEIGHT", conflicts_with = "detach")]
     pub lora: Vec<String>,
-    /// A further operation by name: timesteps, decode_timestep, decode_noise_scale, decode_tile, decode_chunk,
-    /// truncate_prompt, extend_frames, picture_noise_scale, denoise_strength, upsample_adain, upsample_tone_map, and
-    /// whatever the node knows; one that does not know it says so
+    /// A further operation by name; kinoflock ops lists them. A node that does not know one says so
     #[arg(long, value_name = "K=V", value_parser = operation)]
     pub set: Vec<(String, OpValue)>,
     /// Which node is to make it.
@@ -387,6 +422,9 @@ pub struct Generate {
     /// How the clip is saved.
     #[command(flatten)]
     pub save: Save,
+    /// What happens inside the run; last, because its heading is that of every flag after it.
+    #[command(flatten)]
+    pub touch: Touch,
 }
 
 /// What to do with your key.
@@ -428,11 +466,11 @@ fn share(text: &str) -> Result<Share, String> {
     }
 }
 
-fn number(text: &str) -> Result<Micro, String> {
+pub(super) fn number(text: &str) -> Result<Micro, String> {
     text.parse::<Micro>().map_err(|error| error.to_string())
 }
 
-fn size(text: &str) -> Result<(u32, u32), String> {
+pub(super) fn size(text: &str) -> Result<(u32, u32), String> {
     let parse = |side: &str| side.trim().parse::<u32>().ok();
     let sides = text.split_once(['x', 'X', '×']).and_then(|(w, h)| parse(w).zip(parse(h)));
     sides.ok_or_else(|| "a size is width x height in pixels, such as 768x512".to_owned())
@@ -446,7 +484,7 @@ fn keyframe(text: &str) -> Result<(u32, PathBuf), String> {
 }
 
 /// `K=V`: true and false, whole numbers, numbers, lists of numbers with commas; everything else is text.
-fn operation(text: &str) -> Result<(String, OpValue), String> {
+pub(super) fn operation(text: &str) -> Result<(String, OpValue), String> {
     let (key, value) = text.split_once('=').ok_or("an operation is NAME=VALUE")?;
     if key.is_empty() {
         return Err("an operation is NAME=VALUE, the name is missing".to_owned());

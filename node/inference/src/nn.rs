@@ -7,6 +7,7 @@
 //! units in the last place; `tests/nn.rs` holds them to it.
 
 pub mod attention;
+pub mod beside;
 pub mod clip;
 pub mod conv3d;
 pub(crate) mod cpu;
@@ -14,10 +15,12 @@ pub mod embedding;
 pub mod frame_cache;
 pub mod group_norm;
 pub mod linear;
+pub mod moments;
 pub mod norm;
 pub mod ops;
 pub(crate) mod pack;
 pub mod rope;
+pub mod route;
 pub mod shuffle;
 pub(crate) mod simd;
 

@@ -8,18 +8,22 @@
 pub mod conditions;
 pub mod latents;
 pub mod run;
+pub mod touch;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::{Adapter, Places};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
 pub use crate::sampler::checkpoint::Checkpoint;
 use crate::sampler::guidance::GuidancePasses;
 pub use conditions::Condition;
+pub use touch::Touch;
 
 /// How a model is loaded.
 #[derive(Debug, Clone)]
@@ -31,11 +35,13 @@ pub struct LoadOptions {
     /// The infix of the weight files to prefer, such as `fp16` or `bf16`; files without an infix are taken where there
     /// are none with it.
     pub variant: Option<String>,
+    /// Where the model's layers are entered that adapters may change.
+    pub places: Places,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, variant: None }
+        Self { device: Device::Cpu, dtype: DType::F32, variant: None, places: Places::default() }
     }
 }
 
@@ -266,6 +272,10 @@ pub struct GenerateRequest {
     pub step_noise: Vec<Tensor>,
     /// How guidance's two predictions are computed; it changes nothing of the result.
     pub guidance_passes: GuidancePasses,
+    /// What changes the model's layers for this run, in this order.
+    pub adapters: Vec<Adapter>,
+    /// What is changed inside the run.
+    pub touch: Touch,
     /// How to decode.
     pub decode: DecodeOptions,
     /// The noise level that a timestep-conditioned decoder is told, 0 to 1.
@@ -311,6 +321,8 @@ impl GenerateRequest {
             second_pass: None,
             step_noise: Vec::new(),
             guidance_passes: GuidancePasses::Auto,
+            adapters: Vec::new(),
+            touch: Touch::default(),
             decode: DecodeOptions::default(),
             decode_timestep: 0.05,
             decode_noise_scale: Some(0.025),
@@ -341,6 +353,17 @@ impl SecondPass {
     #[must_use]
     pub fn new(strength: f64) -> Self {
         Self { strength, noise: None, adain: 0.0, tone_map: 0.0 }
+    }
+
+    /// How many of a schedule's steps, the last ones, are run.
+    pub(crate) fn steps_of(&self, steps: usize) -> Result<usize, Error> {
+        let kept = ((steps as f64 * self.strength) as usize).min(steps);
+        if kept == 0 {
+            let (given, rule) =
+                (self.strength, "of so few steps no whole one is left: ask for more of either");
+            return Err(Error::Number { field: "denoise_strength", given, rule });
+        }
+        Ok(kept)
     }
 }
 
@@ -417,10 +440,13 @@ pub struct Generated {
     pub latents: Tensor,
     /// blake3 of the latents before the first step.
     pub start_hash: [u8; 32],
-    /// blake3 of the latents after each step, from the first on, those before a resume included.
+    /// blake3 of the latents after each step, from the first on, those before a resume included; for steps before a start
+    /// within the schedule that of the latents there.
     pub step_hashes: Vec<[u8; 32]>,
     /// Steps computed in this run, without those before a resume.
     pub steps_done: usize,
+    /// What was asked for beside the final latents, by the names of [`touch`], f32, on the CPU.
+    pub kept: BTreeMap<String, Tensor>,
 }
 
 /// Reads a JSON file into a value.

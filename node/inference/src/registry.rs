@@ -45,13 +45,16 @@ pub struct ModelIndex {
 }
 
 impl ModelIndex {
-    /// Reads a folder's index. Pyramid Flow is published without one: there the transformer's class is the pipeline's.
+    /// Reads a folder's index. Pyramid Flow is published without one: there the transformer's class is the pipeline's. So
+    /// are single files of LTX-Video.
     ///
     /// # Errors
     /// When it is not there, is not JSON, or names no class.
     pub fn read(folder: &Path) -> Result<Self, Error> {
         let file = folder.join(INDEX_FILE);
-        if let Some(class) = (!file.exists()).then(|| models::pyramid::implied_class(folder)).flatten() {
+        if !file.exists()
+            && let Some(class) = implied_class(folder)?
+        {
             return Ok(Self { class, fields: Map::new() });
         }
         let fields: Map<String, Value> = read_json(&file)?;
@@ -110,7 +113,10 @@ impl ModelIndex {
 /// without room; each names the file and what is wrong with it.
 pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, Error> {
     let (architecture, index) = find(folder)?;
-    (architecture.load)(folder, &index, options)
+    let options = LoadOptions { places: options.places.fresh(), ..options.clone() };
+    let pipeline = (architecture.load)(folder, &index, &options);
+    options.places.check_merged(pipeline.is_ok())?;
+    pipeline
 }
 
 /// What a model folder says of itself, from its configuration files alone.
@@ -120,6 +126,14 @@ pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, E
 pub fn facts(folder: &Path) -> Result<Facts, Error> {
     let (architecture, index) = find(folder)?;
     (architecture.facts)(folder, &index)
+}
+
+/// The class of a folder without an index, of which a family knows it.
+fn implied_class(folder: &Path) -> Result<Option<String>, Error> {
+    match models::pyramid::implied_class(folder) {
+        Some(class) => Ok(Some(class)),
+        None => models::ltx::implied_class(folder),
+    }
 }
 
 fn find(folder: &Path) -> Result<(&'static Architecture, ModelIndex), Error> {

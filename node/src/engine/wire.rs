@@ -20,16 +20,20 @@ use kinoflock_protocol::audit::Leaf;
 use kinoflock_protocol::codec::{self, Bytes, CodecError, List, Text};
 use kinoflock_protocol::frame::{self, FrameError};
 use kinoflock_protocol::id::{BlobId, JobId, ModelId};
-use kinoflock_protocol::limits::{MAX_KEYFRAMES, MAX_LINE, MAX_NAME, MAX_PREVIEW, MAX_PROMPT};
+use kinoflock_protocol::limits::{MAX_ADAPTERS, MAX_KEYFRAMES, MAX_LINE, MAX_NAME, MAX_PREVIEW, MAX_PROMPT};
 use serde::{Deserialize, Serialize};
 
+pub use self::adapter::AdapterUse;
 pub use self::audit::{AuditReport, AuditRun, Hash, StatePaths};
+pub use self::touch::{Mixed, Numbers, Places, Touch};
 
+mod adapter;
 mod audit;
+mod touch;
 
 /// The version of these messages. Both sides are of one release, or the daemon says that they are not.
-pub const WIRE_VERSION: u32 = 4;
-/// Greatest message, bytes: a prompt twice, or a preview, with room.
+pub const WIRE_VERSION: u32 = 5;
+/// Greatest message, bytes: three prompts and the numbers of every operation, or a preview, with room.
 pub const MAX_FRAME: usize = 128 * 1024;
 /// Greatest path, bytes of UTF-8.
 pub const MAX_PATH: usize = 4096;
@@ -245,10 +249,12 @@ pub struct Extra {
     pub initial_latents: Option<WirePath>,
     /// A checkpoint file to go on from.
     pub resume: Option<WirePath>,
-    /// The folder with the files of `pictures` and `extend`: [`input_name`].
+    /// The folder with the files of `pictures`, `extend` and `adapters`: [`input_name`].
     pub inputs: Option<WirePath>,
     /// PNG or JPEG files that frames are to show.
     pub pictures: List<Picture, MAX_PICTURES>,
+    /// LoRA files that change the model for this run.
+    pub adapters: List<AdapterUse, MAX_ADAPTERS>,
     /// A clip whose last frames this one begins with.
     pub extend: Option<BlobId>,
     /// How many.
@@ -263,6 +269,8 @@ pub struct Extra {
     pub upsample_tone_map: Option<f64>,
     /// How much noise is put on fully given latents at each step.
     pub picture_noise_scale: Option<f64>,
+    /// What is changed inside the run.
+    pub touch: Touch,
 }
 
 /// A picture that a frame is to show.

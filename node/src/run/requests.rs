@@ -22,12 +22,10 @@ use kinoflock_protocol::rpc::{JobFailure, JobState, JobStatus, Request, Response
 use kinoflock_protocol::units::{Millis, UnixMillis};
 use kinoflock_protocol::work::{JobShape, work};
 
+use super::adapters::{check_adapters, check_inputs, check_job};
 use super::checkpoints::{Kept, check_states};
-use super::inputs::MAX_INPUT_BYTES;
-use super::refuse::{
-    check_adapters, check_inputs_len, invalid, job_refusal, order_refusal, unserved, unsupported,
-};
-use super::{Daemon, LiveJob, Note, Rejected, ip_of, jobs, unix_now};
+use super::refuse::{invalid, job_refusal, order_refusal, unserved, unsupported};
+use super::{Daemon, LiveJob, Note, Rejected, ip_of, ops, unix_now};
 use crate::clips::OwnerClass;
 use crate::policy::{Wanted, hook};
 use crate::queue::{End, JobRecord, StoredState};
@@ -48,6 +46,8 @@ pub(super) struct Ordered {
     order_envelope: Envelope,
     origin: Origin,
     wanted: Wanted,
+    /// A second prompt, mixed into the job's.
+    second_prompt: Option<String>,
     submitter: NodeId,
     mirrored: Option<Box<MirroredInputs>>,
 }
@@ -143,8 +143,9 @@ impl Daemon {
             let refusal = Refusal::new(Reason::UnknownOperation, "train").given("train");
             return Err(Box::new(refusal.advice("this release makes clips only")));
         }
-        check_inputs_len(request.input_bytes)?;
-        check_adapters(request.adapters.len())?;
+        let (limit, adapters) = (self.config.policy.adapter_bytes, request.adapters.len());
+        check_adapters(limit, adapters, 0)?;
+        check_inputs(limit, adapters, request.input_bytes)?;
         let wanted = self.wanted(&request.model, request.shape)?;
         let origin = self.origin(request.requester, addr);
         let now = Instant::now();
@@ -161,7 +162,7 @@ impl Daemon {
             eta: eta_millis(promise.eta.map(|times| times.finishes), now),
             work: wanted.work,
             speed: promise.speed,
-            max_input_bytes: MAX_INPUT_BYTES,
+            max_input_bytes: self.most_input_bytes(),
         };
         Envelope::seal(self.identity.keypair(), &self.network, &quote)
             .map_err(|error| invalid(error.code(), &error))
@@ -205,7 +206,6 @@ impl Daemon {
         if let JobKind::Train(_) = spec.kind {
             return Err(unsupported("train", "this release makes clips only"));
         }
-        check_adapters(spec.adapters.len())?;
         if spec.extend.is_some() && spec.start_image.is_some() {
             return Err(unsupported(
                 "start_image",
@@ -214,17 +214,27 @@ impl Daemon {
         }
         let model = self.models.get(&spec.model).ok_or_else(|| unserved(&spec.model))?;
         check_states(order.order(), spec, &model.manifest.work)?;
-        check_inputs_len(spec.inputs().iter().map(|blob| blob.len).sum())?;
-        let extra = jobs::extra(spec).map_err(|name| {
-            unsupported(&name, &format!("known for --set are {}", jobs::OPERATIONS.join(", ")))
-        })?;
+        check_job(self.config.policy.adapter_bytes, spec)?;
+        let extra = ops::extra(spec).map_err(|fault| fault.refusal())?;
+        ops::check(spec, &extra, &model.manifest.work)?;
         let wanted = self.wanted(&spec.model, spec.shape())?;
-        if !extra.truncate_prompt {
-            self.prompts.check(model, spec)?;
+        let second = extra.touch.prompt.as_ref().map(|second| second.with.to_string());
+        if !extra.truncate_prompt && !extra.touch.decode_only {
+            self.prompts.check(model, spec, second.as_deref(), !extra.touch.guidance.is_empty())?;
         }
         let origin = self.origin(job.requester(), addr);
         let mirrored = None;
-        Ok(Ordered { job, job_envelope, order, order_envelope, origin, wanted, submitter, mirrored })
+        Ok(Ordered {
+            job,
+            job_envelope,
+            order,
+            order_envelope,
+            origin,
+            wanted,
+            second_prompt: second,
+            submitter,
+            mirrored,
+        })
     }
 
     /// Asks the operator's hook, where there is one, and admits the job.
@@ -240,6 +250,7 @@ impl Daemon {
                 class: ordered.origin.class,
                 wanted: ordered.wanted,
                 prompt: spec.prompt.as_str(),
+                second_prompt: ordered.second_prompt.as_deref(),
                 negative_prompt: spec.negative_prompt.as_str(),
             };
             let verdict = hook::run(&hook, &asked).await;

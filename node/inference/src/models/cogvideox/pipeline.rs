@@ -15,6 +15,7 @@ use super::config::{TransformerConfig, VaeConfig};
 use super::facts::facts;
 use super::transformer::CogVideoXTransformer;
 use super::vae::CogVideoXVae;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{Extras, WEIGHTS_STEM, open_weights};
 use crate::pipeline::latents::LatentRgb;
@@ -42,6 +43,7 @@ pub struct CogVideoXPipeline {
     transformer: CogVideoXTransformer,
     vae: CogVideoXVae,
     latent_rgb: LatentRgb,
+    places: Places,
     /// Whether clips begin with a picture.
     image: bool,
     device: Device,
@@ -70,6 +72,7 @@ impl CogVideoXPipeline {
             transformer,
             vae,
             latent_rgb,
+            places: options.places.clone(),
             image,
             device: options.device.clone(),
             dtype: options.dtype,

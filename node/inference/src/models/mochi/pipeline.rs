@@ -13,6 +13,7 @@ use super::config::TransformerConfig;
 use super::facts::facts;
 use super::transformer::MochiTransformer;
 use super::vae::{MochiVae, MochiVaeConfig};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, open_weights};
 use crate::pipeline::latents::LatentRgb;
@@ -40,6 +41,7 @@ pub struct MochiPipeline {
     transformer: MochiTransformer,
     vae: MochiVae,
     latent_rgb: LatentRgb,
+    places: Places,
     device: Device,
     dtype: DType,
 }
@@ -62,8 +64,19 @@ impl MochiPipeline {
         let (vae, vae_parameters) = load_vae(folder, options, false)?;
         info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
-        let (device, dtype) = (options.device.clone(), options.dtype);
-        Ok(Self { info, scheduler, text, empty_is_nothing, transformer, vae, latent_rgb, device, dtype })
+        let (places, device, dtype) = (options.places.clone(), options.device.clone(), options.dtype);
+        Ok(Self {
+            info,
+            scheduler,
+            text,
+            empty_is_nothing,
+            transformer,
+            vae,
+            latent_rgb,
+            places,
+            device,
+            dtype,
+        })
     }
 
     /// Uses another schedule from now on.

@@ -131,7 +131,9 @@ impl MochiTransformer {
         let signal = silu(&embedded)?;
         let mut words = text.tokens.clone();
         for (index, block) in self.blocks.iter().enumerate() {
-            (video, words) = block.forward(&video, &words, &signal, text, rope)?;
+            for _ in 0..text.route.times(index) {
+                (video, words) = block.forward(&video, &words, &signal, text, rope)?;
+            }
             probe(&format!("transformer_blocks.{index}.0"), &video)?;
             probe(&format!("transformer_blocks.{index}.1"), &words)?;
         }
@@ -146,7 +148,7 @@ impl MochiTransformer {
 fn load_patch(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linear> {
     let (side, width) = (config.patch_size, config.inner());
     let weight = vb.get((width, config.in_channels, side, side), "weight")?.flatten_from(1)?;
-    Linear::new(weight, Some(vb.get(width, "bias")?))
+    Linear::placed(weight, Some(vb.get(width, "bias")?), vb, None)
 }
 
 /// The file's predictions have the channel last in a patch, packed tokens have it first.
@@ -157,9 +159,9 @@ fn load_out(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linear> {
     let order: Vec<u32> = (0..channels)
         .flat_map(|channel| (0..cells).map(move |cell| (cell * channels + channel) as u32))
         .collect();
-    let order = Tensor::new(order, weight.device())?;
-    let ordered = |tensor: &Tensor| tensor.contiguous()?.index_select(&order, 0);
-    Linear::new(ordered(&weight)?, Some(ordered(&bias)?))
+    let rows = Tensor::new(order.as_slice(), weight.device())?;
+    let ordered = |tensor: &Tensor| tensor.contiguous()?.index_select(&rows, 0);
+    Linear::placed(ordered(&weight)?, Some(ordered(&bias)?), vb, Some(&order))
 }
 
 struct Block {

@@ -17,10 +17,12 @@ use serde::Deserialize;
 
 use super::config::TransformerConfig;
 use super::facts::{facts, form};
+use super::names::transformer_name;
 use super::transformer::WanTransformer;
 use super::vae::{WanVae, WanVaeConfig};
+use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_weights};
+use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_renamed, open_weights};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{
@@ -56,6 +58,7 @@ pub struct WanPipeline {
     vae: WanVae,
     pictures: Pictures,
     latent_rgb: LatentRgb,
+    places: Places,
     device: Device,
 }
 
@@ -109,8 +112,8 @@ impl WanPipeline {
         let (vae, vae_parameters) = load_vae(folder, options, pictures.encodes())?;
         info.work = info.work.with_parameters([parameters, vae_parameters, text_parameters + more]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
-        let device = options.device.clone();
-        Ok(Self { info, sampler, text, transformer, low_noise, vae, pictures, latent_rgb, device })
+        let (places, device) = (options.places.clone(), options.device.clone());
+        Ok(Self { info, sampler, text, transformer, low_noise, vae, pictures, latent_rgb, places, device })
     }
 
     /// Uses another sampler from now on.
@@ -209,7 +212,7 @@ pub fn load_transformer(
 ) -> Result<(WanTransformer, u64), Error> {
     let part = folder.join(name);
     let config = TransformerConfig::read(&part.join("config.json"))?;
-    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let weights = open_renamed(&part, WEIGHTS_STEM, options, options.dtype, &transformer_name)?;
     let transformer = weights.build(|vb| WanTransformer::load(&config, &vb))?;
     Ok((transformer, weights.parameters()))
 }

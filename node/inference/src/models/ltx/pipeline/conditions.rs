@@ -261,8 +261,7 @@ fn encode(
 ) -> Result<Tensor, Error> {
     let moments = encoder.encode(&given.video(count, &model.device, model.dtype)?, None)?;
     let noise = condition_noise(request, draw, moments.mean.dims(), &model.device)?;
-    let drawn = moments.sample(&noise.to_dtype(model.dtype)?)?.to_dtype(DType::F32)?;
-    Ok(encoder.normalize(&drawn)?)
+    Ok(encoder.normalize(&moments.sample(&noise)?)?)
 }
 
 /// Mixes the pieces into tokens, each as strongly as it is given.

@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use super::conditions::{Given, Layout};
 use super::second;
 use super::{LtxClass, LtxPipeline, pack, unpack};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::ltx::rope::{Positions, RopeTables};
 use crate::models::ltx::transformer::TextContext;
@@ -12,7 +13,7 @@ use crate::models::ltx::vae::{DecodeSettings, Noise};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, Volume};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
@@ -57,6 +58,10 @@ impl VideoModel for LtxPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -124,6 +129,10 @@ impl VideoModel for LtxPipeline {
             Some(before) => Ok(Tensor::cat(&[pack(&before, volume.patch)?, own], 1)?),
             None => Ok(own),
         }
+    }
+
+    fn channel_axis(&self) -> usize {
+        2
     }
 
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
@@ -293,13 +302,14 @@ impl Context {
         let guided = model.is_guided(request);
         let masked = plan.class == LtxClass::Condition;
         let encode = |prompt: &str| model.text.encode(prompt, request.truncate_prompt, masked);
-        let (mut text, mut mask) = encode(&request.prompt)?;
+        let (mut text, mut mask) = touch::prompt(request, encode)?;
         if guided {
             let (negative, its_mask) = encode(&request.negative_prompt)?;
             text = Tensor::cat(&[negative, text], 0)?;
             mask = Tensor::cat(&[its_mask, mask], 0)?;
         }
-        let text = model.transformer.text_context(&text, Some(&mask))?;
+        let mut text = model.transformer.text_context(&text, Some(&mask))?;
+        text.route = request.touch.route.clone();
         let given = match plan.layout.is_empty() {
             true => None,
             false => Some(Given::new(model, request, &plan.layout, &plan.volume)?),
@@ -370,7 +380,8 @@ fn velocity(
         return Ok(velocity);
     }
     let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-    let guided = guide(&negative, &positive, request.guidance)?;
+    let scale = request.guidance_at(index, plan.schedule.steps(), request.guidance);
+    let guided = guide(&negative, &positive, scale)?;
     if request.guidance_rescale > 0.0 {
         return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
     }

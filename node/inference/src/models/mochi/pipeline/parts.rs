@@ -3,12 +3,13 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::MochiPipeline;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
 use crate::pipeline::latents::{LatentRgb, Volume, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{Schedule, ScheduleRequest, linear_quadratic};
 use crate::tiling::Tiling;
@@ -43,12 +44,20 @@ impl VideoModel for MochiPipeline {
         &self.device
     }
 
+    fn places(&self) -> &Places {
+        &self.places
+    }
+
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
         self.text.tokens(prompt)
     }
 
     fn prompt_fits(&self, prompt: &str, truncate: bool) -> Result<(), Error> {
         self.text.check(prompt, truncate)
+    }
+
+    fn hides(&self) -> bool {
+        true
     }
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
@@ -72,16 +81,21 @@ impl VideoModel for MochiPipeline {
         initial(request, &volume.shape(), &volume.packed_shape(), |noise| pack(noise, volume.patch))
     }
 
+    fn channel_axis(&self) -> usize {
+        2
+    }
+
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
         let guided = self.is_guided(request);
-        let (mut text, mut mask) = self.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
+        let (mut text, mut mask) = touch::prompt(request, encode)?;
         if guided {
-            let (negative, its_mask) =
-                self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?;
+            let (negative, its_mask) = encode(&request.negative_prompt)?;
             text = Tensor::cat(&[negative, text], 0)?;
             mask = Tensor::cat(&[its_mask, mask], 0)?;
         }
-        let text = self.transformer.text_context(&text, &mask)?;
+        let mut text = self.transformer.text_context(&text, &mask)?;
+        text.route = request.touch.route.clone();
         Ok(Context { text, rope: self.transformer.rope(plan.volume.grid())?, guided })
     }
 
@@ -103,7 +117,8 @@ impl VideoModel for MochiPipeline {
             return Ok(velocity);
         }
         let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-        let guided = guide(&negative, &positive, request.guidance)?;
+        let scale = request.guidance_at(index, plan.schedule.steps(), request.guidance);
+        let guided = guide(&negative, &positive, scale)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }

@@ -6,11 +6,13 @@ use candle_core::{DType, Device, Tensor};
 use super::PyramidPipeline;
 use super::resize::enlarge;
 use super::units::Plan;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::pyramid::transformer::TextContext;
+use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
 use crate::tiling::Tiling;
 
@@ -21,6 +23,8 @@ const FINISHED: &str = "units";
 pub struct Context {
     text: TextContext,
     guided: bool,
+    /// The first unit, where a picture was given.
+    picture: Option<Tensor>,
 }
 
 impl VideoModel for PyramidPipeline {
@@ -35,8 +39,12 @@ impl VideoModel for PyramidPipeline {
         &self.device
     }
 
+    fn places(&self) -> &Places {
+        &self.places
+    }
+
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
-        self.text.tokens(&self.with_suffix(prompt))
+        self.text.t5.tokens(&self.with_suffix(prompt))
     }
 
     /// What is put behind a prompt counts, and not behind a negative one: [`VideoModel::plan`] checks both.
@@ -45,13 +53,23 @@ impl VideoModel for PyramidPipeline {
     }
 
     fn is_guided(&self, request: &GenerateRequest) -> bool {
-        request.guidance > 1.0 || request.later_guidance.is_some_and(|guidance| guidance > 1.0)
+        let later = request.later_guidance.is_some_and(|guidance| guidance > 1.0);
+        request.is_guided() || (later && request.touch.guidance.is_empty())
+    }
+
+    fn takes(&self) -> Takes {
+        Takes::First { needed: false }
     }
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
-        self.text.check(&self.with_suffix(&request.prompt), request.truncate_prompt)?;
-        if self.is_guided(request) {
-            self.text.check(&request.negative_prompt, request.truncate_prompt)?;
+        if request.touch.decode_only.is_none() {
+            let second = request.touch.prompt.as_ref().map(|second| &second.prompt);
+            for prompt in [Some(&request.prompt), second].into_iter().flatten() {
+                self.text.t5.check(&self.with_suffix(prompt), request.truncate_prompt)?;
+            }
+            if self.is_guided(request) {
+                self.text.t5.check(&request.negative_prompt, request.truncate_prompt)?;
+            }
         }
         Plan::new(self, request)
     }
@@ -68,12 +86,17 @@ impl VideoModel for PyramidPipeline {
     }
 
     fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
-        plan.noise(request, 0)
+        plan.noise(request, plan.first())
+    }
+
+    fn noise(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
+        plan.whole_noise(request)
     }
 
     fn context(&self, request: &GenerateRequest, _plan: &Plan) -> Result<Context, Error> {
         let guided = self.is_guided(request);
-        let mut text = vec![self.encode_prompt(&self.with_suffix(&request.prompt), request.truncate_prompt)?];
+        let encode = |prompt: &str| self.encode_prompt(&self.with_suffix(prompt), request.truncate_prompt);
+        let mut text = vec![touch::prompt(request, encode)?];
         if guided {
             text.insert(0, self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?);
         }
@@ -81,8 +104,23 @@ impl VideoModel for PyramidPipeline {
             Tensor::cat(&text.iter().map(part).collect::<Vec<_>>(), 0)
         };
         let (embeds, mask) = (joined(|text| &text.embeds)?, joined(|text| &text.mask)?);
-        let text = self.transformer.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
-        Ok(Context { text, guided })
+        let mut text = self.transformer.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
+        text.route = request.touch.route.clone();
+        Ok(Context { text, guided, picture: picture(self, request)? })
+    }
+
+    /// A given picture is a unit that is done.
+    fn enter(
+        &self,
+        _request: &GenerateRequest,
+        _plan: &Plan,
+        context: &Context,
+        state: &mut State,
+    ) -> Result<(), Error> {
+        if let Some(picture) = &context.picture {
+            state.memory.insert(FINISHED.to_owned(), picture.clone());
+        }
+        Ok(())
     }
 
     fn output(
@@ -109,7 +147,9 @@ impl VideoModel for PyramidPipeline {
             return Ok(velocity);
         }
         let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-        let guided = guide(&negative, &positive, self.settings.guidance(request, place.unit))?;
+        let plain = self.settings.guidance(request, place.unit);
+        let scale = request.guidance_at(index, plan.places.len(), plain);
+        let guided = guide(&negative, &positive, scale)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }
@@ -176,6 +216,14 @@ impl PyramidPipeline {
     fn with_suffix(&self, prompt: &str) -> String {
         format!("{prompt}{}", self.settings.prompt_suffix)
     }
+}
+
+/// The latents of a given picture, drawn from the distribution that the VAE gives, `[1, C, 1, H, W]`.
+fn picture(model: &PyramidPipeline, request: &GenerateRequest) -> Result<Option<Tensor>, Error> {
+    let Some(given) = request.conditions.first() else { return Ok(None) };
+    let moments = model.vae.encode(&given.video(1, &model.device, model.dtype)?)?;
+    let noise = condition_noise(request, 0, moments.mean.dims(), &model.device)?;
+    Ok(Some(model.normalize_first(&moments.sample(&noise)?)?))
 }
 
 /// The units before this one; a checkpoint may have lost them or hold others.

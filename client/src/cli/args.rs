@@ -379,9 +379,6 @@ pub struct Generate {
     /// A further operation by name; kinoflock ops lists them. A node that does not know one says so
     #[arg(long, value_name = "K=V", value_parser = operation)]
     pub set: Vec<(String, OpValue)>,
-    /// What happens inside the run.
-    #[command(flatten)]
-    pub touch: Touch,
     /// Which node is to make it.
     #[command(flatten)]
     pub at: Where,
@@ -425,6 +422,9 @@ pub struct Generate {
     /// How the clip is saved.
     #[command(flatten)]
     pub save: Save,
+    /// What happens inside the run; last, because its heading is that of every flag after it.
+    #[command(flatten)]
+    pub touch: Touch,
 }
 
 /// What to do with your key.

@@ -13,6 +13,7 @@ pub mod error;
 pub mod facts;
 pub mod folder;
 pub mod frames;
+pub mod measure;
 pub mod models;
 pub mod motif;
 pub mod nn;

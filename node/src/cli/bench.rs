@@ -1,5 +1,7 @@
 //! `kinoflockd bench`: what this machine makes of a job, through the very worker that runs jobs.
 
+mod compare;
+
 use clap::Args;
 use kinoflock_protocol::id::JobId;
 
@@ -21,9 +23,14 @@ pub(super) struct BenchArgs {
     /// As JSON lines.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    compare: compare::CompareArgs,
 }
 
 pub(super) fn run(args: &BenchArgs, config: &Config) -> anyhow::Result<()> {
+    if args.compare.compare {
+        return compare::run(&args.compare, args.runs as usize, args.json);
+    }
     let store = ModelStore::open(&config.storage.models, config.storage.models_limit)?;
     store.import_bundled()?;
     let wanted = |model: &Model| {

@@ -29,7 +29,7 @@ use crate::adapter::Places;
 use crate::error::Error;
 use crate::frames::RgbFrames;
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::touch::{NOISE, memory_prefix, step_name};
+use crate::pipeline::touch::{NOISE, check_kept, memory_prefix, step_name};
 use crate::sampler::checkpoint::latents_bytes;
 
 /// The points that a run goes through.
@@ -268,7 +268,8 @@ impl<M: VideoModel> Pipeline for M {
         request: &GenerateRequest,
         observer: &mut dyn Observer,
     ) -> Result<Generated, Error> {
-        generate(self, request, observer)
+        let generated = generate(self, request, observer);
+        self.places().explain(generated)
     }
 
     fn commitment(&self, request: &GenerateRequest) -> Result<Commitment, Error> {
@@ -285,7 +286,8 @@ impl<M: VideoModel> Pipeline for M {
         index: usize,
         latents: &Tensor,
     ) -> Result<Transition, Error> {
-        audit::transition(self, request, index, latents)
+        let moved = audit::transition(self, request, index, latents);
+        self.places().explain(moved)
     }
 
     fn frames(&self, request: &GenerateRequest, latents: &Tensor) -> Result<RgbFrames, Error> {
@@ -415,7 +417,9 @@ impl<'a, M: VideoModel> Run<'a, M> {
         for (name, tensor) in &self.state.memory {
             self.kept.insert(format!("{}{name}", memory_prefix(self.done)), home(tensor)?);
         }
-        Ok(())
+        // What a sampler remembers is not known before.
+        let bytes: usize = self.kept.values().map(|tensor| tensor.elem_count() * size_of::<f32>()).sum();
+        check_kept(bytes)
     }
 
     /// Hashes the latents and tells the observer.

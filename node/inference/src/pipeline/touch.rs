@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::Tensor;
 
 pub use channels::Channels;
-pub(crate) use check::check;
+pub(crate) use check::{check, check_kept};
 pub(crate) use digest::digest;
 pub use mix::{Embeds, Way, mix};
 pub(crate) use mix::{noise, prompt};

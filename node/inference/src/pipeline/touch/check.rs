@@ -17,7 +17,7 @@ pub(crate) fn check(
 ) -> Result<(), Error> {
     let touch = &request.touch;
     check_place(request, work, steps, shape)?;
-    check_kept(touch, steps, shape)?;
+    check_back(touch, steps, shape)?;
     check_route(touch, work.layers)?;
     check_channels(&touch.channels, work.latent_channels, steps)?;
     let weights = [
@@ -81,7 +81,7 @@ fn check_finite(op: &'static str, latents: &Tensor) -> Result<(), Error> {
 }
 
 /// What comes back.
-fn check_kept(touch: &Touch, steps: usize, shape: &dyn Fn(usize) -> Vec<usize>) -> Result<(), Error> {
+fn check_back(touch: &Touch, steps: usize, shape: &dyn Fn(usize) -> Vec<usize>) -> Result<(), Error> {
     const OP: &str = "latents.return_steps";
     let kept = &touch.keep.steps;
     if touch.decode_only.is_some() && (touch.keep.noise || !kept.is_empty()) {
@@ -92,11 +92,16 @@ fn check_kept(touch: &Touch, steps: usize, shape: &dyn Fn(usize) -> Vec<usize>) 
         return Err(fault(OP, format!("{none} is none of the steps {first} to {steps} of this run")));
     }
     let bytes: usize = kept.iter().map(|step| shape(*step).iter().product::<usize>() * 4).sum();
-    if bytes > MAX_KEPT_BYTES {
-        let reason = format!("{bytes} bytes of latents exceed the limit of {MAX_KEPT_BYTES} bytes");
-        return Err(fault(OP, reason));
+    check_kept(bytes)
+}
+
+/// Refuses more bytes of latents than come back from one run.
+pub(crate) fn check_kept(bytes: usize) -> Result<(), Error> {
+    if bytes <= MAX_KEPT_BYTES {
+        return Ok(());
     }
-    Ok(())
+    let reason = format!("{bytes} bytes of latents exceed the limit of {MAX_KEPT_BYTES} bytes");
+    Err(fault("latents.return_steps", reason))
 }
 
 fn check_route(touch: &Touch, layers: usize) -> Result<(), Error> {

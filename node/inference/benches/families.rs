@@ -199,14 +199,14 @@ fn mochi_vae() -> Run {
 }
 
 fn pyramid_transformer() -> Run {
-    let config = pyramid::config::TransformerConfig {
+    let config = pyramid::config::FluxConfig {
         num_layers: 1,
         num_single_layers: 3,
         num_attention_heads: 8,
         joint_attention_dim: 512,
         ..Default::default()
     };
-    let model = pyramid::transformer::PyramidTransformer::load(&config, &weights()).unwrap();
+    let model = pyramid::transformer::PyramidTransformer::load(&config.settled(), &weights()).unwrap();
     let (x, text, mask) = (random((1, 16, 1, 64, 80)), random((1, 64, 512)), ones((1, 64)));
     let pooled = random((1, 768));
     Box::new(move || {

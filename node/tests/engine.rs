@@ -193,6 +193,7 @@ fn an_orphan_exits_within_two_seconds_even_in_the_middle_of_a_step() {
     let open = OpenRequest {
         device: Name::truncated("cpu"),
         dtype: Name::truncated("auto"),
+        merge_adapters: false,
         threads: 0,
         memory_limit: 0,
     };

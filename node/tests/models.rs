@@ -12,11 +12,17 @@ use kinoflock_protocol::id::{BlobId, ModelId};
 use kinoflock_protocol::model::ModelDefaults;
 use kinoflock_protocol::units::UnixMillis;
 
+#[path = "../inference/tests/support/single.rs"]
+mod single;
 #[path = "../inference/tests/support/torch.rs"]
 mod torch;
 
 fn pipeline() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("inference/tests/goldens/ltx-video-0.9.0/pipeline")
+}
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("inference/tests/goldens")
 }
 
 /// A copy that a test may damage.
@@ -153,6 +159,66 @@ fn a_model_is_the_files_that_are_read_and_no_others() {
     fs::remove_dir_all(source.join("transformer_2")).unwrap();
     let missing = manifest::of_folder(&source).unwrap_err();
     assert!(missing.to_string().contains("transformer_2/config.json is missing"), "{missing}");
+}
+
+/// Transformer and VAE in one file, text encoder and tokenizer from another model's folder.
+#[test]
+fn a_single_file_is_a_model_with_another_models_text_encoder() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    copy_of_pipeline(&source);
+    single::THIRD.turn(&goldens(), &source, |_| {});
+    let file = folder.path().join("ltxv-tiny.safetensors");
+    fs::rename(source.join(single::FILE), &file).unwrap();
+    fs::write(source.join("text_encoder/notes.md"), "not part of the model").unwrap();
+    let store = ModelStore::open(&folder.path().join("models"), None).unwrap();
+    let model = store.import_file(&file, &source, "tiny").unwrap();
+    let paths: Vec<_> = model.manifest.files.iter().map(|file| file.path.to_string()).collect();
+    let of = |folder: &str| paths.iter().filter(|path| path.starts_with(folder)).count();
+    assert_eq!((of("ltxv-tiny.safetensors"), of("text_encoder/"), paths.len()), (1, 2, 3 + of("tokenizer/")));
+    let listed =
+        model.manifest.files.iter().find(|file| file.path.as_str() == "ltxv-tiny.safetensors").unwrap();
+    assert_eq!((listed.len, listed.blake3), manifest::hash_file(&file).unwrap());
+    assert!(store.verify(&model).unwrap().is_empty());
+    assert_eq!(
+        fs::read_dir(folder.path().join("models")).unwrap().count(),
+        1,
+        "nothing of the import is left"
+    );
+    let loaded = kinoflock_inference::load(&model.dir, &LoadOptions::default()).unwrap();
+    assert_eq!(loaded.info().architecture, "ltx-video");
+    let again = store.import(&model.dir, "again").unwrap();
+    assert_eq!(again.id, model.id, "the folder in the store is the model");
+    fs::remove_dir_all(source.join("text_encoder")).unwrap();
+    let error = store.import_file(&file, &source, "other").unwrap_err().to_string();
+    assert!(error.contains("text_encoder"), "{error}");
+    let error = store.import_file(&source.join("tokenizer/spiece.model"), &pipeline(), "other").unwrap_err();
+    assert!(error.to_string().contains("model_index.json"), "{error}");
+    assert_eq!(store.list().unwrap().len(), 1);
+}
+
+/// A GGUF file in the place of safetensors is one of the model's files like any other.
+#[test]
+fn a_folder_with_a_gguf_file_is_a_model_of_that_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    copy_of_pipeline(&source);
+    fs::remove_file(source.join("transformer/diffusion_pytorch_model.safetensors")).unwrap();
+    let blocks = goldens().join("../fixtures/gguf-blocks.gguf");
+    fs::copy(&blocks, source.join("transformer/ltxv-Q4_K.gguf")).unwrap();
+    let store = ModelStore::open(&folder.path().join("models"), None).unwrap();
+    let model = store.import(&source, "tiny").unwrap();
+    let listed =
+        model.manifest.files.iter().find(|file| file.path.as_str() == "transformer/ltxv-Q4_K.gguf").unwrap();
+    assert_eq!((listed.len, listed.blake3), manifest::hash_file(&blocks).unwrap());
+    assert!(store.verify(&model).unwrap().is_empty());
+    // The fixture is a sound file of other tensors.
+    let error = kinoflock_inference::load(&model.dir, &LoadOptions::default()).err().unwrap().to_string();
+    assert!(error.contains(" is missing in ") && error.contains("ltxv-Q4_K.gguf"), "{error}");
+    let bytes = fs::read(&blocks).unwrap();
+    fs::write(source.join("transformer/ltxv-Q4_K.gguf"), &bytes[..bytes.len() - 100]).unwrap();
+    let error = store.import(&source, "tiny").unwrap_err().to_string();
+    assert!(error.contains("truncated") && error.contains("ltxv-Q4_K.gguf"), "{error}");
 }
 
 /// Pyramid Flow is published without an index, its VAE as a pickle, and with a transformer for each size of picture.

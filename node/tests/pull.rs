@@ -13,6 +13,8 @@ use self::server::{COMMIT, Server};
 
 #[path = "pull/server.rs"]
 mod server;
+#[path = "../inference/tests/support/single.rs"]
+mod single;
 
 const NAME: &str = "ltx-2b-0.9.5";
 const WEIGHTS: &str = "transformer/diffusion_pytorch_model.safetensors";
@@ -275,10 +277,61 @@ fn a_model_that_nobody_here_can_run_is_refused_before_its_weights() {
     assert!(error.to_string().contains("SomethingElsePipeline"), "{error}");
     let asked = world.server.asked();
     assert!(!asked.iter().any(|asked| asked.path.ends_with(".safetensors")), "{asked:?}");
-    let single = known::find("ltx-13b-0.9.8-dev").unwrap();
-    let error = Plan::new(&world.hub(None), single, None).unwrap_err();
+    for (_, models) in known::all().families() {
+        assert!(models.iter().all(|known| known.hindrance().is_none()));
+    }
+    let world = World::new();
+    world.server.put("transformer/config.json", br#"{"qk_norm": "layer_norm"}"#);
+    let error = world.pull(AT_ONCE).unwrap_err();
     assert!(matches!(error, PullError::Hindered { .. }), "{error}");
-    assert_eq!(known::find("pyramid-flow-sd3").unwrap().hindrance(), None);
+    assert!(error.to_string().contains("qk_norm") && error.to_string().contains("layer_norm"), "{error}");
+    let asked = world.server.asked();
+    assert!(!asked.iter().any(|asked| asked.path.ends_with(".safetensors")), "{asked:?}");
+}
+
+#[test]
+fn a_model_that_is_published_in_one_file_comes_with_its_text_encoder_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    copy(&pipeline(), &source);
+    single::THIRD.turn(&pipeline().join("../.."), &source, |_| {});
+    let known = known::find("ltx-2b-0.9.8-distilled").unwrap();
+    let file = known.checkpoint.as_deref().unwrap();
+    std::fs::rename(source.join(single::FILE), source.join(file)).unwrap();
+    // The repository holds an older model as a folder, and other files of this one.
+    let server = Server::of_repository(&source, &known.repository);
+    for path in
+        ["transformer/diffusion_pytorch_model.safetensors", "vae/config.json", "ltxv-other.safetensors"]
+    {
+        server.put(path, b"another model's");
+    }
+    let hub = Hub::new(&server.address, None).unwrap();
+    let store = ModelStore::open(&folder.path().join("models"), None).unwrap();
+    let plan = Plan::new(&hub, known, None).unwrap();
+    let model = pull::pull(&hub, &store, &plan, AT_ONCE, &mut |_| {}).unwrap();
+    let paths: Vec<_> = model.manifest.files.iter().map(|file| file.path.to_string()).collect();
+    let others = ["text_encoder/", "tokenizer/"];
+    assert!(
+        paths.iter().all(|path| path == file || others.iter().any(|at| path.starts_with(at))),
+        "{paths:?}"
+    );
+    assert!(paths.iter().any(|path| path == file) && store.verify(&model).unwrap().is_empty());
+    assert_eq!(model.card.unwrap().licence.name.as_str(), "LTXV Open Weights License");
+    let without = Server::of_repository(&pipeline(), &known.repository);
+    let hub = Hub::new(&without.address, None).unwrap();
+    let error = Plan::new(&hub, known, None).unwrap_err();
+    assert!(matches!(&error, PullError::Lacking { what, .. } if what == file), "{error}");
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        match entry.path().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => drop(std::fs::copy(entry.path(), target).unwrap()),
+        }
+    }
 }
 
 #[test]

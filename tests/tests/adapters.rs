@@ -132,6 +132,21 @@ fn a_job_with_two_adapters_becomes_a_clip_whose_receipt_names_both_and_whose_fil
 }
 
 #[test]
+fn a_device_that_adds_adapters_to_the_weights_leaves_none_of_them_to_the_next_job() {
+    let mut sandbox = Sandbox::new();
+    add(&mut sandbox, "[[device]]\nmerge_adapters = true\n");
+    let client = artist(&sandbox, "artist");
+    let node = &sandbox.nodes[0];
+    let clips: Vec<_> = [&[][..], &BOTH, &FOG, &BOTH, &[]]
+        .iter()
+        .enumerate()
+        .map(|(number, flags)| make(&client, node, &format!("{number}.mp4"), flags).clip)
+        .collect();
+    assert!(clips[0] != clips[1] && clips[1] != clips[2] && clips[0] != clips[2]);
+    assert!(clips[3] == clips[1] && clips[4] == clips[0], "adapters stay in the weights");
+}
+
+#[test]
 fn adapters_that_do_not_fit_or_are_none_fail_their_job_alone_and_say_why() {
     let mut sandbox = Sandbox::new();
     add(&mut sandbox, "");
@@ -204,7 +219,7 @@ fn a_job_with_adapters_goes_on_after_its_worker_died_and_another_node_can_audit_
     let long = ["--steps", "800", "--node", &node.ticket()];
     let command = |file: &'static str| {
         let mut command = client.command(fixed.iter().chain(&flags).chain(&long).chain(&["-o", file]));
-        command.spawn().unwrap()
+        command.stderr(std::process::Stdio::null()).spawn().unwrap()
     };
     assert!(command("whole.mp4").wait().unwrap().success());
     let mut broken = command("broken.mp4");

@@ -115,7 +115,7 @@ pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, E
     let (architecture, index) = find(folder)?;
     let options = LoadOptions { places: options.places.fresh(), ..options.clone() };
     let pipeline = (architecture.load)(folder, &index, &options);
-    options.places.check_merged(pipeline.is_ok())?;
+    options.places.check(pipeline.is_ok())?;
     pipeline
 }
 

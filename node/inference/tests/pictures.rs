@@ -145,7 +145,7 @@ fn a_folder_whose_parts_disagree_about_pictures_is_refused() {
     let cases = [
         ("model_index.json", "_class_name", json!("WanPipeline"), "in_channels is 12: WanPipeline reads 4"),
         ("transformer/config.json", "image_dim", json!(24), "image_dim is 24: the image encoder's states"),
-        ("transformer/config.json", "added_kv_proj_dim", json!(null), "added_kv_proj_dim is None"),
+        ("transformer/config.json", "added_kv_proj_dim", json!(null), "added_kv_proj_dim is null"),
         ("transformer/config.json", "pos_embed_seq_len", json!(36), "two pictures have 34 tokens"),
         ("image_encoder/config.json", "hidden_act", json!("relu"), "hidden_act is relu"),
         ("image_encoder/config.json", "patch_size", json!(0), "patch_size is 0"),

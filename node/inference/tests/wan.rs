@@ -219,8 +219,8 @@ fn configuration_values_that_are_not_known_are_named() {
         ("model_index.json", "scheduler", serde_json::json!(["diffusers", "DDIM"]), "DDIM"),
         ("transformer/config.json", "_class_name", serde_json::json!("WanVACE"), "WanVACE"),
         ("transformer/config.json", "qk_norm", serde_json::json!("layer_norm"), "layer_norm"),
-        ("transformer/config.json", "image_dim", serde_json::json!(1280), "added_kv_proj_dim is None"),
-        ("transformer/config.json", "added_kv_proj_dim", serde_json::json!(48), "added_kv_proj_dim"),
+        ("transformer/config.json", "added_kv_proj_dim", serde_json::json!(48), "norm_added_k"),
+        ("transformer/config.json", "added_kv_proj_dim", serde_json::json!(40), "which is 48"),
         ("transformer/config.json", "num_layers", serde_json::json!(0), "num_layers"),
         ("transformer/config.json", "attention_head_dim", serde_json::json!(5), "attention_head_dim"),
         ("transformer/config.json", "patch_size", serde_json::json!([1, 2, 4]), "patch_size"),
@@ -244,6 +244,54 @@ fn configuration_values_that_are_not_known_are_named() {
     for (file, key, value, said) in cases {
         let error = error_of(&folder(), file, key, value);
         assert!(error.contains(said), "{file} {key}: {error}");
+    }
+}
+
+/// The reference builds these layers, which do nothing in a pipeline without states of pictures; it also runs without the
+/// embedding's weights, and not without those of keys and values.
+#[test]
+fn settings_for_pictures_change_nothing_where_there_are_none() {
+    use serde_json::json;
+    for (name, width) in [("wan2.1", 48), ("wan2.2-ti2v-5b", 28)] {
+        let folder = tempfile::tempdir().unwrap();
+        tiny::copy(&golden(name), folder.path());
+        let run = || {
+            let mut pipeline = open(folder.path());
+            let mut request = request(&*pipeline);
+            (request.width, request.height, request.steps) = (64, 32, 2);
+            pipeline.generate(&request, &mut Silent).unwrap().step_hashes
+        };
+        let expected = run();
+        let config = folder.path().join("transformer/config.json");
+        edit(&config, |config| config["image_dim"] = json!(1280));
+        assert_eq!(run(), expected, "{name}");
+        edit(&config, |config| config["added_kv_proj_dim"] = json!(5120));
+        let error = load_error(folder.path()).to_string();
+        assert!(
+            error.contains(&format!(
+                "added_kv_proj_dim is 5120: it can be the width of a token alone, which is {width}"
+            )),
+            "{error}"
+        );
+        edit(&config, |config| config["added_kv_proj_dim"] = json!(width));
+        let error = load_error(folder.path()).to_string();
+        assert!(error.contains("attn2.norm_added_k.weight is missing"), "{error}");
+        let file = folder.path().join("transformer/diffusion_pytorch_model.safetensors");
+        let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+        let mut put = |name: String, shape: &[usize]| {
+            let values = normal_tensor(tensors.len() as u64, Stream::Initial, shape, &Device::Cpu).unwrap();
+            tensors.insert(name, values);
+        };
+        for block in 0..if name == "wan2.1" { 2 } else { 1 } {
+            for layer in ["add_k_proj", "add_v_proj"] {
+                put(format!("blocks.{block}.attn2.{layer}.weight"), &[width, width]);
+                put(format!("blocks.{block}.attn2.{layer}.bias"), &[width]);
+            }
+            put(format!("blocks.{block}.attn2.norm_added_k.weight"), &[width]);
+        }
+        candle_core::safetensors::save(&tensors, &file).unwrap();
+        edit(&config, |config| config["image_dim"] = json!(null));
+        assert_eq!(run(), expected, "{name}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! `kinoflockd model`: what this node can run.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -35,13 +35,19 @@ pub(super) enum ModelCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Take a model in from a folder as it is published.
+    /// Take a model in from a folder as it is published, or from LTX-Video's single file.
+    ///
+    /// Weights are safetensors in f32, f16, bf16 or 8 bits, or a GGUF file in the place of a part's safetensors.
     Import {
-        /// The folder that holds model_index.json, or Pyramid Flow's parts.
-        folder: PathBuf,
-        /// The name by which artists ask for it; the folder's name if none is given.
+        /// The folder that holds model_index.json, or Pyramid Flow's parts; or a file of LTX-Video's transformer and VAE.
+        #[arg(value_name = "FOLDER|FILE")]
+        path: PathBuf,
+        /// The name by which artists ask for it; the folder's or file's name if none is given.
         #[arg(long)]
         name: Option<String>,
+        /// For a file: a model folder with text_encoder and tokenizer, which the file lacks.
+        #[arg(long, value_name = "FOLDER")]
+        text_encoder: Option<PathBuf>,
     },
     /// Fetch a known model from the hub where it is published, and take it in.
     ///
@@ -93,7 +99,9 @@ pub(super) fn run(command: ModelCommand, config: &Config) -> anyhow::Result<Exit
         ModelCommand::Pull(args) => fetch::run(&args, &store, config),
         ModelCommand::Show { model, json } => show::run(&store, &model, json),
         ModelCommand::Remove { model } => remove(&store, &model),
-        ModelCommand::Import { folder, name } => import(&store, &folder, name),
+        ModelCommand::Import { path, name, text_encoder } => {
+            import(&store, &path, name, text_encoder.as_deref())
+        }
         ModelCommand::Verify { model } => verify(&store, model.as_deref()),
         ModelCommand::Fingerprint { model, tolerance } => fingerprint(&store, config, &model, tolerance),
     }
@@ -216,16 +224,31 @@ fn remove(store: &ModelStore, wanted: &str) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn import(store: &ModelStore, folder: &std::path::Path, name: Option<String>) -> anyhow::Result<ExitCode> {
+fn import(
+    store: &ModelStore,
+    path: &Path,
+    name: Option<String>,
+    text_encoder: Option<&Path>,
+) -> anyhow::Result<ExitCode> {
+    let is_file = path.is_file();
     let name = match name {
         Some(name) => name,
         None => {
-            let whole = folder.canonicalize().with_context(|| format!("cannot open {}", folder.display()))?;
-            let last = whole.file_name().and_then(|name| name.to_str()).map(str::to_owned);
-            last.context("the folder has no name; give one with --name")?
+            let whole = path.canonicalize().with_context(|| format!("cannot open {}", path.display()))?;
+            let last = if is_file { whole.file_stem() } else { whole.file_name() };
+            let last = last.and_then(|name| name.to_str()).map(str::to_owned);
+            last.context("it has no name; give one with --name")?
         }
     };
-    let model = store.import(folder, &name)?;
+    let model = match text_encoder {
+        Some(beside) if is_file => store.import_file(path, beside, &name)?,
+        None if is_file => anyhow::bail!(
+            "{} is a file, and a model needs a text encoder too: give a model folder that has one with --text-encoder",
+            path.display()
+        ),
+        Some(_) => anyhow::bail!("{} is a folder: --text-encoder is for a file", path.display()),
+        None => store.import(path, &name)?,
+    };
     say::data(&model.id.to_string());
     say::words(&format!("{} is here; a running daemon serves it after its next start", model.name));
     Ok(ExitCode::SUCCESS)

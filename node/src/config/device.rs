@@ -57,6 +57,8 @@ pub struct DeviceConfig {
     pub threads: Option<u32>,
     /// Number format.
     pub dtype: Dtype,
+    /// Whether a job's adapters go into the weights, which are read anew for that, instead of beside them.
+    pub merge_adapters: bool,
     /// Bytes; `None` for no limit.
     pub memory_limit: Option<u64>,
     /// Names or ids; empty for all that the policy serves.
@@ -156,6 +158,7 @@ fn check(section: &DeviceSection, file: &FileConfig) -> Result<DeviceConfig, Con
         kind,
         threads: (section.threads > 0).then_some(section.threads),
         dtype,
+        merge_adapters: section.merge_adapters,
         memory_limit: positive("device.memory_limit", section.memory_limit.0.map(|size| size.0))?,
         models: section.models.clone(),
         limits: Limits {

@@ -169,6 +169,12 @@ pub const DOCS: &[KeyDoc] = &[
     doc("device.kind", "cpu, cuda:0 (any number), or metal."),
     doc("device.threads", "CPU threads; 0 for all cores."),
     doc("device.dtype", "auto, f32, bf16 or f16."),
+    doc(
+        "device.merge_adapters",
+        "A job's adapters (LoRA) are computed beside the model's weights: nothing is read anew, and each step costs some\n\
+         percent more. true adds them to the weights instead: steps cost nothing more, and the model is read anew\n\
+         whenever a job has other adapters than the one before.",
+    ),
     doc("device.memory_limit", "Most memory a job may need on this device; or \"unlimited\"."),
     doc("device.models", "Models for this device; empty for all that [policy] serves."),
     doc("device.max_width", "Widest clip on this device; or \"unlimited\"."),

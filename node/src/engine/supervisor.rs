@@ -65,6 +65,7 @@ impl WorkerConfig {
             open: OpenRequest {
                 device: super::wire::Name::truncated("cpu"),
                 dtype: super::wire::Name::truncated("auto"),
+                merge_adapters: false,
                 threads: 0,
                 memory_limit: 0,
             },
@@ -92,6 +93,7 @@ impl WorkerConfig {
             open: OpenRequest {
                 device: Name::truncated(&device.kind.to_string()),
                 dtype: Name::truncated(&device.dtype.to_string()),
+                merge_adapters: device.merge_adapters,
                 threads: device.threads.unwrap_or(0),
                 memory_limit: device.memory_limit.unwrap_or(0),
             },

@@ -163,6 +163,8 @@ pub struct OpenRequest {
     pub device: Name,
     /// `auto`, `f32`, `bf16` or `f16`.
     pub dtype: Name,
+    /// Whether a run's adapters go into the weights instead of beside them.
+    pub merge_adapters: bool,
     /// CPU threads; 0 for all cores.
     pub threads: u32,
     /// Greatest private memory of the process, bytes; 0 for no limit.

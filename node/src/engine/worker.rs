@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use kinoflock_inference::{Commitment, RgbFrames};
 use kinoflock_protocol::codec::Bytes;
-use kinoflock_protocol::id::{BlobId, JobId};
+use kinoflock_protocol::id::{BlobId, JobId, ModelId};
 use kinoflock_protocol::limits::MAX_PREVIEW;
 
 use super::frames;
@@ -60,6 +60,14 @@ pub trait Engine {
     /// # Errors
     /// When they cannot be read.
     fn load(&mut self, request: &LoadRequest) -> Result<LoadedModel, Failure>;
+
+    /// Reads a model's weights as a run needs them; returns at once if they are loaded so.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    fn prepare(&mut self, run: &RunRequest) -> Result<LoadedModel, Failure> {
+        self.load(&run.model)
+    }
 
     /// Makes frames with the loaded model.
     ///
@@ -338,7 +346,7 @@ fn obey(engine: &mut impl Engine, inbox: &Receiver<ToWorker>, out: &mut File, ca
                 tell(out, &message);
             }
             ToWorker::Load(request) => {
-                if let Err(failure) = load(engine, out, None, &request) {
+                if let Err(failure) = load(engine, out, None, request.model, |engine| engine.load(&request)) {
                     tell(out, &FromWorker::Failed { job: None, failure });
                 }
             }
@@ -358,21 +366,22 @@ fn obey(engine: &mut impl Engine, inbox: &Receiver<ToWorker>, out: &mut File, ca
 }
 
 /// Loads a model if it is not loaded, and answers the seconds that it took.
-fn load(
-    engine: &mut impl Engine,
+fn load<E: Engine>(
+    engine: &mut E,
     out: &mut File,
     job: Option<JobId>,
-    request: &LoadRequest,
+    model: ModelId,
+    read: impl FnOnce(&mut E) -> Result<LoadedModel, Failure>,
 ) -> Result<f64, Failure> {
     let since = Instant::now();
     tell(out, &FromWorker::Phase { job, phase: Phase::Load });
-    let loaded = guarded(engine, |engine| engine.load(request))?;
+    let loaded = guarded(engine, read)?;
     let seconds = if loaded.cached { 0.0 } else { since.elapsed().as_secs_f64() };
     tell(
         out,
         &FromWorker::Loaded(LoadedReport {
             job,
-            model: request.model,
+            model,
             seconds,
             architecture: wire::Name::truncated(&loaded.architecture),
             dtype: wire::Name::truncated(&loaded.dtype),
@@ -383,7 +392,7 @@ fn load(
 
 fn run(engine: &mut impl Engine, out: &mut File, cancelled: &Cancelled, request: &RunRequest) -> FromWorker {
     let job = request.job;
-    let load = match load(engine, out, Some(job), &request.model) {
+    let load = match load(engine, out, Some(job), request.model.model, |engine| engine.prepare(request)) {
         Ok(seconds) => seconds,
         Err(failure) => return FromWorker::Failed { job: Some(job), failure },
     };
@@ -402,7 +411,8 @@ fn run(engine: &mut impl Engine, out: &mut File, cancelled: &Cancelled, request:
 
 fn look(engine: &mut impl Engine, out: &mut File, cancelled: &Cancelled, audit: &AuditRun) -> FromWorker {
     let job = audit.run.job;
-    let found = load(engine, out, Some(job), &audit.run.model).and_then(|_| {
+    let read = load(engine, out, Some(job), audit.run.model.model, |engine| engine.prepare(&audit.run));
+    let found = read.and_then(|_| {
         let mut context = Context::new(out, cancelled, &audit.run);
         guarded(engine, |engine| engine.audit(audit, &mut context))
     });

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use kinoflock_inference::facts::Part as TextPart;
 use kinoflock_protocol::id::ModelId;
 
 use super::{
@@ -30,7 +31,27 @@ impl ModelStore {
         self.take(folder, name, None)
     }
 
-    /// The same of a model whose id is known. What this release reads from its files must make that very model.
+    /// Takes in a model that is published as one file, with text encoder and tokenizer from the model folder `beside`.
+    ///
+    /// # Errors
+    /// As [`ModelStore::import`].
+    pub fn import_file(&self, file: &Path, beside: &Path, name: &str) -> Result<Model, ModelsError> {
+        let part = Part::new(&self.folder)?;
+        let own = file.file_name().ok_or_else(|| ModelsError::Missing { path: file.to_owned() })?;
+        let mut sources = vec![(file.to_owned(), part.files().join(own))];
+        for folder in TextPart::text() {
+            let found = folder.names(beside).map_err(|error| manifest::in_folder(beside, error))?;
+            sources.extend(found.into_iter().map(|name| (beside.join(&name), part.files().join(name))));
+        }
+        let needed =
+            sources.iter().map(|(from, _)| Ok(metadata(from)?.len())).sum::<Result<u64, ModelsError>>()?;
+        for (from, to) in &sources {
+            place(from, to).map_err(|error| self.disk(error, needed))?;
+        }
+        self.take(&part.files(), name, None)
+    }
+
+    /// As [`ModelStore::import`] of a model whose id is known. What this release reads from its files must make that very model.
     ///
     /// # Errors
     /// As [`ModelStore::import`], and [`ModelsError::OtherModel`].

@@ -130,7 +130,7 @@ pub struct KnownModel {
     /// The folders that are needed.
     #[serde(default)]
     pub folders: Vec<String>,
-    /// The only file, where it is not published as a folder.
+    /// The file of transformer and VAE, where these are published in one; `folders` are then the others.
     pub checkpoint: Option<String>,
     licence: String,
     /// Billions of parameters in the transformer, if known.
@@ -205,11 +205,6 @@ impl KnownModel {
     /// Why this release cannot run it, if it cannot.
     #[must_use]
     pub fn hindrance(&self) -> Option<String> {
-        if let Some(file) = &self.checkpoint {
-            return Some(format!(
-                "it is published as the single file {file}, and this release takes folders in the diffusers layout"
-            ));
-        }
         (!runs(&self.class)).then(|| format!("this release does not compute its pipeline, {}", self.class))
     }
 
@@ -276,7 +271,9 @@ mod tests {
             assert!(super::super::is_name(&model.name), "{}", model.name);
             assert!(names.insert(&model.name), "{} stands twice", model.name);
             assert_eq!(model.repository.split('/').count(), 2, "{}", model.repository);
-            assert_ne!(model.folders.is_empty(), model.checkpoint.is_none(), "{}", model.name);
+            assert!(!model.folders.is_empty(), "{}", model.name);
+            let whole = model.folders.iter().any(|folder| folder == "vae" || folder == "causal_video_vae");
+            assert_ne!(whole, model.checkpoint.is_some(), "{}", model.name);
             for (file, hash) in &model.sha256 {
                 assert!(hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit()), "{file}: {hash}");
                 let folder = file.split('/').next().unwrap_or_default();

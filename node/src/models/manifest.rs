@@ -152,7 +152,7 @@ impl Numbers<'_> {
     }
 }
 
-fn in_folder(folder: &Path, error: Error) -> ModelsError {
+pub(super) fn in_folder(folder: &Path, error: Error) -> ModelsError {
     match error {
         Error::UnknownArchitecture { class, file, known } => {
             ModelsError::UnknownArchitecture { class, path: file, known }

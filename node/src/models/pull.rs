@@ -15,11 +15,10 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kinoflock_inference::registry::ModelIndex;
 use serde::{Deserialize, Serialize};
 
 use super::hub::{FileHash, Hub, HubError, Listing, RemoteFile};
-use super::known::{self, KnownModel};
+use super::known::KnownModel;
 use super::{CARD, Model, ModelStore, ModelsError, file_error, manifest};
 use crate::disk;
 
@@ -251,14 +250,14 @@ pub fn check(known: &KnownModel) -> Result<(), PullError> {
     }
 }
 
-/// The same of what its configuration says, now that it is here.
-fn check_class(known: &KnownModel, files: &Path) -> Result<(), PullError> {
-    let hindered = |reason| PullError::Hindered { name: known.name.clone(), reason };
-    let class = ModelIndex::read(files).map_err(|error| hindered(error.to_string()))?.class;
-    match known::runs(&class) {
-        true => Ok(()),
-        false => Err(hindered(format!("this release does not compute its pipeline, {class}"))),
+/// The same of what its configuration says, now that it is here. A single file holds its own.
+fn check_configuration(known: &KnownModel, files: &Path) -> Result<(), PullError> {
+    if known.checkpoint.is_some() {
+        return Ok(());
     }
+    let hindered =
+        |error: ModelsError| PullError::Hindered { name: known.name.clone(), reason: error.to_string() };
+    manifest::work_of(files).map(drop).map_err(hindered)
 }
 
 /// Fetches what a plan lists and imports it.
@@ -280,7 +279,7 @@ pub fn pull(
     for file in &plan.files {
         if !looked_at && is_weights(&file.path) {
             // Everything small is here.
-            check_class(known, &work.files())?;
+            check_configuration(known, &work.files())?;
             looked_at = true;
         }
         work.fetch(hub, known, &plan.commit, file, pauses, tell).map_err(|error| full(store, plan, error))?;
@@ -365,7 +364,11 @@ fn needed(known: &KnownModel, listing: &Listing) -> Result<Vec<RemoteFile>, Pull
             return Err(lacking(&format!("folder {folder}")));
         }
     }
-    files.extend(listing.files.iter().find(|file| file.path == "model_index.json").cloned());
+    let file = |path: &str| listing.files.iter().find(|file| file.path == path).cloned();
+    match &known.checkpoint {
+        Some(path) => files.push(file(path).ok_or_else(|| lacking(path))?),
+        None => files.extend(file("model_index.json")),
+    }
     if !files.iter().any(|file| is_weights(&file.path)) {
         return Err(lacking("weights"));
     }

@@ -8,7 +8,7 @@ pub struct AdapterError {
     pub adapter: String,
     /// What is wrong with it.
     #[source]
-    pub fault: AdapterFault,
+    pub fault: Box<AdapterFault>,
 }
 
 /// What is wrong with an adapter.
@@ -121,6 +121,6 @@ impl AdapterFault {
 
     /// The error about the adapter of that name.
     pub(super) fn of(self, adapter: &str) -> AdapterError {
-        AdapterError { adapter: adapter.to_owned(), fault: self }
+        AdapterError { adapter: adapter.to_owned(), fault: Box::new(self) }
     }
 }

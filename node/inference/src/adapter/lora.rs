@@ -28,6 +28,8 @@ pub struct Lora {
     hash: [u8; 32],
     bytes: Vec<u8>,
     layers: BTreeMap<String, Parts>,
+    /// What the file calls the layers that a model may have under these names.
+    owns: BTreeMap<String, Vec<String>>,
     settings: Map<String, Value>,
     ignored: Vec<String>,
 }
@@ -95,7 +97,11 @@ impl Lora {
     pub fn from_bytes(bytes: Vec<u8>, name: &str) -> Result<Self, AdapterError> {
         let hash = *blake3::hash(&bytes).as_bytes();
         let (layers, settings, ignored) = listed(&bytes).map_err(|fault| fault.of(name))?;
-        Ok(Self { name: name.to_owned(), hash, bytes, layers, settings, ignored })
+        let mut owns = BTreeMap::<String, Vec<String>>::new();
+        for own in layers.keys() {
+            candidates(own).for_each(|name| owns.entry(name).or_default().push(own.clone()));
+        }
+        Ok(Self { name: name.to_owned(), hash, bytes, layers, owns, settings, ignored })
     }
 
     /// Its name in errors.
@@ -121,11 +127,14 @@ impl Lora {
         self.layers.keys().map(String::as_str)
     }
 
-    /// Names under which a model may have the layer that the file calls so.
-    pub(super) fn candidates(own: &str) -> impl Iterator<Item = String> {
-        let (component, layer) = own.split_once('.').unwrap_or((TRANSFORMER, own));
-        let renamed = names::diffusers_name(layer).map(|name| format!("{component}.{name}"));
-        std::iter::once(own.to_owned()).chain(renamed)
+    /// Names under which a model may have the file's layers.
+    pub(super) fn names(&self) -> impl Iterator<Item = &String> {
+        self.owns.keys()
+    }
+
+    /// What the file calls the model's layer of this name; several where it has it several times.
+    pub(super) fn owns(&self, name: &str) -> &[String] {
+        self.owns.get(name).map_or(&[], Vec::as_slice)
     }
 
     /// The name of some tensor of a layer, for errors.
@@ -227,6 +236,13 @@ impl Piece {
         let columns = rest.iter().try_fold(1usize, |all, &size| all.checked_mul(size))?;
         (!rest.is_empty()).then_some((*first, columns))
     }
+}
+
+/// Names under which a model may have the layer that a file calls so.
+pub(super) fn candidates(own: &str) -> impl Iterator<Item = String> {
+    let (component, layer) = own.split_once('.').unwrap_or((TRANSFORMER, own));
+    let renamed = names::diffusers_name(layer).map(|name| format!("{component}.{name}"));
+    std::iter::once(own.to_owned()).chain(renamed)
 }
 
 fn zeros(rows: usize, columns: usize) -> Result<Tensor, AdapterFault> {

@@ -85,14 +85,23 @@ pub trait Register {
     /// # Errors
     /// When what is to be added does not fit it.
     fn enter(&self, layer: &Named<'_>) -> Result<Entered>;
+
+    /// All layers of a component are entered.
+    ///
+    /// # Errors
+    /// When something is for a layer that it does not have.
+    fn complete(&self) -> Result<()>;
 }
 
 thread_local! {
     static REGISTER: RefCell<Option<Arc<dyn Register>>> = const { RefCell::new(None) };
 }
 
-/// Runs `build`, and enters all layers that it loads in this thread.
-pub fn entering<T>(register: Arc<dyn Register>, build: impl FnOnce() -> T) -> T {
+/// Runs `build`, which loads a component, and enters all layers that it loads in this thread.
+///
+/// # Errors
+/// What `build` or the register reports.
+pub fn entering<T>(register: Arc<dyn Register>, build: impl FnOnce() -> Result<T>) -> Result<T> {
     /// Puts the former register back, whatever becomes of the build.
     struct Back(Option<Arc<dyn Register>>);
     impl Drop for Back {
@@ -100,8 +109,10 @@ pub fn entering<T>(register: Arc<dyn Register>, build: impl FnOnce() -> T) -> T 
             REGISTER.with(|cell| cell.replace(self.0.take()));
         }
     }
-    let _back = Back(REGISTER.with(|cell| cell.replace(Some(register))));
-    build()
+    let _back = Back(REGISTER.with(|cell| cell.replace(Some(Arc::clone(&register)))));
+    let built = build()?;
+    register.complete()?;
+    Ok(built)
 }
 
 /// Enters a layer, where there is a register.

@@ -268,7 +268,8 @@ impl<M: VideoModel> Pipeline for M {
         request: &GenerateRequest,
         observer: &mut dyn Observer,
     ) -> Result<Generated, Error> {
-        generate(self, request, observer)
+        let generated = generate(self, request, observer);
+        self.places().explain(generated)
     }
 
     fn commitment(&self, request: &GenerateRequest) -> Result<Commitment, Error> {
@@ -285,7 +286,8 @@ impl<M: VideoModel> Pipeline for M {
         index: usize,
         latents: &Tensor,
     ) -> Result<Transition, Error> {
-        audit::transition(self, request, index, latents)
+        let moved = audit::transition(self, request, index, latents);
+        self.places().explain(moved)
     }
 
     fn frames(&self, request: &GenerateRequest, latents: &Tensor) -> Result<RgbFrames, Error> {

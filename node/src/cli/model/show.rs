@@ -112,7 +112,7 @@ fn card_text(known: &KnownModel, card: &Card) -> String {
     };
     lines.push(entry("state", &state));
     let files = match &known.checkpoint {
-        Some(file) => file.clone(),
+        Some(file) => format!("{file} and the folders {}", known.folders.join(", ")),
         None => format!("the folders {}, and model_index.json where there is one", known.folders.join(", ")),
     };
     lines.push(entry("published in", &format!("{} at {}", known.repository, known.revision)));

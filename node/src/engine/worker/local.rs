@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use kinoflock_inference::adapter::{Adapter, Places};
 use kinoflock_inference::audit::frames_deviation;
 use kinoflock_inference::sampler::checkpoint::latents_bytes;
 use kinoflock_inference::{
@@ -11,11 +12,12 @@ use kinoflock_inference::{
 };
 use kinoflock_protocol::id::{BlobId, ModelId};
 
+use super::adapters::adapters;
 use super::touch::read_latents;
 use super::{Context, Engine, LoadedModel, Made, Stop};
 use crate::engine::wire::{
-    AuditReport, AuditRun, Failure, Hash, LoadRequest, Name, OpenRequest, Phase, RunRequest, StatePaths,
-    WorkerInfo,
+    AdapterUse, AuditReport, AuditRun, Failure, Hash, LoadRequest, Name, OpenRequest, Phase, RunRequest,
+    StatePaths, WorkerInfo,
 };
 use crate::engine::{encode, mp4};
 
@@ -26,7 +28,17 @@ const MAX_STATE_BYTES: u64 = 1 << 30;
 #[derive(Default)]
 pub struct LocalEngine {
     device: Option<(Device, DType)>,
-    loaded: Option<(ModelId, Box<dyn Pipeline>)>,
+    /// Whether a run's adapters go into the weights.
+    merges: bool,
+    loaded: Option<Loaded>,
+}
+
+/// The model that is loaded.
+struct Loaded {
+    model: ModelId,
+    /// What is in its weights.
+    merged: Vec<AdapterUse>,
+    pipeline: Box<dyn Pipeline>,
 }
 
 impl Engine for LocalEngine {
@@ -35,6 +47,7 @@ impl Engine for LocalEngine {
         let dtype = dtype(&request.dtype, &device)?;
         let threads = candle_threads(request.threads);
         self.device = Some((device, dtype));
+        self.merges = request.merge_adapters;
         Ok(WorkerInfo {
             engine: Name::truncated("kinoflock"),
             version: Name::truncated(env!("CARGO_PKG_VERSION")),
@@ -46,32 +59,21 @@ impl Engine for LocalEngine {
     }
 
     fn load(&mut self, request: &LoadRequest) -> Result<LoadedModel, Failure> {
-        let (device, dtype) = self.device.clone().ok_or_else(not_open)?;
-        let numbers = format!("{dtype:?}").to_lowercase();
-        if let Some((model, pipeline)) = &self.loaded
-            && *model == request.model
-        {
-            return Ok(LoadedModel {
-                architecture: pipeline.info().architecture.clone(),
-                dtype: numbers,
-                cached: true,
-            });
+        self.load_with(request, Vec::new(), || Ok(Vec::new()))
+    }
+
+    fn prepare(&mut self, run: &RunRequest) -> Result<LoadedModel, Failure> {
+        if !self.merges {
+            return self.load(&run.model);
         }
-        // The old weights go first: two models need not fit the device at once.
-        self.loaded = None;
-        let options = LoadOptions { device, dtype, ..LoadOptions::default() };
-        let pipeline = kinoflock_inference::load(Path::new(request.dir.as_str()), &options)
-            .map_err(|error| failure(&error))?;
-        let architecture = pipeline.info().architecture.clone();
-        self.loaded = Some((request.model, pipeline));
-        Ok(LoadedModel { architecture, dtype: numbers, cached: false })
+        self.load_with(&run.model, run.extra.adapters.to_vec(), || adapters(run))
     }
 
     fn run(&mut self, request: &RunRequest, context: &mut Context<'_>) -> Result<Made, Stop> {
         // What cannot be encoded is not worth computing.
         encode::check_size(request.width as usize, request.height as usize, request.fps)
             .map_err(|error| Failure::new(error.code(), &error.to_string(), false))?;
-        let (_, pipeline) = self.loaded.as_mut().ok_or_else(not_open)?;
+        let Loaded { pipeline, .. } = self.loaded.as_mut().ok_or_else(not_open)?;
         let generate = generate_request(request, pipeline.as_ref())?;
         let mut watcher = Watcher { context, step_hash: [0; 32] };
         let commitment = pipeline.commitment(&generate).map_err(|error| failure(&error))?;
@@ -91,13 +93,45 @@ impl Engine for LocalEngine {
 
     fn audit(&mut self, audit: &AuditRun, context: &mut Context<'_>) -> Result<AuditReport, Failure> {
         let (_, dtype) = self.device.clone().ok_or_else(not_open)?;
-        let (_, pipeline) = self.loaded.as_mut().ok_or_else(not_open)?;
+        let Loaded { pipeline, .. } = self.loaded.as_mut().ok_or_else(not_open)?;
         let generate = generate_request(&audit.run, pipeline.as_ref())?;
         look(audit, &generate, pipeline.as_mut(), &format!("{dtype:?}").to_lowercase(), context)
     }
 
     fn reset(&mut self) {
         self.loaded = None;
+    }
+}
+
+impl LocalEngine {
+    /// Reads a model with adapters in its weights, if it is not loaded so.
+    fn load_with(
+        &mut self,
+        request: &LoadRequest,
+        merged: Vec<AdapterUse>,
+        adapters: impl FnOnce() -> Result<Vec<Adapter>, Failure>,
+    ) -> Result<LoadedModel, Failure> {
+        let (device, dtype) = self.device.clone().ok_or_else(not_open)?;
+        let numbers = format!("{dtype:?}").to_lowercase();
+        if let Some(loaded) = &self.loaded
+            && loaded.model == request.model
+            && loaded.merged == merged
+        {
+            return Ok(LoadedModel {
+                architecture: loaded.pipeline.info().architecture.clone(),
+                dtype: numbers,
+                cached: true,
+            });
+        }
+        // The old weights go first: two models need not fit the device at once.
+        self.loaded = None;
+        let places = Places::merging(adapters()?);
+        let options = LoadOptions { device, dtype, places, ..LoadOptions::default() };
+        let pipeline = kinoflock_inference::load(Path::new(request.dir.as_str()), &options)
+            .map_err(|error| failure(&error))?;
+        let architecture = pipeline.info().architecture.clone();
+        self.loaded = Some(Loaded { model: request.model, merged, pipeline });
+        Ok(LoadedModel { architecture, dtype: numbers, cached: false })
     }
 }
 
@@ -222,7 +256,7 @@ fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<Gen
             ..SecondPass::new(strength)
         }),
         initial_latents,
-        adapters: super::adapters::adapters(request)?,
+        adapters: adapters(request)?,
         touch,
         decode: DecodeOptions {
             tile: extra.decode_tile.map(|pixels| pixels as usize),

@@ -134,8 +134,7 @@ impl Driver {
             return;
         }
         self.directing.entry(peer).or_default().push(reply);
-        let (relayed, known): (Vec<_>, Vec<_>) =
-            self.book.addresses(&peer).into_iter().partition(is_relayed);
+        let (relayed, known): (Vec<_>, Vec<_>) = self.book.addresses(&peer).into_iter().partition(is_relayed);
         let over_relays = if again { relayed } else { Vec::new() };
         for (addrs, condition) in [(known, PeerCondition::NotDialing), (over_relays, PeerCondition::Always)] {
             if !addrs.is_empty() {

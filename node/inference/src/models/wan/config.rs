@@ -98,6 +98,12 @@ impl TransformerConfig {
         self.num_attention_heads * self.attention_head_dim
     }
 
+    /// Width of the states of pictures, where the blocks attend to some: with `image_dim` alone nothing would.
+    #[must_use]
+    pub fn states(&self) -> Option<usize> {
+        self.image_dim.filter(|_| self.added_kv_proj_dim.is_some())
+    }
+
     /// Latent channels of a prediction.
     #[must_use]
     pub fn outputs(&self) -> usize {
@@ -112,15 +118,16 @@ impl TransformerConfig {
 
     fn check(&self, file: &Path) -> Result<(), Error> {
         check_only(file, "qk_norm", &self.qk_norm, &Some(QK_NORM.to_owned()))?;
-        let (given, needed) = (self.added_kv_proj_dim, self.image_dim.map(|_| self.inner()));
-        if given != needed {
-            let reason = format!("with this image_dim it must be {needed:?}");
-            return Err(config_error(file, "added_kv_proj_dim", format!("{given:?}"), reason));
+        let inner = self.inner();
+        // The states of pictures are brought to this width first; the reference loads another one and cannot compute.
+        if let Some(given) = self.added_kv_proj_dim.filter(|&given| given != inner) {
+            let reason = format!("it can be the width of a token alone, which is {inner}");
+            return Err(config_error(file, "added_kv_proj_dim", given, reason));
         }
         if let Some(odd) =
-            self.pos_embed_seq_len.filter(|len| !len.is_multiple_of(2) || self.image_dim.is_none())
+            self.pos_embed_seq_len.filter(|len| !len.is_multiple_of(2) && self.states().is_some())
         {
-            let reason = "it is for the tokens of two pictures, which need an image_dim";
+            let reason = "it is for the tokens of two pictures";
             return Err(config_error(file, "pos_embed_seq_len", odd, reason));
         }
         check_others(file, &self.others, CLASS)?;

@@ -77,20 +77,29 @@ pub(super) fn form(folder: &Path, index: &ModelIndex) -> Result<Form, Error> {
     let config = TransformerConfig::read(&file)?;
     let vae = WanVaeConfig::read(&folder.join("vae").join("config.json"))?;
     let is_image = index.class == IMAGE_CLASS;
-    if index.flag(folder, "expand_timesteps")?.unwrap_or(false) && config.in_channels == vae.z_dim {
-        return Ok(Form::First);
+    let expands = index.flag(folder, "expand_timesteps")?.unwrap_or(false);
+    if expands && config.in_channels == vae.z_dim {
+        return match config.image_dim.filter(|_| is_image) {
+            None => Ok(Form::First),
+            Some(dim) => {
+                let reason = "states of pictures are not read beside a first frame";
+                Err(config_error(file, "image_dim", dim, reason))
+            }
+        };
     }
     let needed = if is_image { 2 * vae.z_dim + vae.temporal_ratio() } else { vae.z_dim };
     if config.in_channels != needed {
         let reason = format!("{} reads {needed} with this VAE", index.class);
         return Err(config_error(file, "in_channels", config.in_channels, reason));
     }
-    let Some(dim) = config.image_dim else {
-        return Ok(if is_image { Form::Channels } else { Form::Text });
-    };
     if !is_image {
-        let reason = format!("{} reads no pictures", index.class);
-        return Err(config_error(file, "image_dim", dim, reason));
+        // Layers for pictures, where there are some, do nothing.
+        return Ok(Form::Text);
+    }
+    let Some(dim) = config.image_dim else { return Ok(Form::Channels) };
+    if config.states().is_none() {
+        let reason = "the states of pictures, of which image_dim tells, have no keys and values";
+        return Err(config_error(file, "added_kv_proj_dim", "null", reason));
     }
     let (seen, _) = vision::read_vision(folder)?;
     if seen.hidden_size != dim {

@@ -91,7 +91,7 @@ impl WanTransformer {
                 Linear::load(width, width, true, text.pp("linear_2"))?,
             ],
             image: config
-                .image_dim
+                .states()
                 .map(|dim| ImageEmbedding::load(config, dim, &condition.pp("image_embedder")))
                 .transpose()?,
             blocks,

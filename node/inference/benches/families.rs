@@ -28,9 +28,10 @@ mod support;
 use support::{random, weights};
 
 type Run = Box<dyn FnMut()>;
+type Build = fn() -> Run;
 
 /// Names, as `beside_torch.py` has them, and what makes each ready to run.
-const CASES: [(&str, fn() -> Run); 18] = [
+const CASES: [(&str, Build); 18] = [
     ("gemm 1024x2048x2048", gemm),
     ("conv3d 3x3x3 128 to 128, 9x64x64", conv3d),
     ("attention 32 heads x 1024 x 64", attend),

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
+use crate::offload::Offload;
 pub use crate::sampler::checkpoint::Checkpoint;
 pub use conditions::Condition;
 
@@ -30,11 +31,24 @@ pub struct LoadOptions {
     /// The infix of the weight files to prefer, such as `fp16` or `bf16`; files without an infix are taken where there
     /// are none with it.
     pub variant: Option<String>,
+    /// Whether components stay loaded.
+    pub offload: Offload,
+    /// Memory of the device that a run may take, bytes; `None` for no limit. [`Offload::Auto`] decides by it.
+    pub memory: Option<u64>,
+    /// The text encoder is on the CPU though the rest is not.
+    pub text_on_cpu: bool,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, variant: None }
+        Self {
+            device: Device::Cpu,
+            dtype: DType::F32,
+            variant: None,
+            offload: Offload::default(),
+            memory: None,
+            text_on_cpu: false,
+        }
     }
 }
 

@@ -7,13 +7,18 @@ use serde_json::{Map, Value};
 use crate::error::Error;
 use crate::facts::{Facts, INDEX_FILE};
 use crate::models;
-use crate::pipeline::{LoadOptions, Pipeline, config_error, read_json};
+use crate::pipeline::run::check_sizes;
+use crate::pipeline::{GenerateRequest, LoadOptions, Pipeline, config_error, read_json};
+use crate::plan::{MemoryPlan, PlanOptions};
 
 /// Reads a model folder whose index is read already.
 pub type Loader = fn(&Path, &ModelIndex, &LoadOptions) -> Result<Box<dyn Pipeline>, Error>;
 
 /// Says what a model folder is, whose index is read already, without reading its weights.
 pub type Teller = fn(&Path, &ModelIndex) -> Result<Facts, Error>;
+
+/// Says what a request needs in memory with a model folder whose index is read already.
+pub type Planner = fn(&Path, &ModelIndex, &GenerateRequest, &PlanOptions) -> Result<MemoryPlan, Error>;
 
 /// An architecture that can be loaded.
 pub struct Architecture {
@@ -23,6 +28,8 @@ pub struct Architecture {
     pub classes: &'static [&'static str],
     /// What a folder says of itself: everything that others need to know about a model of this architecture.
     pub facts: Teller,
+    /// What a request needs in memory.
+    pub plan: Planner,
     /// Reads a folder.
     pub load: Loader,
 }
@@ -120,6 +127,20 @@ pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, E
 pub fn facts(folder: &Path) -> Result<Facts, Error> {
     let (architecture, index) = find(folder)?;
     (architecture.facts)(folder, &index)
+}
+
+/// What a request needs in memory with a model folder, from its configuration files alone.
+///
+/// # Errors
+/// As [`facts`], or what the request cannot be.
+pub fn plan(
+    folder: &Path,
+    request: &GenerateRequest,
+    options: &PlanOptions,
+) -> Result<MemoryPlan, Error> {
+    let (architecture, index) = find(folder)?;
+    check_sizes(&(architecture.facts)(folder, &index)?.info, request)?;
+    (architecture.plan)(folder, &index, request, options)
 }
 
 fn find(folder: &Path) -> Result<(&'static Architecture, ModelIndex), Error> {

@@ -18,5 +18,6 @@ pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
     facts: facts::facts,
+    plan: pipeline::plan::plan,
     load: |folder, index, options| Ok(Box::new(LtxPipeline::load(folder, index, options)?)),
 };

@@ -20,5 +20,6 @@ pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
     facts: |folder, _| facts::facts(folder),
+    plan: |folder, _, request, options| pipeline::plan::plan(folder, request, options),
     load: |folder, _, options| Ok(Box::new(PyramidPipeline::load(folder, options)?)),
 };

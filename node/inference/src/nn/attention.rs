@@ -10,7 +10,7 @@ use candle_core::{D, DType, Result, Tensor};
 use super::cpu::fast;
 
 /// The generic way makes scores of at most this many elements at once.
-const SCORES_AT_ONCE: usize = 1 << 28;
+pub(crate) const SCORES_AT_ONCE: usize = 1 << 28;
 
 /// `softmax(q k^T scale + mask) v`.
 ///

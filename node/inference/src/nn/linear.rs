@@ -5,9 +5,9 @@ use std::sync::Arc;
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::cpu::{View, generic_only, shapes_only};
+use super::cpu::{View, generic_only, note_repacked, shapes_only};
 use super::ops;
-use super::pack::{Epilogue, Packed, product};
+use super::pack::{Epilogue, Packed, packed_len, product};
 
 /// `x W^T + b` over the last dimension.
 ///
@@ -50,6 +50,9 @@ impl Linear {
                 "a linear layer of {output} outputs was given a bias of shape {:?}",
                 bias.shape()
             );
+        }
+        if shapes_only() {
+            note_repacked(&weight, packed_len(1, input, output));
         }
         let tracked = weight.track_op() || bias.as_ref().is_some_and(Tensor::track_op);
         if !weight.device().is_cpu() || tracked || generic_only() || shapes_only() {

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
-pub use check::check_prompt;
+pub use check::{check_prompt, check_sizes};
 use digest::digest;
 pub use parts::{initial, watched};
 

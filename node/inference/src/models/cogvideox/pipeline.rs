@@ -6,6 +6,7 @@
 //! clip's latent frames do not come in whole tokens, further ones stand before them and are dropped before the decode.
 
 mod parts;
+pub(super) mod plan;
 
 use std::path::Path;
 

@@ -6,6 +6,7 @@
 
 mod conditions;
 mod parts;
+pub(super) mod plan;
 mod second;
 
 use std::path::{Path, PathBuf};

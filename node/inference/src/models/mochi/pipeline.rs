@@ -4,6 +4,7 @@
 //! the other way round: its sigmas rise from 0 to 1, and the model predicts `data - noise`.
 
 mod parts;
+pub(super) mod plan;
 
 use std::path::Path;
 

@@ -7,6 +7,7 @@
 //! one unit.
 
 mod parts;
+pub(super) mod plan;
 mod resize;
 mod units;
 

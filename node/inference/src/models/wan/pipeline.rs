@@ -8,6 +8,7 @@
 
 mod parts;
 mod pictures;
+pub(super) mod plan;
 pub(super) mod sampler;
 
 use std::path::Path;

@@ -1,0 +1,118 @@
+//! Components that are in memory only while they are needed.
+//!
+//! A pipeline keeps each of its large components in a [`Slot`]. Where everything fits, a slot is filled when the model is
+//! loaded and stays so. Where it does not, a run goes through its components in turn: each is read when its phase begins
+//! and given back when that is over. What is computed is the same, bit for bit; the price is reading the weights anew for
+//! every clip.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::Error;
+
+/// What becomes of a model's components during a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Offload {
+    /// All stay loaded.
+    None,
+    /// All stay loaded where they fit, else they go in turn.
+    #[default]
+    Auto,
+    /// In turn, always.
+    InTurn,
+}
+
+/// Whether the slots of a pipeline are emptied behind a run: one for all of them.
+#[derive(Debug, Clone, Default)]
+pub struct InTurn(Arc<AtomicBool>);
+
+impl InTurn {
+    /// From now on.
+    pub fn set(&self, on: bool) {
+        self.0.store(on, Ordering::Relaxed);
+    }
+
+    /// Whether it is so.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+type Read<T> = Box<dyn Fn() -> Result<T, Error> + Send + Sync>;
+
+/// A component, or the way to read it.
+pub struct Slot<T> {
+    held: Mutex<Option<Arc<T>>>,
+    read: Read<T>,
+    in_turn: InTurn,
+}
+
+impl<T> Slot<T> {
+    /// A slot that is filled at once unless components go in turn.
+    ///
+    /// # Errors
+    /// What reading reports.
+    pub fn new(
+        in_turn: &InTurn,
+        read: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
+        let slot = Self { held: Mutex::new(None), read: Box::new(read), in_turn: in_turn.clone() };
+        if !in_turn.is_on() {
+            slot.get()?;
+        }
+        Ok(slot)
+    }
+
+    /// The component, read if it is not there.
+    ///
+    /// # Errors
+    /// What reading reports.
+    pub fn get(&self) -> Result<Arc<T>, Error> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*held {
+            Some(component) => Ok(Arc::clone(component)),
+            None => {
+                let component = Arc::new((self.read)()?);
+                *held = Some(Arc::clone(&component));
+                Ok(component)
+            }
+        }
+    }
+
+    /// Gives the component back where components go in turn.
+    pub fn give_back(&self) {
+        if self.in_turn.is_on() {
+            *self.held.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+
+    /// Whether the component is in memory.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    #[test]
+    fn a_component_is_read_again_only_after_it_was_given_back() {
+        let reads = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&reads);
+        let in_turn = InTurn::default();
+        let slot = Slot::new(&in_turn, move || Ok(counted.fetch_add(1, Ordering::Relaxed))).unwrap();
+        slot.give_back();
+        assert!(slot.is_held(), "without turns it stays");
+        assert_eq!((*slot.get().unwrap(), reads.load(Ordering::Relaxed)), (0, 1));
+        in_turn.set(true);
+        slot.give_back();
+        assert!(!slot.is_held());
+        assert_eq!((*slot.get().unwrap(), reads.load(Ordering::Relaxed)), (1, 2));
+    }
+}

@@ -57,6 +57,14 @@ pub fn open_weights(part: &Path, stem: &str, options: &LoadOptions, dtype: DType
     Ok(Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?)
 }
 
+/// How many parameters a component's files hold.
+///
+/// # Errors
+/// When a file is missing, cut short or corrupt.
+pub fn count_weights(part: &Path, stem: &str, options: &LoadOptions) -> Result<u64, Error> {
+    Ok(open_weights(part, stem, options, options.dtype)?.parameters())
+}
+
 /// A T5 or UMT5 encoder from its component's folder, and how many parameters it has. T5 overflows in f16: it is bf16
 /// there.
 ///

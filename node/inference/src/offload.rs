@@ -5,10 +5,14 @@
 //! and given back when that is over. What is computed is the same, bit for bit; the price is reading the weights anew for
 //! every clip.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
+use crate::pipeline::{GenerateRequest, LoadOptions};
+use crate::plan::{MemoryPlan, PlanOptions};
+use crate::registry;
 
 /// What becomes of a model's components during a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -36,6 +40,62 @@ impl InTurn {
     #[must_use]
     pub fn is_on(&self) -> bool {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Where a pipeline's components are, and how that is decided for each run.
+pub struct Placement {
+    folder: PathBuf,
+    options: PlanOptions,
+    offload: Offload,
+    memory: Option<u64>,
+    in_turn: InTurn,
+}
+
+impl Placement {
+    /// For a model folder. Where there is a limit, components are loaded at once only if they fit beside the model's
+    /// smallest clip.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`].
+    pub fn new(folder: &Path, options: &LoadOptions) -> Result<Self, Error> {
+        let this = Self {
+            folder: folder.to_owned(),
+            options: PlanOptions::of(options),
+            offload: options.offload,
+            memory: options.memory,
+            in_turn: InTurn::default(),
+        };
+        let in_turn = match (this.offload, this.memory) {
+            (Offload::InTurn, _) => true,
+            (Offload::Auto, Some(memory)) => {
+                let smallest = registry::facts(folder)?.smallest();
+                MemoryPlan::new(folder, &smallest, &this.options)?.peak(false) > memory
+            }
+            _ => false,
+        };
+        this.in_turn.set(in_turn);
+        Ok(this)
+    }
+
+    /// What the slots of the pipeline follow.
+    #[must_use]
+    pub fn turns(&self) -> &InTurn {
+        &self.in_turn
+    }
+
+    /// Decides for a run, before anything of it is loaded.
+    ///
+    /// # Errors
+    /// [`Error::DoesNotFit`] with what is needed and what there is.
+    pub fn settle(&self, request: &GenerateRequest) -> Result<(), Error> {
+        let Some(available) = self.memory else { return Ok(()) };
+        let needs = MemoryPlan::new(&self.folder, request, &self.options)?.needs(self.offload, self.memory);
+        if !needs.fits {
+            return Err(Error::DoesNotFit { needed: needs.bytes, available });
+        }
+        self.in_turn.set(needs.in_turn);
+        Ok(())
     }
 }
 

@@ -52,6 +52,15 @@ impl Default for LoadOptions {
     }
 }
 
+impl LoadOptions {
+    /// Those of the text encoder.
+    #[must_use]
+    pub fn for_text(&self) -> Self {
+        let device = if self.text_on_cpu { Device::Cpu } else { self.device.clone() };
+        Self { device, ..self.clone() }
+    }
+}
+
 /// Opens `cpu`, `cuda`, `cuda:N`, `metal` or `metal:N`.
 ///
 /// # Errors

@@ -25,7 +25,7 @@ use serde::Serialize;
 
 use crate::error::Error;
 use crate::offload::Offload;
-use crate::pipeline::GenerateRequest;
+use crate::pipeline::{GenerateRequest, LoadOptions};
 use ledger::{Ghost, Ledger};
 use weights::Resident;
 
@@ -38,6 +38,14 @@ pub struct PlanOptions {
     pub dtype: DType,
     /// Whether the text encoder is on the CPU though the rest is not.
     pub text_on_cpu: bool,
+}
+
+impl PlanOptions {
+    /// Those of a pipeline that is loaded so.
+    #[must_use]
+    pub fn of(options: &LoadOptions) -> Self {
+        Self { cpu: options.device.is_cpu(), dtype: options.dtype, text_on_cpu: options.text_on_cpu }
+    }
 }
 
 impl Default for PlanOptions {

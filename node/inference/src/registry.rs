@@ -138,7 +138,13 @@ pub fn plan(
     request: &GenerateRequest,
     options: &PlanOptions,
 ) -> Result<MemoryPlan, Error> {
+    // What goes through frames one by one has an end, whatever is asked for.
+    const MOST_FRAMES: usize = 1 << 20;
     let (architecture, index) = find(folder)?;
+    if request.frames > MOST_FRAMES {
+        let (given, rule) = (request.frames as f64, "no plan is made for more than 1048576");
+        return Err(Error::Number { field: "frames", given, rule });
+    }
     check_sizes(&(architecture.facts)(folder, &index)?.info, request)?;
     (architecture.plan)(folder, &index, request, options)
 }

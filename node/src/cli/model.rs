@@ -15,6 +15,7 @@ use crate::models::{Model, ModelStore, embedded, pull, selftest};
 
 mod fetch;
 mod known;
+mod plan;
 mod show;
 mod words;
 
@@ -55,6 +56,8 @@ pub(super) enum ModelCommand {
         /// As JSON.
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        plan: plan::PlanArgs,
     },
     /// Remove a model and its files, or what is here of one that was not pulled to its end.
     Remove {
@@ -91,7 +94,11 @@ pub(super) fn run(command: ModelCommand, config: &Config) -> anyhow::Result<Exit
     match command {
         ModelCommand::List { json, .. } => list(&store, config, json),
         ModelCommand::Pull(args) => fetch::run(&args, &store, config),
-        ModelCommand::Show { model, json } => show::run(&store, &model, json),
+        ModelCommand::Show { model, json, plan } if plan.is_wanted() => {
+            plan::show(&chosen(&store, Some(&model))?[0], &plan, config, json)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        ModelCommand::Show { model, json, .. } => show::run(&store, &model, json),
         ModelCommand::Remove { model } => remove(&store, &model),
         ModelCommand::Import { folder, name } => import(&store, &folder, name),
         ModelCommand::Verify { model } => verify(&store, model.as_deref()),

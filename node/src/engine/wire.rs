@@ -28,7 +28,7 @@ pub use self::audit::{AuditReport, AuditRun, Hash, StatePaths};
 mod audit;
 
 /// The version of these messages. Both sides are of one release, or the daemon says that they are not.
-pub const WIRE_VERSION: u32 = 4;
+pub const WIRE_VERSION: u32 = 5;
 /// Greatest message, bytes: a prompt twice, or a preview, with room.
 pub const MAX_FRAME: usize = 128 * 1024;
 /// Greatest path, bytes of UTF-8.
@@ -163,6 +163,10 @@ pub struct OpenRequest {
     pub threads: u32,
     /// Greatest private memory of the process, bytes; 0 for no limit.
     pub memory_limit: u64,
+    /// What a run's plan may need, bytes; 0 for no limit.
+    pub memory: u64,
+    /// `auto`, `none`, `in-turn` or `text-cpu`.
+    pub offload: Name,
 }
 
 /// A model on this machine.

@@ -59,6 +59,14 @@ pub trait Engine {
     /// When they cannot be read.
     fn load(&mut self, request: &LoadRequest) -> Result<LoadedModel, Failure>;
 
+    /// Whether a run can be made at all, before its model is loaded.
+    ///
+    /// # Errors
+    /// Why not.
+    fn check(&mut self, _request: &RunRequest) -> Result<(), Failure> {
+        Ok(())
+    }
+
     /// Makes frames with the loaded model.
     ///
     /// # Errors
@@ -379,6 +387,9 @@ fn load(
 
 fn run(engine: &mut impl Engine, out: &mut File, cancelled: &Cancelled, request: &RunRequest) -> FromWorker {
     let job = request.job;
+    if let Err(failure) = guarded(engine, |engine| engine.check(request)) {
+        return FromWorker::Failed { job: Some(job), failure };
+    }
     let load = match load(engine, out, Some(job), &request.model) {
         Ok(seconds) => seconds,
         Err(failure) => return FromWorker::Failed { job: Some(job), failure },

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::error::Error;
 use crate::frames::RgbFrames;
+use crate::offload::Placement;
 use crate::pipeline::latents::LatentRgb;
 use crate::sampler::checkpoint::latents_bytes;
 
@@ -69,6 +70,12 @@ pub trait VideoModel: Send {
 
     /// Where it computes.
     fn device(&self) -> &Device;
+
+    /// Where its components are.
+    fn placement(&self) -> &Placement;
+
+    /// Gives back the components that a phase alone uses, where they go in turn.
+    fn give_back(&self, phase: Phase);
 
     /// How many tokens a prompt has, with the end mark.
     ///
@@ -243,6 +250,7 @@ fn generate<M: VideoModel>(
     observer: &mut dyn Observer,
 ) -> Result<Generated, Error> {
     let plan = check::check(model, request)?;
+    settle(model, request)?;
     let course = model.course(&plan);
     let mut run = Run::begin(model, request, &plan)?;
     let steps = course.steps();
@@ -260,6 +268,8 @@ fn generate<M: VideoModel>(
         let predicted = run.step(&context).map_err(|error| during(error, "computing a step"))?;
         run.tell(&predicted, observer)?;
     }
+    drop(context);
+    model.give_back(Phase::Step);
     let latents = model.volume(&plan, &run.state.latents)?;
     let frames = if request.decode.skip {
         RgbFrames { width: request.width, height: request.height, count: 0, data: Vec::new() }
@@ -271,12 +281,22 @@ fn generate<M: VideoModel>(
         let video = model.decode(request, &latents, observer).map_err(|error| match error {
             Error::Cancelled { .. } => Error::Cancelled { steps_done: steps, steps },
             other => during(other, "decoding"),
-        })?;
-        RgbFrames::from_unit(&video)?
+        });
+        model.give_back(Phase::Decode);
+        RgbFrames::from_unit(&video?)?
     };
     let latents = latents.to_device(&Device::Cpu)?;
     let start_hash = *blake3::hash(&latents_bytes(&model.begin(request, &plan)?)?).as_bytes();
     Ok(Generated { frames, latents, start_hash, step_hashes: run.hashes, steps_done: steps - first })
+}
+
+/// Decides how a run's components are placed, and empties what it begins without.
+fn settle<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<(), Error> {
+    model.placement().settle(request)?;
+    for phase in [Phase::Text, Phase::Step, Phase::Decode] {
+        model.give_back(phase);
+    }
+    Ok(())
 }
 
 fn during(error: Error, phase: &'static str) -> Error {
@@ -369,6 +389,8 @@ impl<'a, M: VideoModel> Run<'a, M> {
         }
         let colours = match &self.colours {
             Some(colours) => colours,
+            // The decoder waits for its turn.
+            None if self.model.placement().turns().is_on() => self.colours.insert(LatentRgb::default()),
             // A device without room for that is no reason to fail a run: channels are then shown as they are.
             None => self.colours.insert(colours::learnt(self.model, self.request).unwrap_or_default()),
         };

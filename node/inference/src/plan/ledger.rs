@@ -93,10 +93,6 @@ impl Ghost {
         self.dims[axis]
     }
 
-    pub(crate) fn dtype(&self) -> DType {
-        self.dtype
-    }
-
     fn new(&self, dims: &[usize], dtype: DType) -> Self {
         Ledger(Rc::clone(&self.held.books)).ghost(dims, dtype)
     }
@@ -263,6 +259,33 @@ pub(crate) fn attention(query: &Ghost, key: &Ghost, value: &Ghost) -> Ghost {
     scaled.new(&out, query.dtype).same()
 }
 
+/// Goes through a loop over runs of frames that are kept and joined along `axis`: `first` frames, then `len` each. Runs
+/// that are like the one before them are gone through once, so that the longest clip costs no more than a short one.
+pub(crate) fn in_runs(
+    total: usize,
+    (first, len): (usize, usize),
+    axis: usize,
+    mut go: impl FnMut(usize, bool) -> Ghost,
+) -> Ghost {
+    /// Runs after which all are alike, but for the last.
+    const SETTLED: usize = 3;
+    let (first, len) = (first.clamp(1, total.max(1)), len.max(1));
+    let mut parts = vec![go(first, true)];
+    let count = (total - first.min(total)).div_ceil(len);
+    for index in 0..count {
+        let alike = index >= SETTLED && index + 1 < count;
+        if !alike {
+            parts.push(go(len.min(total - first - index * len), false));
+        } else if index == SETTLED {
+            let last = parts.last().expect("invariant: runs were gone through");
+            let mut dims = last.dims.clone();
+            dims[axis] *= count - 1 - SETTLED;
+            parts.push(last.turned(&dims));
+        }
+    }
+    cat(&parts.iter().collect::<Vec<_>>(), axis)
+}
+
 /// What causal convolutions remember between runs of frames: [`crate::nn::frame_cache::FrameCache`].
 #[derive(Debug, Default)]
 pub(crate) struct GhostCache {
@@ -327,6 +350,19 @@ mod tests {
         let x = ledger.wide(&[1, 4, 16]);
         drop(x.narrow(1, 2).linear(16));
         assert_eq!(ledger.most(), 256 + 128);
+    }
+
+    #[test]
+    fn a_long_loop_is_gone_through_as_a_short_one_and_holds_as_much_as_it_makes() {
+        let ledger = Ledger::new(true);
+        let mut runs = 0;
+        let joined = in_runs(1_000_001, (3, 2), 1, |len, _| {
+            runs += 1;
+            ledger.wide(&[1, len, 4])
+        });
+        assert_eq!((joined.dim(1), runs), (1_000_001, 5));
+        assert_eq!(ledger.most(), 2 * 16 * 1_000_001);
+        assert_eq!(in_runs(1, (3, 2), 1, |len, _| ledger.wide(&[1, len, 4])).dim(1), 1);
     }
 
     #[test]

@@ -6,15 +6,19 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{PromptTokenizer, T5Encoder};
 use crate::error::Error;
-use crate::folder::load_t5;
+use crate::folder::{TEXT_STEM, count_weights, load_t5};
+use crate::offload::{InTurn, Slot};
 use crate::pipeline::LoadOptions;
 use crate::pipeline::run::check_prompt;
 
 /// What a model reads prompts with.
 pub struct PromptEncoder {
     tokenizer: PromptTokenizer,
-    encoder: T5Encoder,
+    encoder: Slot<T5Encoder>,
     limit: usize,
+    /// Where the encoder computes.
+    here: Device,
+    /// Where its embeddings are wanted.
     device: Device,
 }
 
@@ -24,8 +28,13 @@ impl PromptEncoder {
     ///
     /// # Errors
     /// See [`crate::load`].
-    pub fn load(folder: &Path, options: &LoadOptions, most: usize) -> Result<(Self, u64), Error> {
-        Self::load_parts(&folder.join("tokenizer"), &folder.join("text_encoder"), options, most)
+    pub fn load(
+        folder: &Path,
+        options: &LoadOptions,
+        most: usize,
+        in_turn: &InTurn,
+    ) -> Result<(Self, u64), Error> {
+        Self::load_parts(&folder.join("tokenizer"), &folder.join("text_encoder"), options, most, in_turn)
     }
 
     /// [`PromptEncoder::load`] from folders of other names.
@@ -37,11 +46,15 @@ impl PromptEncoder {
         encoder: &Path,
         options: &LoadOptions,
         most: usize,
+        in_turn: &InTurn,
     ) -> Result<(Self, u64), Error> {
         let tokenizer = PromptTokenizer::load(tokenizer)?;
         let limit = tokenizer.max_length.map_or(most, |limit| limit.min(most));
-        let (encoder, parameters) = load_t5(encoder, options)?;
-        Ok((Self { tokenizer, encoder, limit, device: options.device.clone() }, parameters))
+        let parameters = count_weights(encoder, TEXT_STEM, options)?;
+        let here = options.for_text();
+        let (part, device) = (encoder.to_owned(), here.device.clone());
+        let encoder = Slot::new(in_turn, move || Ok(load_t5(&part, &here)?.0))?;
+        Ok((Self { tokenizer, encoder, limit, here: device, device: options.device.clone() }, parameters))
     }
 
     /// Tokens that are read of a prompt, with the end mark.
@@ -55,10 +68,9 @@ impl PromptEncoder {
         self.limit = limit;
     }
 
-    /// The encoder.
-    #[must_use]
-    pub fn encoder(&self) -> &T5Encoder {
-        &self.encoder
+    /// Gives the encoder back where components go in turn.
+    pub fn give_back(&self) {
+        self.encoder.give_back();
     }
 
     /// How many tokens a prompt has, with the end mark.
@@ -88,9 +100,9 @@ impl PromptEncoder {
         if let Some(cut_text) = encoded.cut_text.filter(|_| !truncate) {
             return Err(Error::PromptTooLong { tokens: encoded.tokens, limit, cut_text });
         }
-        let ids = Tensor::from_vec(encoded.ids, (1, limit), &self.device)?;
-        let mask = Tensor::from_vec(encoded.mask, (1, limit), &self.device)?;
-        Ok((self.encoder.forward(&ids, masked.then_some(&mask))?, mask))
+        let ids = Tensor::from_vec(encoded.ids, (1, limit), &self.here)?;
+        let mask = Tensor::from_vec(encoded.mask, (1, limit), &self.here)?;
+        self.embeds(&ids, mask, masked)
     }
 
     /// The embeddings `[1, limit, width]` of filling alone, and their mask of zeros `[1, limit]` (u8): what some references
@@ -99,8 +111,13 @@ impl PromptEncoder {
     /// # Errors
     /// What the device reports.
     pub fn encode_nothing(&self) -> Result<(Tensor, Tensor), Error> {
-        let ids = Tensor::zeros((1, self.limit), DType::U32, &self.device)?;
-        let mask = Tensor::zeros((1, self.limit), DType::U8, &self.device)?;
-        Ok((self.encoder.forward(&ids, Some(&mask))?, mask))
+        let ids = Tensor::zeros((1, self.limit), DType::U32, &self.here)?;
+        let mask = Tensor::zeros((1, self.limit), DType::U8, &self.here)?;
+        self.embeds(&ids, mask, true)
+    }
+
+    fn embeds(&self, ids: &Tensor, mask: Tensor, masked: bool) -> Result<(Tensor, Tensor), Error> {
+        let embeds = self.encoder.get()?.forward(ids, masked.then_some(&mask))?;
+        Ok((embeds.to_device(&self.device)?, mask.to_device(&self.device)?))
     }
 }

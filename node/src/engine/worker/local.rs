@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use kinoflock_inference::audit::frames_deviation;
+use kinoflock_inference::offload::Offload;
+use kinoflock_inference::plan::{MemoryPlan, PlanOptions};
 use kinoflock_inference::sampler::checkpoint::latents_bytes;
 use kinoflock_inference::{
-    Checkpoint, Commitment, DType, DecodeOptions, Device, Error, GenerateRequest, Generated, LoadOptions,
-    Observer, Pipeline, RgbFrames, SecondPass, StepEvent, Tensor, open_device,
+    Checkpoint, Commitment, Condition, DType, DecodeOptions, Device, Error, Facts, GenerateRequest, Generated,
+    LoadOptions, Observer, Pipeline, RgbFrames, SecondPass, StepEvent, Tensor, open_device, registry,
 };
 use kinoflock_protocol::id::{BlobId, ModelId};
 
@@ -25,6 +27,8 @@ const MAX_STATE_BYTES: u64 = 1 << 30;
 #[derive(Default)]
 pub struct LocalEngine {
     device: Option<(Device, DType)>,
+    /// How models are loaded, once there is a device.
+    options: LoadOptions,
     loaded: Option<(ModelId, Box<dyn Pipeline>)>,
 }
 
@@ -33,6 +37,7 @@ impl Engine for LocalEngine {
         let device = open_device(&request.device).map_err(|error| failure(&error))?;
         let dtype = dtype(&request.dtype, &device)?;
         let threads = candle_threads(request.threads);
+        self.options = load_options(request, &device, dtype)?;
         self.device = Some((device, dtype));
         Ok(WorkerInfo {
             engine: Name::truncated("kinoflock"),
@@ -45,7 +50,7 @@ impl Engine for LocalEngine {
     }
 
     fn load(&mut self, request: &LoadRequest) -> Result<LoadedModel, Failure> {
-        let (device, dtype) = self.device.clone().ok_or_else(not_open)?;
+        let (_, dtype) = self.device.clone().ok_or_else(not_open)?;
         let numbers = format!("{dtype:?}").to_lowercase();
         if let Some((model, pipeline)) = &self.loaded
             && *model == request.model
@@ -58,12 +63,25 @@ impl Engine for LocalEngine {
         }
         // The old weights go first: two models need not fit the device at once.
         self.loaded = None;
-        let options = LoadOptions { device, dtype, ..LoadOptions::default() };
-        let pipeline = kinoflock_inference::load(Path::new(request.dir.as_str()), &options)
+        let pipeline = kinoflock_inference::load(Path::new(request.dir.as_str()), &self.options)
             .map_err(|error| failure(&error))?;
         let architecture = pipeline.info().architecture.clone();
         self.loaded = Some((request.model, pipeline));
         Ok(LoadedModel { architecture, dtype: numbers, cached: false })
+    }
+
+    fn check(&mut self, request: &RunRequest) -> Result<(), Failure> {
+        let Some(available) = self.options.memory else { return Ok(()) };
+        let folder = Path::new(request.model.dir.as_str());
+        // What the model cannot make is told by the model.
+        let Ok(facts) = registry::facts(folder) else { return Ok(()) };
+        let planned = planned(request, &facts);
+        let Ok(plan) = MemoryPlan::new(folder, &planned, &PlanOptions::of(&self.options)) else { return Ok(()) };
+        let needs = plan.needs(self.options.offload, self.options.memory);
+        if needs.fits {
+            return Ok(());
+        }
+        Err(failure(&Error::DoesNotFit { needed: needs.bytes, available }))
     }
 
     fn run(&mut self, request: &RunRequest, context: &mut Context<'_>) -> Result<Made, Stop> {
@@ -194,6 +212,46 @@ fn look(
     })
 }
 
+fn load_options(request: &OpenRequest, device: &Device, dtype: DType) -> Result<LoadOptions, Failure> {
+    let (offload, text_on_cpu) = match request.offload.as_str() {
+        "auto" => (Offload::Auto, false),
+        "none" => (Offload::None, false),
+        "in-turn" => (Offload::InTurn, false),
+        "text-cpu" => (Offload::Auto, true),
+        other => {
+            let text = format!("offload {other:?} is not known: auto, none, in-turn or text-cpu");
+            return Err(Failure::new("offload", &text, false));
+        }
+    };
+    let memory = (request.memory > 0).then_some(request.memory);
+    Ok(LoadOptions { device: device.clone(), dtype, offload, memory, text_on_cpu, ..LoadOptions::default() })
+}
+
+/// A run as its memory is planned: with its sizes, tiles and places of pictures, whose files are not read.
+fn planned(request: &RunRequest, facts: &Facts) -> GenerateRequest {
+    let extra = &request.extra;
+    let (width, height) = (request.width as usize, request.height as usize);
+    let picture = |frame: u32, count: usize| {
+        let none = Tensor::zeros((), DType::F32, &Device::Cpu).and_then(|zero| zero.broadcast_as((count, 3, height, width)));
+        none.ok().map(|pictures| Condition::new(pictures, frame as usize))
+    };
+    let given = extra.pictures.iter().filter_map(|given| picture(given.frame, 1));
+    let extended = extra.extend.map(|_| picture(0, extra.extend_frames.unwrap_or(1).max(1) as usize));
+    GenerateRequest {
+        width,
+        height,
+        frames: request.frames as usize,
+        guidance: request.guidance,
+        decode: DecodeOptions {
+            tile: extra.decode_tile.map(|pixels| pixels as usize),
+            chunk: extra.decode_chunk.map(|frames| frames as usize),
+            skip: false,
+        },
+        conditions: given.chain(extended.flatten()).collect(),
+        ..GenerateRequest::new("", &facts.info.defaults)
+    }
+}
+
 fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<GenerateRequest, Failure> {
     let extra = &request.extra;
     let base = GenerateRequest::new(request.prompt.as_str(), &pipeline.info().defaults);
@@ -284,6 +342,7 @@ fn failure(error: &Error) -> Failure {
     // Another try, or another node, may have the memory, the device or the file; it has not another arithmetic.
     let (code, retryable) = match error {
         Error::OutOfMemory { .. } => ("out_of_memory", true),
+        Error::DoesNotFit { .. } => (error.code(), true),
         Error::Read { .. } | Error::Device { .. } | Error::Weights(_) | Error::Tensor(_) => {
             (error.code(), true)
         }

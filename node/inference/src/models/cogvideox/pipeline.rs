@@ -17,7 +17,8 @@ use super::facts::facts;
 use super::transformer::CogVideoXTransformer;
 use super::vae::CogVideoXVae;
 use crate::error::Error;
-use crate::folder::{Extras, WEIGHTS_STEM, open_weights};
+use crate::folder::{Extras, WEIGHTS_STEM, count_weights, open_weights};
+use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json};
@@ -40,8 +41,10 @@ pub struct CogVideoXPipeline {
     sampler: DiffusionSampler,
     scheduler: DiffusionConfig,
     text: PromptEncoder,
-    transformer: CogVideoXTransformer,
-    vae: CogVideoXVae,
+    config: TransformerConfig,
+    transformer: Slot<CogVideoXTransformer>,
+    vae: Slot<CogVideoXVae>,
+    placement: Placement,
     latent_rgb: LatentRgb,
     /// Whether clips begin with a picture.
     image: bool,
@@ -58,18 +61,26 @@ impl CogVideoXPipeline {
         let mut info = facts(folder, index)?.info;
         let (sampler, scheduler) = load_scheduler(folder, index)?;
         let image = index.class == IMAGE_CLASS;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit)?;
-        let (transformer, transformer_parameters) = load_transformer(folder, options)?;
-        let (vae, vae_parameters) = load_vae(folder, options, image)?;
-        info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
+        let placement = Placement::new(folder, options)?;
+        let turns = placement.turns();
+        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit, turns)?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let transformer = Slot::new(turns, move || Ok(load_transformer(&from, &with)?.0))?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let vae = Slot::new(turns, move || Ok(load_vae(&from, &with, image)?.0))?;
+        let [transformer_parameters, vae_parameters] =
+            ["transformer", "vae"].map(|part| count_weights(&folder.join(part), WEIGHTS_STEM, options));
+        info.work = info.work.with_parameters([transformer_parameters?, vae_parameters?, text_parameters]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
             info,
             sampler,
             scheduler,
             text,
+            config: TransformerConfig::read(&folder.join("transformer").join("config.json"))?,
             transformer,
             vae,
+            placement,
             latent_rgb,
             image,
             device: options.device.clone(),

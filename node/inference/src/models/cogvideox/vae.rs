@@ -18,7 +18,7 @@ use crate::nn::frame_cache::FrameCache;
 use blocks::{Decoder, Encoder};
 
 /// Frames of a video in a run of the encoder.
-pub(crate) const ENCODE_RUN: usize = 8;
+const ENCODE_RUN: usize = 8;
 /// Latent frames in a run of the decoder.
 pub(crate) const DECODE_RUN: usize = 2;
 

@@ -19,8 +19,9 @@ use super::transformer::LtxTransformer;
 use super::upsampler::UpsamplerConfig;
 use super::vae::{LtxVae, LtxVaeConfig};
 use crate::error::Error;
-use crate::folder::{Extras, load_flow_match, open_weights};
+use crate::folder::{Extras, count_weights, load_flow_match, open_weights};
 pub use crate::folder::{TEXT_STEM, WEIGHTS_STEM};
+use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 pub use crate::pipeline::latents::{pack, unpack};
 use crate::pipeline::run::VideoModel;
@@ -79,8 +80,11 @@ pub struct LtxPipeline {
     class: LtxClass,
     scheduler: FlowMatchConfig,
     text: PromptEncoder,
-    transformer: LtxTransformer,
-    vae: LtxVae,
+    config: TransformerConfig,
+    vae_config: LtxVaeConfig,
+    transformer: Slot<LtxTransformer>,
+    vae: Slot<LtxVae>,
+    placement: Placement,
     latent_rgb: LatentRgb,
     /// Of the folder's upsampler, where it has one.
     upsampler: Option<UpsamplerConfig>,
@@ -101,13 +105,19 @@ impl LtxPipeline {
         let mut info = facts(folder, index)?.info;
         let class = class(folder, index)?;
         let scheduler = load_flow_match(folder)?;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens())?;
-        let (transformer, transformer_parameters) = load_transformer(folder, options)?;
-        let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let placement = Placement::new(folder, options)?;
+        let turns = placement.turns();
+        let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens(), turns)?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let transformer = Slot::new(turns, move || Ok(load_transformer(&from, &with)?.0))?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let vae = Slot::new(turns, move || Ok(load_vae(&from, &with, false)?.0))?;
+        let [transformer_parameters, vae_parameters] =
+            ["transformer", "vae"].map(|part| count_weights(&folder.join(part), WEIGHTS_STEM, options));
         let encodes = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?
             .builder()
             .contains_tensor(ENCODER_TENSOR);
-        let parameters = [transformer_parameters, vae_parameters, text_parameters];
+        let parameters = [transformer_parameters?, vae_parameters?, text_parameters];
         info.work = info.work.with_parameters(parameters);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
@@ -115,8 +125,11 @@ impl LtxPipeline {
             class,
             scheduler,
             text,
+            config: TransformerConfig::read(&folder.join("transformer").join("config.json"))?,
+            vae_config: read_vae_config(folder)?,
             transformer,
             vae,
+            placement,
             latent_rgb,
             upsampler: UpsamplerConfig::find(folder)?,
             encodes,

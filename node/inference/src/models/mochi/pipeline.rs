@@ -15,7 +15,8 @@ use super::facts::facts;
 use super::transformer::MochiTransformer;
 use super::vae::{MochiVae, MochiVaeConfig};
 use crate::error::Error;
-use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, open_weights};
+use crate::folder::{Extras, WEIGHTS_STEM, count_weights, load_flow_match, open_weights};
+use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error};
@@ -38,8 +39,9 @@ pub struct MochiPipeline {
     text: PromptEncoder,
     /// An empty prompt is read as no token at all.
     empty_is_nothing: bool,
-    transformer: MochiTransformer,
-    vae: MochiVae,
+    transformer: Slot<MochiTransformer>,
+    vae: Slot<MochiVae>,
+    placement: Placement,
     latent_rgb: LatentRgb,
     device: Device,
     dtype: DType,
@@ -58,13 +60,30 @@ impl MochiPipeline {
         let mut info = facts(folder, index)?.info;
         let empty_is_nothing = index.flag(folder, "force_zeros_for_empty_prompt")?.unwrap_or(false);
         let scheduler = load_scheduler(folder)?;
-        let (transformer, transformer_parameters) = load_transformer(folder, options)?;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit)?;
-        let (vae, vae_parameters) = load_vae(folder, options, false)?;
-        info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
+        let placement = Placement::new(folder, options)?;
+        let turns = placement.turns();
+        let (from, with) = (folder.to_owned(), options.clone());
+        let transformer = Slot::new(turns, move || Ok(load_transformer(&from, &with)?.0))?;
+        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit, turns)?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let vae = Slot::new(turns, move || Ok(load_vae(&from, &with, false)?.0))?;
+        let [transformer_parameters, vae_parameters] =
+            ["transformer", "vae"].map(|part| count_weights(&folder.join(part), WEIGHTS_STEM, options));
+        info.work = info.work.with_parameters([transformer_parameters?, vae_parameters?, text_parameters]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         let (device, dtype) = (options.device.clone(), options.dtype);
-        Ok(Self { info, scheduler, text, empty_is_nothing, transformer, vae, latent_rgb, device, dtype })
+        Ok(Self {
+            info,
+            scheduler,
+            text,
+            empty_is_nothing,
+            transformer,
+            vae,
+            placement,
+            latent_rgb,
+            device,
+            dtype,
+        })
     }
 
     /// Uses another schedule from now on.

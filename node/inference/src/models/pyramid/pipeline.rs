@@ -22,7 +22,8 @@ use super::facts::{CLIP_TOKENIZER, T5_TOKENIZER, facts, info};
 use super::transformer::PyramidTransformer;
 use super::vae::{PyramidVae, PyramidVaeConfig};
 use crate::error::Error;
-use crate::folder::{EXTRAS_FILE, Extras, TEXT_STEM, WEIGHTS_STEM, open_weights};
+use crate::folder::{EXTRAS_FILE, Extras, TEXT_STEM, WEIGHTS_STEM, count_weights, open_weights};
+use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::{
     Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json,
@@ -116,11 +117,14 @@ pub struct PyramidPipeline {
     schedule: PyramidSchedule,
     text: PromptEncoder,
     clip_tokenizer: PromptTokenizer,
-    clip: ClipTextEncoder,
-    transformer: PyramidTransformer,
-    vae: PyramidVae,
+    clip_config: ClipTextConfig,
+    clip: Slot<ClipTextEncoder>,
+    transformer: Slot<PyramidTransformer>,
+    vae: Slot<PyramidVae>,
+    placement: Placement,
     latent_rgb: LatentRgb,
     device: Device,
+    text_device: Device,
     dtype: DType,
 }
 
@@ -166,16 +170,25 @@ impl PyramidPipeline {
         let own = OwnExtras::read(folder)?;
         let schedule = own.pyramid.check(&folder.join(EXTRAS_FILE))?;
         let (part, _) = transformer_folder(folder, own.transformer.as_deref())?;
+        let placement = Placement::new(folder, options)?;
+        let turns = placement.turns();
         let (text, text_parameters) = PromptEncoder::load_parts(
             &folder.join(T5_TOKENIZER),
             &folder.join(T5_FOLDER),
             options,
             info.token_limit,
+            turns,
         )?;
         let clip_tokenizer = PromptTokenizer::load_clip(&folder.join(CLIP_TOKENIZER))?;
-        let (clip, clip_parameters) = load_clip(folder, options)?;
-        let (transformer, transformer_parameters) = load_transformer(&part, options)?;
-        let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let clip_parameters = count_weights(&folder.join(CLIP_FOLDER), TEXT_STEM, options)?;
+        let transformer_parameters = count_weights(&part, WEIGHTS_STEM, options)?;
+        let vae_parameters = count_weights(&folder.join(VAE_FOLDER), WEIGHTS_STEM, options)?;
+        let (from, with) = (folder.to_owned(), options.for_text());
+        let clip = Slot::new(turns, move || Ok(load_clip(&from, &with)?.0))?;
+        let with = options.clone();
+        let transformer = Slot::new(turns, move || Ok(load_transformer(&part, &with)?.0))?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let vae = Slot::new(turns, move || Ok(load_vae(&from, &with, false)?.0))?;
         let parameters = [transformer_parameters, vae_parameters, text_parameters + clip_parameters];
         info.work = info.work.with_parameters(parameters);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
@@ -185,11 +198,14 @@ impl PyramidPipeline {
             schedule,
             text,
             clip_tokenizer,
+            clip_config: read_clip(folder)?,
             clip,
             transformer,
             vae,
+            placement,
             latent_rgb,
             device: options.device.clone(),
+            text_device: options.for_text().device,
             dtype: options.dtype,
         })
     }
@@ -218,11 +234,12 @@ impl PyramidPipeline {
     /// [`Error::PromptTooLong`] where T5 cannot read it whole and `truncate` is false, or what the device reports.
     pub fn encode_prompt(&self, prompt: &str, truncate: bool) -> Result<PromptEmbeds, Error> {
         let (embeds, mask) = self.text.encode(prompt, truncate, true)?;
-        let most = self.clip.config().max_position_embeddings;
+        let most = self.clip_config.max_position_embeddings;
         let limit = self.clip_tokenizer.max_length.map_or(most, |limit| limit.min(most));
         let ids = self.clip_tokenizer.encode(prompt, limit)?.ids;
-        let (_, pooled) = self.clip.forward(&Tensor::from_vec(ids, (1, limit), &self.device)?)?;
-        Ok(PromptEmbeds { embeds, mask, pooled })
+        let ids = Tensor::from_vec(ids, (1, limit), &self.text_device)?;
+        let (_, pooled) = self.clip.get()?.forward(&ids)?;
+        Ok(PromptEmbeds { embeds, mask, pooled: pooled.to_device(&self.device)? })
     }
 
     /// Latents as the transformer gives them, `[1, C, F, H, W]`, to latents as the VAE takes them.
@@ -336,10 +353,16 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
 /// See [`crate::load`].
 pub fn load_clip(folder: &Path, options: &LoadOptions) -> Result<(ClipTextEncoder, u64), Error> {
     let part = folder.join(CLIP_FOLDER);
-    let file = part.join("config.json");
-    let config: ClipTextConfig = read_json(&file)?;
-    config.check(&file)?;
+    let config = read_clip(folder)?;
     let weights = open_weights(&part, TEXT_STEM, options, options.dtype)?;
     let encoder = weights.build(|vb| ClipTextEncoder::load(&config, &vb))?;
     Ok((encoder, weights.parameters()))
+}
+
+/// The configuration of a folder's CLIP text encoder, checked.
+fn read_clip(folder: &Path) -> Result<ClipTextConfig, Error> {
+    let file = folder.join(CLIP_FOLDER).join("config.json");
+    let config: ClipTextConfig = read_json(&file)?;
+    config.check(&file)?;
+    Ok(config)
 }

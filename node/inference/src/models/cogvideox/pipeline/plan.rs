@@ -10,10 +10,10 @@ use crate::folder::read_t5;
 use crate::models::cogvideox::config::{TransformerConfig, VaeConfig};
 use crate::models::cogvideox::facts::facts;
 use crate::models::cogvideox::transformer::CogVideoXTransformer;
-use crate::models::cogvideox::vae::{CogVideoXVae, DECODE_RUN, ENCODE_RUN, runs, square};
+use crate::models::cogvideox::vae::{CogVideoXVae, DECODE_RUN, runs, square};
 use crate::nn::conv3d::Conv3dConfig;
 use crate::pipeline::GenerateRequest;
-use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat};
+use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::t5;
 use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
 use crate::registry::ModelIndex;
@@ -26,7 +26,7 @@ const MIDDLE: usize = 2;
 ///
 /// # Errors
 /// See [`crate::registry::plan`].
-pub fn plan(
+pub(crate) fn plan(
     folder: &Path,
     index: &ModelIndex,
     request: &GenerateRequest,
@@ -183,14 +183,13 @@ fn decode(config: &VaeConfig, z: &Ghost, tile: Option<usize>) -> Ghost {
 
 fn decode_runs(config: &VaeConfig, z: &Ghost) -> Ghost {
     let mut cache = GhostCache::default();
-    let mut parts = Vec::new();
-    for (_, len) in runs(z.dim(2), DECODE_RUN) {
+    let first = runs(z.dim(2), DECODE_RUN)[0].1;
+    in_runs(z.dim(2), (first, DECODE_RUN), 2, |len, _| {
         cache.rewind();
         let run = z.turned(&[1, len, z.dim(3), z.dim(4), z.dim(1)]);
         let video = decoder(config, &run, &mut cache);
-        parts.push(video.turned(&[1, video.dim(4), video.dim(1), video.dim(2), video.dim(3)]));
-    }
-    cat(&parts.iter().collect::<Vec<_>>(), 2)
+        video.turned(&[1, video.dim(4), video.dim(1), video.dim(2), video.dim(3)])
+    })
 }
 
 fn decoder(config: &VaeConfig, z: &Ghost, cache: &mut GhostCache) -> Ghost {
@@ -255,14 +254,9 @@ fn resnet(x: &Ghost, output: usize, guide: Option<&Ghost>, cache: &mut GhostCach
 /// From a video `(1, 3, frames, height, width)` to moments.
 fn encode(config: &VaeConfig, video: &Ghost) {
     let mut cache = GhostCache::default();
-    let mut parts = Vec::new();
-    for (_, len) in runs(video.dim(2), ENCODE_RUN) {
-        cache.rewind();
-        let run = video.turned(&[1, len, video.dim(3), video.dim(4), video.dim(1)]);
-        let moments = encoder(config, &run, &mut cache);
-        parts.push(moments.same());
-    }
-    let all = cat(&parts.iter().collect::<Vec<_>>(), 1);
+    // A picture is one run.
+    let run = video.turned(&[1, video.dim(2), video.dim(3), video.dim(4), video.dim(1)]);
+    let all = encoder(config, &run, &mut cache).same();
     let _moments = (all.same(), all.same(), all.same());
 }
 

@@ -26,7 +26,7 @@ use crate::tiling::Tiling;
 ///
 /// # Errors
 /// See [`crate::registry::plan`].
-pub fn plan(
+pub(crate) fn plan(
     folder: &Path,
     index: &ModelIndex,
     request: &GenerateRequest,

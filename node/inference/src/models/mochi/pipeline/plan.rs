@@ -13,7 +13,7 @@ use crate::models::mochi::vae::{MochiVae, MochiVaeConfig};
 use crate::nn::conv3d::Conv3dConfig;
 use crate::pipeline::GenerateRequest;
 use crate::pipeline::latents::Volume;
-use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat};
+use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::t5;
 use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
 use crate::registry::ModelIndex;
@@ -24,7 +24,7 @@ use crate::tiling::blend::BlendPlan;
 ///
 /// # Errors
 /// See [`crate::registry::plan`].
-pub fn plan(
+pub(crate) fn plan(
     folder: &Path,
     index: &ModelIndex,
     request: &GenerateRequest,
@@ -182,14 +182,11 @@ fn decode_runs(config: &MochiVaeConfig, z: &Ghost, run: usize) -> Ghost {
         return cut(&forward(config, z, None));
     }
     let mut cache = GhostCache::default();
-    let mut parts = Vec::new();
-    for start in (0..frames).step_by(run) {
+    in_runs(frames, (run, run), 2, |len, is_first| {
         cache.rewind();
-        let part = z.narrow(2, run.min(frames - start));
-        let part = forward(config, &part, Some(&mut cache));
-        parts.push(if start == 0 { cut(&part) } else { part });
-    }
-    cat(&parts.iter().collect::<Vec<_>>(), 2)
+        let part = forward(config, &z.narrow(2, len), Some(&mut cache));
+        if is_first { cut(&part) } else { part }
+    })
 }
 
 fn forward(config: &MochiVaeConfig, z: &Ghost, mut cache: Option<&mut GhostCache>) -> Ghost {

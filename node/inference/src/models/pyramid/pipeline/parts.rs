@@ -8,9 +8,10 @@ use super::resize::enlarge;
 use super::units::Plan;
 use crate::error::Error;
 use crate::models::pyramid::transformer::TextContext;
+use crate::offload::Placement;
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
 use crate::tiling::Tiling;
 
@@ -33,6 +34,22 @@ impl VideoModel for PyramidPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn give_back(&self, phase: Phase) {
+        match phase {
+            Phase::Text => {
+                self.text.give_back();
+                self.clip.give_back();
+            }
+            Phase::Step => self.transformer.give_back(),
+            Phase::Decode => self.vae.give_back(),
+            Phase::Load => {}
+        }
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -81,7 +98,8 @@ impl VideoModel for PyramidPipeline {
             Tensor::cat(&text.iter().map(part).collect::<Vec<_>>(), 0)
         };
         let (embeds, mask) = (joined(|text| &text.embeds)?, joined(|text| &text.mask)?);
-        let text = self.transformer.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
+        self.give_back(Phase::Text);
+        let text = self.transformer.get()?.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
         Ok(Context { text, guided })
     }
 
@@ -104,7 +122,8 @@ impl VideoModel for PyramidPipeline {
             clips = clips.iter().map(|clip| Tensor::cat(&[clip, clip], 0)).collect::<Result<_, _>>()?;
         }
         let timesteps = Tensor::from_vec(vec![plan.timesteps[index]; batch], batch, &self.device)?;
-        let velocity = self.transformer.forward(&clips, &timesteps, &context.text)?.to_dtype(DType::F32)?;
+        let transformer = self.transformer.get()?;
+        let velocity = transformer.forward(&clips, &timesteps, &context.text)?.to_dtype(DType::F32)?;
         if !context.guided {
             return Ok(velocity);
         }
@@ -202,9 +221,10 @@ pub(super) fn decode(
     latents: &Tensor,
     observer: &dyn Observer,
 ) -> Result<Tensor, Error> {
+    let vae = model.vae.get()?;
     let z = model.denormalize(&latents.to_device(&model.device)?)?.to_dtype(model.dtype)?;
     let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
-    let video = watched(observer, |watch| model.vae.decode(&z, tiling, watch))?;
+    let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
     let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
     Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
 }

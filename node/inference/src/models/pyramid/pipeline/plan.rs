@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::DType;
 
-use super::{CLIP_FOLDER, OwnExtras, T5_FOLDER, VAE_FOLDER, transformer_folder};
+use super::{OwnExtras, T5_FOLDER, VAE_FOLDER, read_clip, transformer_folder};
 use crate::error::Error;
 use crate::folder::read_t5;
 use crate::models::pyramid::config::{PATCH, TransformerConfig};
@@ -14,18 +14,18 @@ use crate::models::pyramid::facts::facts;
 use crate::models::pyramid::transformer::PyramidTransformer;
 use crate::models::pyramid::vae::{PyramidVae, PyramidVaeConfig};
 use crate::nn::conv3d::Conv3dConfig;
-use crate::pipeline::{GenerateRequest, read_json};
-use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat};
+use crate::pipeline::GenerateRequest;
+use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::{clip_text, t5};
 use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
-use crate::text::{ClipTextConfig, ClipTextEncoder, T5Encoder};
+use crate::text::{ClipTextEncoder, T5Encoder};
 use crate::tiling::blend::BlendPlan;
 
 /// The plan of a request.
 ///
 /// # Errors
 /// See [`crate::registry::plan`].
-pub fn plan(
+pub(crate) fn plan(
     folder: &Path,
     request: &GenerateRequest,
     options: &PlanOptions,
@@ -36,7 +36,7 @@ pub fn plan(
     let config = TransformerConfig::read(&part.join("config.json"))?;
     let vae_config = PyramidVaeConfig::read(&folder.join(VAE_FOLDER).join("config.json"))?;
     let text = read_t5(&folder.join(T5_FOLDER))?;
-    let clip: ClipTextConfig = read_json(&folder.join(CLIP_FOLDER).join("config.json"))?;
+    let clip = read_clip(folder)?;
     let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
     let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
     let stages = own.pyramid.scheduler.stage_range.len() - 1;
@@ -253,15 +253,10 @@ fn decode_tile(config: &PyramidVaeConfig, z: &Ghost, chunk: Option<usize>) -> Gh
     let Some(chunk) = chunk else { return channels_first(&decoder(config, &z, true, None)) };
     let window = (chunk / config.downsample_scale).max(1);
     let mut cache = GhostCache::default();
-    let (mut runs, mut start) = (Vec::new(), 0);
-    while start < frames {
-        let length = if start == 0 { window + 1 } else { window }.min(frames - start);
+    in_runs(frames, (window + 1, window), 2, |len, begins| {
         cache.rewind();
-        let video = decoder(config, &z.narrow(1, length), start == 0, Some(&mut cache));
-        runs.push(channels_first(&video));
-        start += length;
-    }
-    cat(&runs.iter().collect::<Vec<_>>(), 2)
+        channels_first(&decoder(config, &z.narrow(1, len), begins, Some(&mut cache)))
+    })
 }
 
 fn decoder(config: &PyramidVaeConfig, z: &Ghost, begins: bool, mut cache: Option<&mut GhostCache>) -> Ghost {

@@ -13,7 +13,7 @@ use crate::models::wan::transformer::WanTransformer;
 use crate::models::wan::vae::{WanVae, WanVaeConfig};
 use crate::nn::conv3d::Conv3dConfig;
 use crate::pipeline::GenerateRequest;
-use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat};
+use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::{t5, vision};
 use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
 use crate::registry::ModelIndex;
@@ -25,7 +25,7 @@ use crate::vision::{ClipVisionEncoder, read_vision};
 ///
 /// # Errors
 /// See [`crate::registry::plan`].
-pub fn plan(
+pub(crate) fn plan(
     folder: &Path,
     index: &ModelIndex,
     request: &GenerateRequest,
@@ -254,10 +254,9 @@ fn decode(config: &WanVaeConfig, z: &Ghost, tiling: Tiling, cut: Option<(usize, 
 fn decode_run(config: &WanVaeConfig, x: &Ghost, (first, end): (usize, usize), run: usize) -> Ghost {
     let (positions, is_end) = (x.dim(1), end == config.dim_mult.len());
     let mut cache = GhostCache::default();
-    let mut parts = Vec::new();
-    for start in (0..positions).step_by(run) {
+    in_runs(positions, (run, run), if is_end { 2 } else { 1 }, |len, _| {
         cache.rewind();
-        let mut part = x.narrow(1, run.min(positions - start)).solid();
+        let mut part = x.narrow(1, len).solid();
         for index in first..end {
             part = level(config, index, &part, &mut cache);
         }
@@ -268,9 +267,8 @@ fn decode_run(config: &WanVaeConfig, x: &Ghost, (first, end): (usize, usize), ru
             let size = [1, config.out_channels / (p * p), pixels.dim(1), pixels.dim(2) * p, pixels.dim(3) * p];
             part = pixels.turned(&size);
         }
-        parts.push(part);
-    }
-    cat(&parts.iter().collect::<Vec<_>>(), if is_end { 2 } else { 1 })
+        part
+    })
 }
 
 fn level(config: &WanVaeConfig, index: usize, before: &Ghost, cache: &mut GhostCache) -> Ghost {
@@ -342,12 +340,10 @@ fn encode(config: &WanVaeConfig, video: &Ghost) {
     let (p, run) = (config.patch(), config.temporal_ratio());
     let x = video.turned(&[1, frames, height / p, width / p, channels * p * p]);
     let mut cache = GhostCache::default();
-    let mut done = vec![encode_run(config, &x.narrow(1, 1), &mut cache)];
-    for start in (1..frames).step_by(run) {
+    let all = in_runs(frames, (1, run), 1, |len, _| {
         cache.rewind();
-        done.push(encode_run(config, &x.narrow(1, run.min(frames - start)), &mut cache));
-    }
-    let all = cat(&done.iter().collect::<Vec<_>>(), 1);
+        encode_run(config, &x.narrow(1, len), &mut cache)
+    });
     let _moments = all.same().same();
 }
 

@@ -23,7 +23,11 @@ fn requester(number: u8) -> RequesterId {
 
 fn ask(class: Class) -> Ask {
     let shape = JobShape { frames: 100, width: 512, height: 320, steps: 30, guided: true };
-    Ask { requester: requester(1), class, wanted: Wanted { model: model(1), shape, work: Work(5_000_000), unfit: DeviceSet::NONE } }
+    Ask {
+        requester: requester(1),
+        class,
+        wanted: Wanted { model: model(1), shape, work: Work(5_000_000), unfit: DeviceSet::NONE },
+    }
 }
 
 fn serve() -> Serve {

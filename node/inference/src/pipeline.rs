@@ -3,7 +3,8 @@
 //!
 //! The order of calls to an [`Observer`] within one [`Pipeline::generate`]: `phase(Text)`, `phase(Step)`, then for each
 //! step `cancelled`, `step`, and where asked for `preview` and `checkpoint`, then `phase(Decode)` with `cancelled`
-//! before it. A cancelled run answers [`Error::Cancelled`] within one step.
+//! before it. Where components go in turn, `phase(Load)` comes instead of `phase(Text)`, and again where another transformer
+//! is read between steps. A cancelled run answers [`Error::Cancelled`] within one step.
 
 pub mod conditions;
 pub mod latents;
@@ -378,7 +379,7 @@ pub struct DecodeOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Weights are read.
+    /// Weights are read; before the steps also where they are read for this run and the prompt is encoded between.
     Load,
     /// The prompt is encoded.
     Text,

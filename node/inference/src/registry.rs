@@ -133,11 +133,7 @@ pub fn facts(folder: &Path) -> Result<Facts, Error> {
 ///
 /// # Errors
 /// As [`facts`], or what the request cannot be.
-pub fn plan(
-    folder: &Path,
-    request: &GenerateRequest,
-    options: &PlanOptions,
-) -> Result<MemoryPlan, Error> {
+pub fn plan(folder: &Path, request: &GenerateRequest, options: &PlanOptions) -> Result<MemoryPlan, Error> {
     // What goes through frames one by one has an end, whatever is asked for.
     const MOST_FRAMES: usize = 1 << 20;
     let (architecture, index) = find(folder)?;

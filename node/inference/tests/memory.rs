@@ -22,7 +22,9 @@ use kinoflock_inference::models::ltx::vae::{LtxVae, LtxVaeConfig};
 use kinoflock_inference::offload::Offload;
 use kinoflock_inference::plan::{MemoryPlan, PlanOptions, PlanPhase};
 use kinoflock_inference::weights::tensor_shapes;
-use kinoflock_inference::{Condition, DType, Device, GenerateRequest, LoadOptions, Silent, Tensor, load, registry};
+use kinoflock_inference::{
+    Condition, DType, Device, GenerateRequest, LoadOptions, Silent, Tensor, load, registry,
+};
 
 /// How far a plan may be from what is measured.
 const TOLERANCE: f64 = 0.15;
@@ -148,7 +150,9 @@ fn the_plan_of_a_larger_pipeline_is_what_its_run_holds_whole_and_in_turn() {
     let larger = case("larger", [512, 512, 33], [256, 256, 33]);
     let mut faults = Vec::new();
     let mut peaks = Vec::new();
-    for (skip, offload) in [(true, Offload::None), (false, Offload::None), (true, Offload::InTurn), (false, Offload::InTurn)] {
+    for (skip, offload) in
+        [(true, Offload::None), (false, Offload::None), (true, Offload::InTurn), (false, Offload::InTurn)]
+    {
         let found = measure(folder.path(), &larger, skip, offload);
         found.check(&format!("larger, {offload:?}, {}", if skip { "steps" } else { "frames" }), &mut faults);
         peaks.push(found);
@@ -176,9 +180,12 @@ fn make_larger(folder: &Path) {
     let shapes = tensor_shapes(|vb| LtxTransformer::load(&config, &vb)).unwrap();
     write_random(&part, &shapes);
     let part = folder.join("vae");
-    let value = edit(&part.join("config.json"), serde_json::json!({
-        "block_out_channels": [16, 32, 64, 64], "decoder_block_out_channels": [16, 32, 64, 64],
-    }));
+    let value = edit(
+        &part.join("config.json"),
+        serde_json::json!({
+            "block_out_channels": [16, 32, 64, 64], "decoder_block_out_channels": [16, 32, 64, 64],
+        }),
+    );
     let config = LtxVaeConfig::from_value(&value).unwrap();
     let shapes = tensor_shapes(|vb| LtxVae::load(&config, vb)).unwrap();
     write_random(&part, &shapes);

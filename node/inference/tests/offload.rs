@@ -85,7 +85,9 @@ fn what_does_not_fit_is_refused_with_the_bytes_needed_and_the_bytes_there_are() 
     let larger = GenerateRequest { frames: small.frames + 16, ..small.clone() };
     let needed = MemoryPlan::new(&folder, &larger, &PlanOptions::default()).unwrap().peak(true);
     let error = pipeline.generate(&larger, &mut Silent).unwrap_err();
-    assert!(matches!(error, Error::DoesNotFit { needed: n, available } if (n, available) == (needed, memory)));
+    assert!(
+        matches!(error, Error::DoesNotFit { needed: n, available } if (n, available) == (needed, memory))
+    );
     assert_eq!(error.code(), "memory_limit");
     let said = error.to_string();
     assert!(said.contains(&needed.to_string()) && said.contains(&memory.to_string()), "{said}");
@@ -108,8 +110,7 @@ fn tiles_and_half_numbers_need_less() {
     (request.decode.tile, request.decode.chunk) = (Some(128), Some(16));
     assert!(decode(&request) <= whole);
     let gpu = |dtype| PlanOptions { cpu: false, dtype, text_on_cpu: false };
-    let weights =
-        |options: &PlanOptions| MemoryPlan::new(&folder, &request, options).unwrap().weights();
+    let weights = |options: &PlanOptions| MemoryPlan::new(&folder, &request, options).unwrap().weights();
     assert_eq!(weights(&gpu(DType::F32)), 2 * weights(&gpu(DType::BF16)));
     let apart = PlanOptions { text_on_cpu: true, ..gpu(DType::BF16) };
     let plan = MemoryPlan::new(&folder, &request, &apart).unwrap();

@@ -178,10 +178,13 @@ fn check(section: &DeviceSection, file: &FileConfig) -> Result<DeviceConfig, Con
         .parse()
         .map_err(|()| invalid("device.dtype", &section.dtype, "known are auto, f32, bf16 and f16"))?;
     let known = "known are auto, none, in-turn and text-cpu";
-    let offload =
-        section.offload.parse().map_err(|()| invalid("device.offload", &section.offload, known))?;
+    let offload = section.offload.parse().map_err(|()| invalid("device.offload", &section.offload, known))?;
     if kind == DeviceKind::Cpu && offload == Offloading::TextCpu {
-        return Err(invalid("device.offload", "text-cpu", "a device of kind cpu has its text encoder there already"));
+        return Err(invalid(
+            "device.offload",
+            "text-cpu",
+            "a device of kind cpu has its text encoder there already",
+        ));
     }
     let name = if section.name.is_empty() { section.kind.clone() } else { section.name.clone() };
     // The name is a metric label and an argument on the command line.

@@ -77,6 +77,19 @@ pub trait VideoModel: Send {
     /// Gives back the components that a phase alone uses, where they go in turn.
     fn give_back(&self, phase: Phase);
 
+    /// Whether a component must be read before a step that the ones before did not need.
+    fn reads_before(&self, _plan: &Self::Plan, _index: usize) -> bool {
+        false
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// What reading reports.
+    fn read_before(&self, _plan: &Self::Plan, _index: usize) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// How many tokens a prompt has, with the end mark.
     ///
     /// # Errors
@@ -254,7 +267,9 @@ fn generate<M: VideoModel>(
     let course = model.course(&plan);
     let mut run = Run::begin(model, request, &plan)?;
     let steps = course.steps();
-    observer.phase(Phase::Text);
+    // Where components go in turn, reading them is most of what comes before the steps.
+    let in_turn = model.placement().turns().is_on();
+    observer.phase(if in_turn { Phase::Load } else { Phase::Text });
     if observer.cancelled() {
         return Err(Error::Cancelled { steps_done: run.done, steps });
     }
@@ -264,6 +279,11 @@ fn generate<M: VideoModel>(
     while run.done < steps {
         if observer.cancelled() {
             return Err(Error::Cancelled { steps_done: run.done, steps });
+        }
+        if model.reads_before(&plan, run.done) {
+            observer.phase(Phase::Load);
+            model.read_before(&plan, run.done)?;
+            observer.phase(Phase::Step);
         }
         let predicted = run.step(&context).map_err(|error| during(error, "computing a step"))?;
         run.tell(&predicted, observer)?;

@@ -10,9 +10,9 @@ use std::rc::Rc;
 
 use candle_core::DType;
 
+use crate::nn::attention::SCORES_AT_ONCE;
 use crate::nn::conv3d::Conv3dConfig;
 use crate::nn::pack::PANEL;
-use crate::nn::attention::SCORES_AT_ONCE;
 
 /// What is held now, and the most that was.
 #[derive(Debug, Clone)]

@@ -4,8 +4,8 @@
 //! everything else keeps its type. A weight file is mapped while it is read; its pages are the system's, which can take
 //! them back, and do not count.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::VarBuilder;

@@ -35,7 +35,8 @@ impl PlanArgs {
         let (width, height) = match &self.size {
             Some(text) => {
                 let sides = text.split_once(['x', 'X']);
-                let sides = sides.and_then(|(width, height)| Some((width.parse().ok()?, height.parse().ok()?)));
+                let sides =
+                    sides.and_then(|(width, height)| Some((width.parse().ok()?, height.parse().ok()?)));
                 sides.with_context(|| format!("--size {text}: write it as 768x512"))?
             }
             None => (defaults.width, defaults.height),
@@ -52,9 +53,10 @@ impl PlanArgs {
 
 pub(super) fn show(model: &Model, args: &PlanArgs, config: &Config, json: bool) -> anyhow::Result<()> {
     let shape = args.shape(model)?;
-    let plans = config.devices.iter().map(|device| {
-        Ok((device, memory::plan(model, &shape, &memory::plan_options(device))?))
-    });
+    let plans = config
+        .devices
+        .iter()
+        .map(|device| Ok((device, memory::plan(model, &shape, &memory::plan_options(device))?)));
     let plans: Vec<(&DeviceConfig, MemoryPlan)> = plans.collect::<anyhow::Result<_>>()?;
     if json {
         let rows: Vec<_> = plans.iter().map(|(device, plan)| as_json(device, plan)).collect();
@@ -94,7 +96,8 @@ fn table(device: &DeviceConfig, plan: &MemoryPlan) -> Vec<String> {
     ];
     for phase in &plan.phases {
         let in_turn = plan.weights_in(phase, true);
-        let sum = |weights: u64| size(weights.saturating_add(if phase.on_host { 0 } else { phase.activations }));
+        let sum =
+            |weights: u64| size(weights.saturating_add(if phase.on_host { 0 } else { phase.activations }));
         let figures =
             [size(in_turn), size(phase.activations), sum(in_turn), sum(plan.weights_in(phase, false))];
         lines.push(row(phase.phase.name(), &uses(plan, phase), figures));
@@ -120,7 +123,12 @@ fn verdict(device: &DeviceConfig, plan: &MemoryPlan) -> String {
     let needs = plan.needs(memory::offload(device.offload), Some(limit));
     let how = if needs.in_turn { "loaded in turn" } else { "all loaded" };
     let fits = if needs.fits { "fits" } else { "does not fit" };
-    format!("offload {}: {how}, it needs {} and {fits} into {}", device.offload, size(needs.bytes), size(limit))
+    format!(
+        "offload {}: {how}, it needs {} and {fits} into {}",
+        device.offload,
+        size(needs.bytes),
+        size(limit)
+    )
 }
 
 fn row(phase: &str, uses: &str, [own, tensors, in_turn, all]: [String; 4]) -> String {

@@ -7,8 +7,9 @@ use kinoflock_inference::offload::Offload;
 use kinoflock_inference::plan::{MemoryPlan, PlanOptions};
 use kinoflock_inference::sampler::checkpoint::latents_bytes;
 use kinoflock_inference::{
-    Checkpoint, Commitment, Condition, DType, DecodeOptions, Device, Error, Facts, GenerateRequest, Generated,
-    LoadOptions, Observer, Pipeline, RgbFrames, SecondPass, StepEvent, Tensor, open_device, registry,
+    Checkpoint, Commitment, Condition, DType, DecodeOptions, Device, Error, Facts, GenerateRequest,
+    Generated, LoadOptions, Observer, Pipeline, RgbFrames, SecondPass, StepEvent, Tensor, open_device,
+    registry,
 };
 use kinoflock_protocol::id::{BlobId, ModelId};
 
@@ -76,7 +77,9 @@ impl Engine for LocalEngine {
         // What the model cannot make is told by the model.
         let Ok(facts) = registry::facts(folder) else { return Ok(()) };
         let planned = planned(request, &facts);
-        let Ok(plan) = MemoryPlan::new(folder, &planned, &PlanOptions::of(&self.options)) else { return Ok(()) };
+        let Ok(plan) = MemoryPlan::new(folder, &planned, &PlanOptions::of(&self.options)) else {
+            return Ok(());
+        };
         let needs = plan.needs(self.options.offload, self.options.memory);
         if needs.fits {
             return Ok(());
@@ -140,7 +143,8 @@ impl Observer for Watcher<'_, '_> {
             kinoflock_inference::Phase::Text => self.context.phase(Phase::Text),
             kinoflock_inference::Phase::Step => self.context.phase(Phase::Step),
             kinoflock_inference::Phase::Decode => self.context.phase(Phase::Decode),
-            // The load is over before a run begins.
+            // What is read while a run goes on.
+            kinoflock_inference::Phase::Load => self.context.phase(Phase::Load),
             _ => {}
         }
     }
@@ -232,7 +236,8 @@ fn planned(request: &RunRequest, facts: &Facts) -> GenerateRequest {
     let extra = &request.extra;
     let (width, height) = (request.width as usize, request.height as usize);
     let picture = |frame: u32, count: usize| {
-        let none = Tensor::zeros((), DType::F32, &Device::Cpu).and_then(|zero| zero.broadcast_as((count, 3, height, width)));
+        let none = Tensor::zeros((), DType::F32, &Device::Cpu)
+            .and_then(|zero| zero.broadcast_as((count, 3, height, width)));
         none.ok().map(|pictures| Condition::new(pictures, frame as usize))
     };
     let given = extra.pictures.iter().filter_map(|given| picture(given.frame, 1));

@@ -55,7 +55,9 @@ pub(crate) fn plan(
             cat(&[&each(), &first], 0);
         }
     });
-    let load = |vb| if image { CogVideoXVae::load(&vae_config, vb) } else { CogVideoXVae::load_decoder(&vae_config, vb) };
+    let load = |vb| {
+        if image { CogVideoXVae::load(&vae_config, vb) } else { CogVideoXVae::load_decoder(&vae_config, vb) }
+    };
     let (vae, _) = draft.component("vae", dtype, load)?;
     if !request.conditions.is_empty() {
         draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
@@ -226,13 +228,7 @@ fn guided(x: &Ghost, guide: Option<&Ghost>) -> Ghost {
     x.group_norm()
 }
 
-fn resnets(
-    x: &Ghost,
-    output: usize,
-    layers: usize,
-    guide: Option<&Ghost>,
-    cache: &mut GhostCache,
-) -> Ghost {
+fn resnets(x: &Ghost, output: usize, layers: usize, guide: Option<&Ghost>, cache: &mut GhostCache) -> Ghost {
     let _places = guide.map(|_| x.turned(&[x.dim(1), x.dim(2), x.dim(3)]).to(DType::U32));
     let mut x = x.clone();
     for _ in 0..layers {

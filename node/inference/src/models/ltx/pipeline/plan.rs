@@ -48,8 +48,7 @@ pub(crate) fn plan(
     let mut draft = Draft::new(options);
     let (encoder, _) =
         draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
-    let (transformer, _) =
-        draft.component("transformer", dtype, |vb| LtxTransformer::load(&config, &vb))?;
+    let (transformer, _) = draft.component("transformer", dtype, |vb| LtxTransformer::load(&config, &vb))?;
     let (vae, decoder) = draft.component("vae", dtype, |vb| LtxVae::load_decoder(&vae_config, vb))?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
@@ -163,12 +162,7 @@ fn mix(config: &TransformerConfig, query: &Ghost, key: &Ghost, value: &Ghost) ->
 }
 
 /// The decoder's way from denormalised latents, `(1, channels, time, height, width)`, to a video of the same order.
-fn decode(
-    config: &LtxVaeConfig,
-    z: &Ghost,
-    tiling: Tiling,
-    cut: Option<(usize, [usize; 3])>,
-) -> Ghost {
+fn decode(config: &LtxVaeConfig, z: &Ghost, tiling: Tiling, cut: Option<(usize, [usize; 3])>) -> Ghost {
     let decoder = &config.decoder;
     // Only a decode in pieces shows what its blocks give, which is a copy.
     let show = |x: &Ghost| {
@@ -213,8 +207,7 @@ fn finish(config: &LtxVaeConfig, x: Ghost) -> Ghost {
 }
 
 fn up(config: &UpBlockConfig, x: &Ghost) -> Ghost {
-    let mut x =
-        if config.input == config.output { x.clone() } else { resnet(x, config.output, false) };
+    let mut x = if config.input == config.output { x.clone() } else { resnet(x, config.output, false) };
     if config.scale {
         let (grown, output) = ([2 * x.dim(1) - 1, 2 * x.dim(2), 2 * x.dim(3)], config.output);
         let cells = x.cube(output * 8, 3);
@@ -272,8 +265,7 @@ fn down(kind: Option<DownBlock>, x: &Ghost, output: usize, layers: usize) -> Gho
         Some(DownBlock::Strided | DownBlock::Folded(Downsample::Conv)) => x.conv(x.dim(4), [3; 3], half(&x)),
         Some(DownBlock::Folded(Downsample::Fold([st, sh, sw]))) => {
             let (t, cells) = (x.dim(1) + st - 1, st * sh * sw);
-            let padded =
-                if st > 1 { x.turned(&[1, t, x.dim(2), x.dim(3), x.dim(4)]) } else { x.clone() };
+            let padded = if st > 1 { x.turned(&[1, t, x.dim(2), x.dim(3), x.dim(4)]) } else { x.clone() };
             let size = [1, t / st, x.dim(2) / sh, x.dim(3) / sw];
             let folded = |channels: usize| [&size[..], &[channels]].concat();
             let residual = x.turned(&folded(x.dim(4) * cells)).turned(&folded(output));

@@ -166,7 +166,12 @@ struct Layout<'a> {
     frames: &'a [usize],
 }
 
-fn double_block(config: &TransformerConfig, context: &Ghost, video: &Ghost, layout: &Layout<'_>) -> (Ghost, Ghost) {
+fn double_block(
+    config: &TransformerConfig,
+    context: &Ghost,
+    video: &Ghost,
+    layout: &Layout<'_>,
+) -> (Ghost, Ghost) {
     let (of_context, of_video) = {
         let (context, video) = (context.norm(), video.norm());
         let (context, video) = (projected(config, &context), projected(config, &video));
@@ -216,7 +221,8 @@ fn projected(config: &TransformerConfig, x: &Ghost) -> [Ghost; 3] {
 fn mix(query: &Ghost, key: &Ghost, value: &Ghost, layout: &Layout<'_>) -> Ghost {
     let (query, key) = (query.rotated(), key.rotated());
     let first = layout.words + layout.frames.first().copied().unwrap_or(0);
-    let mut pieces = vec![attention(&query.narrow(1, layout.words), &key.narrow(1, first), &value.narrow(1, first))];
+    let mut pieces =
+        vec![attention(&query.narrow(1, layout.words), &key.narrow(1, first), &value.narrow(1, first))];
     let mut start = layout.words;
     for &length in layout.frames {
         let keys = start + length;
@@ -248,8 +254,7 @@ fn decode(config: &PyramidVaeConfig, z: &Ghost, tile: Option<usize>, chunk: Opti
 fn decode_tile(config: &PyramidVaeConfig, z: &Ghost, chunk: Option<usize>) -> Ghost {
     let [_, channels, frames, h, w] = z.dims()[..] else { return z.clone() };
     let z = z.turned(&[1, frames, h, w, channels]);
-    let channels_first =
-        |x: &Ghost| x.turned(&[1, x.dim(4), x.dim(1), x.dim(2), x.dim(3)]);
+    let channels_first = |x: &Ghost| x.turned(&[1, x.dim(4), x.dim(1), x.dim(2), x.dim(3)]);
     let Some(chunk) = chunk else { return channels_first(&decoder(config, &z, true, None)) };
     let window = (chunk / config.downsample_scale).max(1);
     let mut cache = GhostCache::default();

@@ -71,6 +71,19 @@ impl VideoModel for WanPipeline {
         }
     }
 
+    fn reads_before(&self, plan: &Plan, index: usize) -> bool {
+        let low = self.low_noise.as_ref().filter(|_| self.is_low(plan.schedule.course().timesteps[index]));
+        low.is_some_and(|low| !low.transformer.is_held())
+    }
+
+    fn read_before(&self, _plan: &Plan, _index: usize) -> Result<(), Error> {
+        self.transformer.give_back();
+        if let Some(low) = &self.low_noise {
+            low.transformer.get()?;
+        }
+        Ok(())
+    }
+
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
         self.text.tokens(&clean(prompt))
     }

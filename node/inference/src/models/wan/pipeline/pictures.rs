@@ -36,7 +36,12 @@ impl Pictures {
     ///
     /// # Errors
     /// What reading the image encoder reports.
-    pub(super) fn load(folder: &Path, form: Form, options: &LoadOptions, turns: &InTurn) -> Result<(Self, u64), Error> {
+    pub(super) fn load(
+        folder: &Path,
+        form: Form,
+        options: &LoadOptions,
+        turns: &InTurn,
+    ) -> Result<(Self, u64), Error> {
         Ok(match form {
             Form::Text => (Self::None, 0),
             Form::First => (Self::First, 0),

@@ -66,7 +66,8 @@ pub(crate) fn plan(
         });
     }
     let encodes = form != Form::Text;
-    let load = |vb| if encodes { WanVae::load(&vae_config, vb) } else { WanVae::load_decoder(&vae_config, vb) };
+    let load =
+        |vb| if encodes { WanVae::load(&vae_config, vb) } else { WanVae::load_decoder(&vae_config, vb) };
     let (vae, decoder) = draft.component("vae", DType::F32, load)?;
     if given > 0 {
         draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
@@ -264,7 +265,8 @@ fn decode_run(config: &WanVaeConfig, x: &Ghost, (first, end): (usize, usize), ru
             part = part.norm();
             let pixels = cache.conv(&cube(config.out_channels), &part);
             let p = config.patch();
-            let size = [1, config.out_channels / (p * p), pixels.dim(1), pixels.dim(2) * p, pixels.dim(3) * p];
+            let size =
+                [1, config.out_channels / (p * p), pixels.dim(1), pixels.dim(2) * p, pixels.dim(3) * p];
             part = pixels.turned(&size);
         }
         part

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use kinoflock_inference::offload::Offload;
-use kinoflock_inference::plan::{MemoryPlan, Needs, PlanOptions};
+use kinoflock_inference::plan::{Fit, Needs, PlanOptions};
 use kinoflock_inference::{DType, Error, GenerateRequest};
 use kinoflock_protocol::id::ModelId;
 use kinoflock_protocol::work::JobShape;
@@ -85,21 +85,20 @@ pub fn offload(choice: Offloading) -> Offload {
     }
 }
 
-/// The plan of a job of this shape, without pictures or tiles, which a quote does not tell: the worker plans again with
-/// everything that the job says.
+/// A job of this shape, without pictures or tiles, which a quote does not tell: the worker plans again with everything
+/// that the job says.
 ///
 /// # Errors
-/// What the model's folder or the shape cannot be.
-pub fn plan(model: &Model, shape: &JobShape, options: &PlanOptions) -> Result<MemoryPlan, Error> {
+/// What the model's folder cannot be.
+pub fn request(model: &Model, shape: &JobShape) -> Result<GenerateRequest, Error> {
     let defaults = kinoflock_inference::registry::facts(&model.dir)?.info.defaults;
-    let request = GenerateRequest {
+    Ok(GenerateRequest {
         width: shape.width as usize,
         height: shape.height as usize,
         frames: shape.frames as usize,
         guidance: if shape.guided { 2.0 } else { 1.0 },
         ..GenerateRequest::new("", &defaults)
-    };
-    MemoryPlan::new(&model.dir, &request, options)
+    })
 }
 
 /// Devices of a node by their number, as bits.
@@ -194,8 +193,11 @@ impl Memories {
         }
         let each = |device: &DeviceMemory| {
             device.limit?;
-            match plan(model, shape, &device.options) {
-                Ok(plan) => Some(plan.needs(device.offload, device.limit)),
+            let how = (device.offload, device.limit);
+            let fit =
+                request(model, shape).and_then(|request| Fit::of(&model.dir, &request, &device.options, how));
+            match fit {
+                Ok(fit) => Some(fit.needs),
                 Err(error) => {
                     tracing::debug!(model = %model.name, %error, "no memory plan");
                     None

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
-use crate::pipeline::{GenerateRequest, LoadOptions};
-use crate::plan::{MemoryPlan, PlanOptions};
+use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
+use crate::plan::{Fit, MemoryPlan, PlanOptions};
 use crate::registry;
 
 /// What becomes of a model's components during a run.
@@ -84,18 +84,18 @@ impl Placement {
         &self.in_turn
     }
 
-    /// Decides for a run, before anything of it is loaded.
+    /// Decides for a run, before anything of it is loaded, and says in which pieces it is decoded.
     ///
     /// # Errors
     /// [`Error::DoesNotFit`] with what is needed and what there is.
-    pub fn settle(&self, request: &GenerateRequest) -> Result<(), Error> {
-        let Some(available) = self.memory else { return Ok(()) };
-        let needs = MemoryPlan::new(&self.folder, request, &self.options)?.needs(self.offload, self.memory);
-        if !needs.fits {
-            return Err(Error::DoesNotFit { needed: needs.bytes, available });
+    pub fn settle(&self, request: &GenerateRequest) -> Result<DecodeOptions, Error> {
+        let Some(available) = self.memory else { return Ok(request.decode) };
+        let fit = Fit::of(&self.folder, request, &self.options, (self.offload, self.memory))?;
+        if !fit.needs.fits {
+            return Err(Error::DoesNotFit { needed: fit.needs.bytes, available });
         }
-        self.in_turn.set(needs.in_turn);
-        Ok(())
+        self.in_turn.set(fit.needs.in_turn);
+        Ok(fit.decode)
     }
 }
 

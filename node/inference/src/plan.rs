@@ -25,7 +25,7 @@ use serde::Serialize;
 
 use crate::error::Error;
 use crate::offload::Offload;
-use crate::pipeline::{GenerateRequest, LoadOptions};
+use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
 use ledger::{Ghost, Ledger};
 use weights::Resident;
 
@@ -192,6 +192,52 @@ impl MemoryPlan {
     }
 }
 
+/// How a request runs in so much memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Fit {
+    /// What it needs.
+    pub needs: Needs,
+    /// In which pieces it is decoded: as it says, or in such that have the very pixels of the whole.
+    #[serde(skip)]
+    pub decode: DecodeOptions,
+}
+
+impl Fit {
+    /// How a request with the model of a folder fits best: whole and all loaded, whole and in turn, or decoded in pieces. One
+    /// that says itself how it is decoded is left so.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`].
+    pub fn of(
+        folder: &Path,
+        request: &GenerateRequest,
+        options: &PlanOptions,
+        (offload, memory): (Offload, Option<u64>),
+    ) -> Result<Self, Error> {
+        /// Sides of tiles, pixels, and frames of runs.
+        const PIECES: [(usize, usize); 4] = [(512, 64), (256, 32), (256, 16), (128, 8)];
+        let decoded = |decode: DecodeOptions| {
+            let request = GenerateRequest { decode, ..request.clone() };
+            let needs = MemoryPlan::new(folder, &request, options)?.needs(offload, memory);
+            Ok::<_, Error>(Self { needs, decode })
+        };
+        let asked = decoded(request.decode)?;
+        let exact = crate::registry::exact(folder)?;
+        let says_so = request.decode.tile.is_some() || request.decode.chunk.is_some();
+        if asked.needs.fits || says_so || !(exact.tiles || exact.runs) {
+            return Ok(asked);
+        }
+        for (tile, chunk) in PIECES {
+            let (tile, chunk) = (exact.tiles.then_some(tile), exact.runs.then_some(chunk));
+            let fit = decoded(DecodeOptions { tile, chunk, ..request.decode })?;
+            if fit.needs.fits {
+                return Ok(fit);
+            }
+        }
+        Ok(asked)
+    }
+}
+
 /// How a job would run in so much memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Needs {
@@ -207,12 +253,16 @@ pub struct Needs {
 pub(crate) struct Draft {
     pub(crate) options: PlanOptions,
     plan: MemoryPlan,
+    /// Numbers in the request's own pictures, which are there as long as it is.
+    given: usize,
 }
 
 impl Draft {
-    pub(crate) fn new(options: &PlanOptions) -> Self {
+    pub(crate) fn new(options: &PlanOptions, request: &GenerateRequest) -> Self {
         let plan = MemoryPlan { components: Vec::new(), phases: Vec::new() };
-        Self { options: *options, plan }
+        let given = request.conditions.iter().map(|given| given.pictures.elem_count());
+        let given = if options.cpu { given.fold(0, usize::saturating_add) } else { 0 };
+        Self { options: *options, plan, given }
     }
 
     /// Adds a component, built without its weights.
@@ -268,6 +318,7 @@ impl Draft {
     pub(crate) fn phase(&mut self, phase: PlanPhase, uses: &[usize], go: impl FnOnce(&Ledger)) {
         let on_host = phase == PlanPhase::Text && self.text_is_apart();
         let ledger = Ledger::new(self.options.cpu || on_host);
+        let _given = ledger.wide(&[self.given]);
         go(&ledger);
         let activations = ledger.most();
         self.plan.phases.push(PhaseMemory { phase, uses: uses.to_vec(), activations, on_host });
@@ -285,14 +336,16 @@ impl Draft {
 }
 
 /// What follows a decode to `video`, `(1, 3, frames, height, width)`: values from 0 to 1, then bytes.
-pub(crate) fn shown(video: &Ghost) {
-    let video = video.to(DType::F32);
-    let unit = video.same().same().same();
-    drop(video);
-    let flat = unit.same();
-    let pixels = flat.same();
-    drop(flat);
-    let _bytes = pixels.to(DType::U8);
+pub(crate) fn shown(video: Ghost) {
+    let [_, channels, frames, height, width] = video.dims()[..] else { return };
+    let one = || video.turned(&[1, channels, 1, height, width]).to(DType::F32);
+    let chain = (one(), one(), one());
+    let made = video.turned(&[frames, channels, height, width]).to(DType::F32);
+    drop((video, chain));
+    let unit = made.same();
+    drop(made);
+    let _one = (unit.turned(&[1, channels, height, width]), unit.turned(&[1, channels, height, width]));
+    let _bytes = unit.new(unit.dims(), DType::U8);
 }
 
 /// The type in which a T5 encoder computes where the rest has `dtype`: it overflows in f16.

@@ -20,6 +20,15 @@ pub type Teller = fn(&Path, &ModelIndex) -> Result<Facts, Error>;
 /// Says what a request needs in memory with a model folder whose index is read already.
 pub type Planner = fn(&Path, &ModelIndex, &GenerateRequest, &PlanOptions) -> Result<MemoryPlan, Error>;
 
+/// In which pieces a decode has the very pixels of the whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exact {
+    /// In tiles.
+    pub tiles: bool,
+    /// In runs of frames.
+    pub runs: bool,
+}
+
 /// An architecture that can be loaded.
 pub struct Architecture {
     /// Its name, as in [`crate::PipelineInfo::architecture`].
@@ -30,6 +39,8 @@ pub struct Architecture {
     pub facts: Teller,
     /// What a request needs in memory.
     pub plan: Planner,
+    /// Whether a decode in tiles, and one in runs of frames, has the very pixels of the whole.
+    pub exact: Exact,
     /// Reads a folder.
     pub load: Loader,
 }
@@ -143,6 +154,14 @@ pub fn plan(folder: &Path, request: &GenerateRequest, options: &PlanOptions) -> 
     }
     check_sizes(&(architecture.facts)(folder, &index)?.info, request)?;
     (architecture.plan)(folder, &index, request, options)
+}
+
+/// In which pieces a decode of a model folder's clips has the very pixels of the whole.
+///
+/// # Errors
+/// As [`facts`].
+pub fn exact(folder: &Path) -> Result<Exact, Error> {
+    Ok(find(folder)?.0.exact)
 }
 
 fn find(folder: &Path) -> Result<(&'static Architecture, ModelIndex), Error> {

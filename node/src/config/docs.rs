@@ -173,7 +173,7 @@ pub const DOCS: &[KeyDoc] = &[
     doc(
         "device.offload",
         "auto keeps a model's text encoder, transformer and VAE loaded where they fit beside the job, and else loads each in\n\
-         turn; in-turn does so always, none never. text-cpu keeps a GPU's text encoder in the machine's memory.",
+         turn; in-turn does so always, none never. text-cpu is auto with a GPU's text encoder in the machine's memory.",
     ),
     doc("device.models", "Models for this device; empty for all that [policy] serves."),
     doc("device.max_width", "Widest clip on this device; or \"unlimited\"."),

@@ -11,7 +11,7 @@ pub mod vae;
 
 pub use pipeline::{LtxClass, LtxPipeline};
 
-use crate::registry::Architecture;
+use crate::registry::{Architecture, Exact};
 
 /// LTX-Video's line in the registry.
 pub const ARCHITECTURE: Architecture = Architecture {
@@ -19,5 +19,6 @@ pub const ARCHITECTURE: Architecture = Architecture {
     classes: pipeline::CLASSES,
     facts: facts::facts,
     plan: pipeline::plan::plan,
+    exact: Exact { tiles: true, runs: true },
     load: |folder, index, options| Ok(Box::new(LtxPipeline::load(folder, index, options)?)),
 };

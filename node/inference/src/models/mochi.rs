@@ -10,7 +10,7 @@ pub mod vae;
 
 pub use pipeline::MochiPipeline;
 
-use crate::registry::Architecture;
+use crate::registry::{Architecture, Exact};
 
 /// Mochi's line in the registry.
 pub const ARCHITECTURE: Architecture = Architecture {
@@ -18,5 +18,6 @@ pub const ARCHITECTURE: Architecture = Architecture {
     classes: pipeline::CLASSES,
     facts: facts::facts,
     plan: pipeline::plan::plan,
+    exact: Exact { tiles: false, runs: true },
     load: |folder, index, options| Ok(Box::new(MochiPipeline::load(folder, index, options)?)),
 };

@@ -17,7 +17,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use check::{check_prompt, check_sizes};
 use digest::digest;
-pub use parts::{initial, watched};
+pub use parts::{initial, pictures, watched};
 
 use super::conditions::Takes;
 use super::{
@@ -263,7 +263,7 @@ fn generate<M: VideoModel>(
     observer: &mut dyn Observer,
 ) -> Result<Generated, Error> {
     let plan = check::check(model, request)?;
-    settle(model, request)?;
+    let request = &settle(model, request)?;
     let course = model.course(&plan);
     let mut run = Run::begin(model, request, &plan)?;
     let steps = course.steps();
@@ -310,13 +310,13 @@ fn generate<M: VideoModel>(
     Ok(Generated { frames, latents, start_hash, step_hashes: run.hashes, steps_done: steps - first })
 }
 
-/// Decides how a run's components are placed, and empties what it begins without.
-fn settle<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<(), Error> {
-    model.placement().settle(request)?;
+/// Decides how a run's components are placed and in which pieces it is decoded, and empties what it begins without.
+fn settle<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<GenerateRequest, Error> {
+    let decode = model.placement().settle(request)?;
     for phase in [Phase::Text, Phase::Step, Phase::Decode] {
         model.give_back(phase);
     }
-    Ok(())
+    Ok(GenerateRequest { decode, ..request.clone() })
 }
 
 fn during(error: Error, phase: &'static str) -> Error {

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use candle_core::DType;
 
 use crate::nn::attention::SCORES_AT_ONCE;
-use crate::nn::conv3d::Conv3dConfig;
+use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
 use crate::nn::pack::PANEL;
 
 /// What is held now, and the most that was.
@@ -93,7 +93,8 @@ impl Ghost {
         self.dims[axis]
     }
 
-    fn new(&self, dims: &[usize], dtype: DType) -> Self {
+    /// A new tensor of this shape and type.
+    pub(crate) fn new(&self, dims: &[usize], dtype: DType) -> Self {
         Ledger(Rc::clone(&self.held.books)).ghost(dims, dtype)
     }
 
@@ -313,7 +314,10 @@ impl GhostCache {
         }
         let place = self.place();
         let few = [x.dims[0], kept, x.dims[2], x.dims[3], x.dims[4]];
-        let before = place.take().unwrap_or_else(|| x.turned(&few));
+        // Zeros that are only read take no memory of the machine: the system gives them no pages.
+        let nothing = x.cpu() && config.time == TimePad::Causal(Edge::Zeros);
+        let begin = || if nothing { x.turned(&[0]).view(&few) } else { x.turned(&few) };
+        let before = place.take().unwrap_or_else(begin);
         let padded = cat(&[&before, x], 1);
         *place = Some(padded.turned(&few));
         let rows = config.output_size([x.dims[1], x.dims[2], x.dims[3]]).unwrap_or([0; 3]);

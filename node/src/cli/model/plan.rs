@@ -2,7 +2,8 @@
 
 use anyhow::Context;
 use clap::Args;
-use kinoflock_inference::plan::{MemoryPlan, PhaseMemory};
+use kinoflock_inference::GenerateRequest;
+use kinoflock_inference::plan::{Fit, MemoryPlan, PhaseMemory};
 use kinoflock_protocol::work::JobShape;
 
 use super::super::say;
@@ -53,13 +54,11 @@ impl PlanArgs {
 
 pub(super) fn show(model: &Model, args: &PlanArgs, config: &Config, json: bool) -> anyhow::Result<()> {
     let shape = args.shape(model)?;
-    let plans = config
-        .devices
-        .iter()
-        .map(|device| Ok((device, memory::plan(model, &shape, &memory::plan_options(device))?)));
-    let plans: Vec<(&DeviceConfig, MemoryPlan)> = plans.collect::<anyhow::Result<_>>()?;
+    let request = memory::request(model, &shape)?;
+    let each = |device| Planned::new(device, model, &request);
+    let plans = config.devices.iter().map(each).collect::<anyhow::Result<Vec<_>>>()?;
     if json {
-        let rows: Vec<_> = plans.iter().map(|(device, plan)| as_json(device, plan)).collect();
+        let rows: Vec<_> = plans.iter().map(Planned::as_json).collect();
         say::data(&serde_json::to_string_pretty(&serde_json::json!({
             "schema": 1, "model": model.id.to_string(), "width": shape.width, "height": shape.height,
             "frames": shape.frames, "guided": shape.guided, "devices": rows,
@@ -69,66 +68,90 @@ pub(super) fn show(model: &Model, args: &PlanArgs, config: &Config, json: bool) 
     let guided = if shape.guided { "guided" } else { "not guided" };
     let mut lines =
         vec![format!("{}: {}x{}, {} frames, {guided}", model.name, shape.width, shape.height, shape.frames)];
-    for (device, plan) in &plans {
-        lines.extend(table(device, plan));
+    for planned in &plans {
+        lines.extend(planned.table());
     }
     say::data(&lines.join("\n"));
     Ok(())
 }
 
-fn as_json(device: &DeviceConfig, plan: &MemoryPlan) -> serde_json::Value {
-    let limit = memory::limit(device);
-    let needs = plan.needs(memory::offload(device.offload), limit);
-    serde_json::json!({
-        "device": device.name, "plan": plan, "loaded": plan.peak(false), "in_turn": plan.peak(true),
-        "limit": limit, "needs": needs,
-    })
+/// A device's plan.
+struct Planned<'a> {
+    device: &'a DeviceConfig,
+    limit: Option<u64>,
+    plan: MemoryPlan,
+    fit: Fit,
 }
 
-/// A device's part.
-fn table(device: &DeviceConfig, plan: &MemoryPlan) -> Vec<String> {
-    let options = memory::plan_options(device);
-    let numbers = format!("{:?}", options.dtype).to_lowercase();
-    let mut lines = vec![
-        String::new(),
-        format!("on {} in {numbers}", device.name),
-        row("phase", "uses", ["its weights", "tensors", "if in turn", "if all loaded"].map(str::to_owned)),
-    ];
-    for phase in &plan.phases {
-        let in_turn = plan.weights_in(phase, true);
-        let sum =
-            |weights: u64| size(weights.saturating_add(if phase.on_host { 0 } else { phase.activations }));
-        let figures =
-            [size(in_turn), size(phase.activations), sum(in_turn), sum(plan.weights_in(phase, false))];
-        lines.push(row(phase.phase.name(), &uses(plan, phase), figures));
+impl<'a> Planned<'a> {
+    fn new(device: &'a DeviceConfig, model: &Model, request: &GenerateRequest) -> anyhow::Result<Self> {
+        let (options, limit) = (memory::plan_options(device), memory::limit(device));
+        let how = (memory::offload(device.offload), limit);
+        let plan = MemoryPlan::new(&model.dir, request, &options)?;
+        Ok(Self { device, limit, plan, fit: Fit::of(&model.dir, request, &options, how)? })
     }
-    let peaks = [String::new(), String::new(), size(plan.peak(true)), size(plan.peak(false))];
-    lines.push(row("at most", "", peaks));
-    if options.text_on_cpu {
-        lines.push(format!("  and {} of the machine's memory for the text encoder", size(plan.host_peak())));
+
+    fn as_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "device": self.device.name, "plan": self.plan, "loaded": self.plan.peak(false),
+            "in_turn": self.plan.peak(true), "limit": self.limit, "needs": self.fit.needs,
+            "decode_tile": self.fit.decode.tile, "decode_chunk": self.fit.decode.chunk,
+        })
     }
-    lines.push(format!("  {}", verdict(device, plan)));
-    lines
+
+    fn table(&self) -> Vec<String> {
+        let (options, plan) = (memory::plan_options(self.device), &self.plan);
+        let numbers = format!("{:?}", options.dtype).to_lowercase();
+        let mut lines = vec![
+            String::new(),
+            format!("on {} in {numbers}", self.device.name),
+            row(
+                "phase",
+                "uses",
+                ["its weights", "tensors", "if in turn", "if all loaded"].map(str::to_owned),
+            ),
+        ];
+        for phase in &plan.phases {
+            let in_turn = plan.weights_in(phase, true);
+            let tensors = if phase.on_host { 0 } else { phase.activations };
+            let sum = |weights: u64| size(weights.saturating_add(tensors));
+            let figures =
+                [size(in_turn), size(phase.activations), sum(in_turn), sum(plan.weights_in(phase, false))];
+            lines.push(row(phase.phase.name(), &uses(plan, phase), figures));
+        }
+        let peaks = [String::new(), String::new(), size(plan.peak(true)), size(plan.peak(false))];
+        lines.push(row("at most", "", peaks));
+        if options.text_on_cpu {
+            let host = size(plan.host_peak());
+            lines.push(format!("  and {host} of the machine's memory for the text encoder"));
+        }
+        lines.push(format!("  {}", self.verdict()));
+        lines
+    }
+
+    fn verdict(&self) -> String {
+        let Some(limit) = self.limit else {
+            return "no limit is set or known here: device.memory_limit".to_owned();
+        };
+        let needs = self.fit.needs;
+        let how = if needs.in_turn { "loaded in turn" } else { "all loaded" };
+        let pieces = match (self.fit.decode.tile, self.fit.decode.chunk) {
+            (None, None) => String::new(),
+            (None, Some(run)) => format!(", decoded in runs of {run} frames"),
+            (Some(tile), None) => format!(", decoded in tiles of {tile} pixels"),
+            (Some(tile), Some(run)) => {
+                format!(", decoded in tiles of {tile} pixels and runs of {run} frames")
+            }
+        };
+        let fits = if needs.fits { "fits" } else { "does not fit" };
+        let (needed, limit) = (size(needs.bytes), size(limit));
+        format!("offload {}: {how}{pieces}, it needs {needed} and {fits} into {limit}", self.device.offload)
+    }
 }
 
 fn uses(plan: &MemoryPlan, phase: &PhaseMemory) -> String {
     let names = phase.uses.iter().map(|&index| plan.components[index].name);
     names.collect::<Vec<_>>().join(", ")
-}
-
-fn verdict(device: &DeviceConfig, plan: &MemoryPlan) -> String {
-    let Some(limit) = memory::limit(device) else {
-        return "no limit is set or known here: device.memory_limit".to_owned();
-    };
-    let needs = plan.needs(memory::offload(device.offload), Some(limit));
-    let how = if needs.in_turn { "loaded in turn" } else { "all loaded" };
-    let fits = if needs.fits { "fits" } else { "does not fit" };
-    format!(
-        "offload {}: {how}, it needs {} and {fits} into {}",
-        device.offload,
-        size(needs.bytes),
-        size(limit)
-    )
 }
 
 fn row(phase: &str, uses: &str, [own, tensors, in_turn, all]: [String; 4]) -> String {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kinoflock_inference::audit::frames_deviation;
 use kinoflock_inference::offload::Offload;
-use kinoflock_inference::plan::{MemoryPlan, PlanOptions};
+use kinoflock_inference::plan::{Fit, PlanOptions};
 use kinoflock_inference::sampler::checkpoint::latents_bytes;
 use kinoflock_inference::{
     Checkpoint, Commitment, Condition, DType, DecodeOptions, Device, Error, Facts, GenerateRequest,
@@ -77,10 +77,9 @@ impl Engine for LocalEngine {
         // What the model cannot make is told by the model.
         let Ok(facts) = registry::facts(folder) else { return Ok(()) };
         let planned = planned(request, &facts);
-        let Ok(plan) = MemoryPlan::new(folder, &planned, &PlanOptions::of(&self.options)) else {
-            return Ok(());
-        };
-        let needs = plan.needs(self.options.offload, self.options.memory);
+        let how = (self.options.offload, self.options.memory);
+        let Ok(fit) = Fit::of(folder, &planned, &PlanOptions::of(&self.options), how) else { return Ok(()) };
+        let needs = fit.needs;
         if needs.fits {
             return Ok(());
         }

@@ -110,7 +110,10 @@ impl WanVae {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.z_dim);
         }
         let x = self.post_quant.forward(&z.permute((0, 2, 3, 4, 1))?.contiguous()?)?;
-        self.decoder.forward(&x, tiling, watch)?.clamp(-1f32, 1f32)
+        let video = self.decoder.forward(&x, tiling, watch)?;
+        let raised = video.maximum(-1f32)?;
+        drop(video);
+        raised.minimum(1f32)
     }
 
     /// From which level on a decode of so many latent cells goes in tiles, and the greatest of them with its margins;

@@ -58,7 +58,7 @@ pub(super) fn frames<M: VideoModel>(
     let plan = check(model, request)?;
     let latents = checked(latents, model.latents_shape(&plan, model.course(&plan).steps()))?;
     let volume = model.volume(&plan, &latents)?;
-    settle(model, request)?;
+    let request = &settle(model, request)?;
     let video = model.decode(request, &volume, &Silent);
     model.give_back(Phase::Decode);
     Ok(RgbFrames::from_unit(&video?)?)

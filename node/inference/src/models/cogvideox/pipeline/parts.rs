@@ -8,7 +8,7 @@ use crate::models::cogvideox::transformer::Positions;
 use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
+use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
@@ -207,8 +207,7 @@ impl VideoModel for CogVideoXPipeline {
         let vae = self.vae.get()?;
         let z = vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
         let video = watched(observer, |watch| vae.decode(&z, request.decode.tile, watch, None))?;
-        let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
-        Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+        Ok(pictures(video)?)
     }
 }
 

@@ -44,7 +44,7 @@ pub(crate) fn plan(
     let (dtype, tokens) = (options.dtype, info.token_limit);
     let batch = if request.guidance > 1.0 { 2 } else { 1 };
 
-    let mut draft = Draft::new(options);
+    let mut draft = Draft::new(options, request);
     let (encoder, _) =
         draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
@@ -62,8 +62,7 @@ pub(crate) fn plan(
     if !request.conditions.is_empty() {
         draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
             let _held = (ledger.wide(&latents), ledger.ghost(&[batch, tokens, text.d_model], dtype));
-            let picture = ledger.wide(&[1, 3, 1, request.height, request.width]);
-            let video = picture.same().to(dtype).same();
+            let video = ledger.wide(&[1, 3, 1, request.height, request.width]).to(dtype);
             encode(&vae_config, &video);
             let _image = ledger.wide(&latents);
         });
@@ -76,7 +75,7 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Decode, &[vae], |ledger| {
         let volume = ledger.wide(&[1, work.latent_channels, frames, rows, columns]);
         let z = volume.same().to(dtype);
-        shown(&decode(&vae_config, &z, request.decode.tile));
+        shown(decode(&vae_config, &z, request.decode.tile));
     });
     Ok(draft.finish(request))
 }
@@ -220,7 +219,7 @@ fn decoder(config: &VaeConfig, z: &Ghost, cache: &mut GhostCache) -> Ghost {
 
 /// Which latent cell each position reads.
 fn places(x: &Ghost) -> Ghost {
-    x.turned(&x.dims()[..4]).to(DType::U32)
+    x.new(&x.dims()[..4], DType::U32)
 }
 
 fn guided(x: &Ghost, guide: Option<&Ghost>) -> Ghost {
@@ -229,7 +228,7 @@ fn guided(x: &Ghost, guide: Option<&Ghost>) -> Ghost {
 }
 
 fn resnets(x: &Ghost, output: usize, layers: usize, guide: Option<&Ghost>, cache: &mut GhostCache) -> Ghost {
-    let _places = guide.map(|_| x.turned(&[x.dim(1), x.dim(2), x.dim(3)]).to(DType::U32));
+    let _places = guide.map(|_| x.new(&[x.dim(1), x.dim(2), x.dim(3)], DType::U32));
     let mut x = x.clone();
     for _ in 0..layers {
         x = resnet(&x, output, guide, cache);

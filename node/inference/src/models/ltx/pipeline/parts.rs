@@ -12,7 +12,7 @@ use crate::models::ltx::vae::{DecodeSettings, Noise};
 use crate::offload::Placement;
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, Volume};
-use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
+use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
@@ -427,8 +427,7 @@ fn decode(
     } else {
         watched(observer, |watch| vae.decode(&z, &settings, Some(&mut |_, _| watch())))?
     };
-    let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
-    Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+    Ok(pictures(video)?)
 }
 
 fn decode_noise(given: &Tensor, z: &Tensor) -> Result<Tensor, Error> {

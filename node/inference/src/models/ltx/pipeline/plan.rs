@@ -45,7 +45,7 @@ pub(crate) fn plan(
     let all = volume.packed_shape()[1] + layout.extra() * rows * columns;
     let latents = [1, all, volume.packed_shape()[2]];
 
-    let mut draft = Draft::new(options);
+    let mut draft = Draft::new(options, request);
     let (encoder, _) =
         draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
     let (transformer, _) = draft.component("transformer", dtype, |vb| LtxTransformer::load(&config, &vb))?;
@@ -64,7 +64,7 @@ pub(crate) fn plan(
         draft.phase(PlanPhase::Conditions, &[part], |ledger| {
             let _start = ledger.wide(&latents);
             let _text = ledger.ghost(&[batch, tokens, config.caption_channels], dtype);
-            let video = ledger.wide(&[most, 3, request.height, request.width]).same().to(dtype).same();
+            let video = ledger.wide(&[1, 3, most, request.height, request.width]).to(dtype);
             encode(&vae_config, &video);
         });
     }
@@ -77,7 +77,7 @@ pub(crate) fn plan(
         let cut = decoder.cut(tiling, volume.cells);
         let z = ledger.wide(&volume.shape());
         let z = z.same().same().to(dtype);
-        shown(&decode(&vae_config, &z, tiling, cut));
+        shown(decode(&vae_config, &z, tiling, cut));
     });
     Ok(draft.finish(request))
 }

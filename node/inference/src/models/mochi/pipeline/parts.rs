@@ -8,7 +8,7 @@ use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
 use crate::offload::Placement;
 use crate::pipeline::latents::{LatentRgb, Volume, pack, unpack};
-use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
+use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{Schedule, ScheduleRequest, linear_quadratic};
@@ -164,8 +164,7 @@ impl VideoModel for MochiPipeline {
         let z = vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
         let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
         let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
-        let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
-        Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+        Ok(pictures(video)?)
     }
 }
 

@@ -39,7 +39,7 @@ pub(crate) fn plan(
     let batch = if request.guidance > 1.0 { 2 } else { 1 };
     let latents = volume.packed_shape();
 
-    let mut draft = Draft::new(options);
+    let mut draft = Draft::new(options, request);
     let (transformer, _) =
         draft.component("transformer", dtype, |vb| MochiTransformer::load(&config, &vb))?;
     let (encoder, _) =
@@ -61,7 +61,7 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Decode, &[vae], |ledger| {
         let state = ledger.wide(&volume.shape());
         let z = state.same().same().to(dtype);
-        shown(&decode(&vae_config, &z, request.decode.tile, run));
+        shown(decode(&vae_config, &z, request.decode.tile, run));
     });
     Ok(draft.finish(request))
 }

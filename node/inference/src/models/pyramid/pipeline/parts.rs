@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::models::pyramid::transformer::TextContext;
 use crate::offload::Placement;
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::{Course, State, VideoModel, watched};
+use crate::pipeline::run::{Course, State, VideoModel, pictures, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
 use crate::tiling::Tiling;
@@ -225,6 +225,5 @@ pub(super) fn decode(
     let z = model.denormalize(&latents.to_device(&model.device)?)?.to_dtype(model.dtype)?;
     let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
     let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
-    let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
-    Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+    Ok(pictures(video)?)
 }

@@ -13,7 +13,7 @@ use crate::models::pyramid::config::{PATCH, TransformerConfig};
 use crate::models::pyramid::facts::facts;
 use crate::models::pyramid::transformer::PyramidTransformer;
 use crate::models::pyramid::vae::{PyramidVae, PyramidVaeConfig};
-use crate::nn::conv3d::Conv3dConfig;
+use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
 use crate::pipeline::GenerateRequest;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::{clip_text, t5};
@@ -45,7 +45,7 @@ pub(crate) fn plan(
     let (dtype, tokens) = (options.dtype, info.token_limit);
     let volume = [1, work.latent_channels, cells[0], cells[1], cells[2]];
 
-    let mut draft = Draft::new(options);
+    let mut draft = Draft::new(options, request);
     let (encoder, _) =
         draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
     let (second, _) =
@@ -72,7 +72,7 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Decode, &[vae], |ledger| {
         let state = ledger.wide(&volume);
         let z = state.same().to(dtype);
-        shown(&decode(&vae_config, &z, request.decode.tile, request.decode.chunk));
+        shown(decode(&vae_config, &z, request.decode.tile, request.decode.chunk));
     });
     Ok(draft.finish(request))
 }
@@ -234,7 +234,7 @@ fn mix(query: &Ghost, key: &Ghost, value: &Ghost, layout: &Layout<'_>) -> Ghost 
 }
 
 fn cube(output: usize) -> Conv3dConfig {
-    Conv3dConfig::cube(1, output, 3, true)
+    Conv3dConfig { time: TimePad::Causal(Edge::Zeros), ..Conv3dConfig::cube(1, output, 3, true) }
 }
 
 /// From denormalised latents `(1, channels, time, height, width)` to a video of the same order.

@@ -10,7 +10,7 @@ use crate::models::wan::transformer::{TextContext, WanTransformer};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, pack, unpack};
-use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
+use crate::pipeline::run::{Course, State, VideoModel, initial, pictures as shown, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
 use crate::sampler::guidance::{guide, rescale};
 use crate::text::clean::clean;
@@ -235,8 +235,7 @@ impl VideoModel for WanPipeline {
         let z = vae.denormalize(&volume.to_device(&self.device)?)?;
         let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
         let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
-        let video = video.squeeze(0)?.transpose(0, 1)?;
-        Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+        Ok(shown(video)?)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::models::wan::config::TransformerConfig;
 use crate::models::wan::facts::{Form, facts, form};
 use crate::models::wan::transformer::WanTransformer;
 use crate::models::wan::vae::{WanVae, WanVaeConfig};
-use crate::nn::conv3d::Conv3dConfig;
+use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
 use crate::pipeline::GenerateRequest;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::{t5, vision};
@@ -44,7 +44,7 @@ pub(crate) fn plan(
     let words = if guided { 2 } else { 1 };
     let given = request.conditions.len();
 
-    let mut draft = Draft::new(options);
+    let mut draft = Draft::new(options, request);
     let (encoder, _) =
         draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
@@ -61,7 +61,6 @@ pub(crate) fn plan(
         let (eye, _) = draft.component("image encoder", DType::F32, load)?;
         draft.phase(PlanPhase::Conditions, &[eye], |ledger| {
             let _held = (ledger.wide(&latents), ledger.ghost(&[words, tokens, text.d_model], dtype));
-            let _pictures = ledger.wide(&[given, 3, request.height, request.width]);
             vision(ledger, &seen, given.max(1));
         });
     }
@@ -72,11 +71,15 @@ pub(crate) fn plan(
     if given > 0 {
         draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
             let _held = (ledger.wide(&latents), ledger.ghost(&[words, tokens, text.d_model], dtype));
-            let _pictures = ledger.wide(&[given, 3, request.height, request.width]);
             let frames = if form == Form::First { 1 } else { request.frames };
-            let picture = ledger.wide(&[1, 3, 1, request.height, request.width]).same();
-            let video = picture.turned(&[1, 3, frames, request.height, request.width]);
-            let video = if given > 1 { video.same() } else { video };
+            let picture = ledger.wide(&[1, 3, 1, request.height, request.width]);
+            let mut video = picture.clone();
+            if form != Form::First {
+                video = picture.turned(&[1, 3, frames, request.height, request.width]);
+            }
+            if given > 1 {
+                video = video.same();
+            }
             encode(&vae_config, &video);
         });
     }
@@ -100,9 +103,11 @@ pub(crate) fn plan(
             let x = z.turned(&[1, cells[0], cells[1], cells[2], work.latent_channels]);
             let x = x.conv3d(&point(work.latent_channels));
             let raw = decode(&vae_config, &x, tiling, cut);
-            raw.same().same()
+            let raised = raw.same();
+            drop(raw);
+            raised.same()
         };
-        shown(&video);
+        shown(video);
     });
     Ok(draft.finish(request))
 }
@@ -220,7 +225,8 @@ fn split(config: &TransformerConfig, x: &Ghost) -> Ghost {
 
 /// A causal convolution.
 fn causal(output: usize, kernel: [usize; 3]) -> Conv3dConfig {
-    Conv3dConfig { kernel, ..Conv3dConfig::cube(1, output, 3, true) }
+    let time = TimePad::Causal(Edge::Zeros);
+    Conv3dConfig { kernel, time, ..Conv3dConfig::cube(1, output, 3, true) }
 }
 
 fn point(output: usize) -> Conv3dConfig {

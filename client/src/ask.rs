@@ -4,8 +4,8 @@
 
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::{List, Text, TooLong};
-use kinoflock_protocol::job::{Audience, Keyframe, Op, OpValue, Returns, Share};
-use kinoflock_protocol::limits::{MAX_NAME, MAX_OPS};
+use kinoflock_protocol::job::{Adapter, Audience, Keyframe, Op, OpValue, Returns, Share};
+use kinoflock_protocol::limits::{MAX_ADAPTERS, MAX_NAME, MAX_OPS};
 use kinoflock_protocol::model::{ModelManifest, RuleError};
 use kinoflock_protocol::{ClipId, JobShape, JobSpec, Micro, Millis, ModelId, Nonce, Prompt, UnixMillis};
 
@@ -39,6 +39,8 @@ pub struct Ask {
     pub initial_latents: Option<Vec<u8>>,
     /// What frames are to show.
     pub pictures: Pictures,
+    /// Adapters on top of the model, in order. Their weights are in the store.
+    pub adapters: Vec<Adapter>,
     /// Whether the final latents are wanted too.
     pub latents: bool,
     /// Whether small pictures of how it looks are wanted meanwhile.
@@ -148,6 +150,14 @@ pub enum AskError {
         /// Operations given.
         given: usize,
     },
+    /// Too many adapters.
+    #[error("{given} adapters exceed the limit of {limit}")]
+    TooManyAdapters {
+        /// Most adapters.
+        limit: usize,
+        /// Adapters given.
+        given: usize,
+    },
     /// Too many keyframes.
     #[error("{given} keyframes exceed the limit of {limit}")]
     TooManyKeyframes {
@@ -178,6 +188,7 @@ impl AskError {
             Self::NotPositive { .. } => "not_positive",
             Self::TooLong { .. } => "too_long",
             Self::TooManyOps { .. } => "too_many_operations",
+            Self::TooManyAdapters { .. } => "too_many_adapters",
             Self::TooManyKeyframes { .. } => "too_many_keyframes",
             Self::KeyframeBeyondEnd { .. } => "keyframe_beyond_end",
             Self::Rule(error) => error.code(),
@@ -211,6 +222,7 @@ impl Ask {
         prompt("negative prompt", &self.negative_prompt)?;
         name("artist", self.artist.as_deref())?;
         name("licence", self.licence.as_deref())?;
+        self.adapters()?;
         self.ops().map(drop)
     }
 
@@ -248,6 +260,7 @@ impl Ask {
         spec.fps = fps;
         spec.guidance = guidance;
         spec.initial_latents = self.initial_latents.as_deref().map(BlobRef::of);
+        spec.adapters = self.adapters()?;
         self.pictures.enter(&mut spec)?;
         spec.returns = Returns {
             latents: self.latents,
@@ -264,6 +277,11 @@ impl Ask {
         spec.artist = name("artist", self.artist.as_deref())?;
         spec.licence = name("licence", self.licence.as_deref())?;
         Ok(spec)
+    }
+
+    fn adapters(&self) -> Result<List<Adapter, MAX_ADAPTERS>, AskError> {
+        let too_many = |TooLong { limit, given, .. }| AskError::TooManyAdapters { limit, given };
+        List::new(self.adapters.clone()).map_err(too_many)
     }
 
     fn ops(&self) -> Result<List<Op, MAX_OPS>, AskError> {

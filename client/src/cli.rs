@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+mod adapter;
 mod args;
 mod audit;
 mod batch;
@@ -81,6 +82,7 @@ async fn with_context(command: Command, context: &Context<'_>) -> Result<(), Fai
         Command::Models { node } => nodes::models(&node, context).await,
         Command::Join { ticket } => nodes::join(&ticket, context).await,
         Command::Ticket => ticket::ticket(context),
+        Command::Adapter { command } => adapter::run(command, context),
         Command::List { command } => list::run(command, context).await,
         Command::Key { command } => keys::run(command, context),
         Command::Completions { .. } => Ok(()),

@@ -9,9 +9,10 @@
 //! acceptance, if it is in; the prompt and all parameters, if the artist put the signed job in. Everything else in the
 //! packet is the word of whoever exported it, and a checksum tells an accident or a careless edit.
 
+use kinoflock_protocol::card::Card;
 use kinoflock_protocol::names::PUBLIC_NETWORK;
 use kinoflock_protocol::receipt::{ReceiptAnswer, ReceiptError, ValidReceipt, Verdict};
-use kinoflock_protocol::{ClipId, Envelope, JobSpec, NetworkId, RequesterId, ValidJob};
+use kinoflock_protocol::{CardId, ClipId, Envelope, JobSpec, NetworkId, PublicKey, RequesterId, ValidJob};
 
 use crate::mp4;
 use crate::verify::{self, ClipInfo, VerifyError};
@@ -107,6 +108,30 @@ pub struct Statement<'a> {
     pub model_name: &'a str,
     /// Whether the prompt goes in, and with it the signed job that proves it.
     pub with_prompt: bool,
+    /// Signed cards of the adapters that went in.
+    pub cards: &'a [Envelope],
+}
+
+/// A signed card that a receipt names.
+#[derive(Debug, Clone)]
+pub struct Cited {
+    /// Its id.
+    pub id: CardId,
+    /// Who signed it.
+    pub signer: PublicKey,
+    /// What it says.
+    pub card: Card,
+}
+
+/// Opens a signed card.
+///
+/// # Errors
+/// When its signature or its shares are wrong.
+pub fn cited(envelope: &Envelope, network: &NetworkId) -> Result<Cited, ProvenanceError> {
+    let changed = |reason: String| ProvenanceError::Packet { reason };
+    let opened = envelope.open::<Card>(network).map_err(|error| changed(error.to_string()))?;
+    opened.value.check().map_err(|error| changed(error.to_string()))?;
+    Ok(Cited { id: CardId::of(envelope, network), signer: opened.signer, card: opened.value })
 }
 
 /// What a file proves.
@@ -124,6 +149,8 @@ pub struct Verified {
     pub verdict: Option<Verdict>,
     /// The signed job, if the artist put it in.
     pub job: Option<JobSpec>,
+    /// The signed cards of the adapters, as far as they are in.
+    pub cards: Vec<Cited>,
     /// What else the packet says: the exporter's word.
     pub facts: Facts,
 }
@@ -178,8 +205,13 @@ pub fn check(file: &[u8]) -> Result<Verified, ProvenanceError> {
         Some(envelope) => Some(check_answer(envelope, &packet.network, &receipt).map_err(|r| changed(&r))?),
         None => None,
     };
+    let cards = packet.cards.iter().map(|envelope| cited(envelope, &packet.network));
+    let cards = cards.collect::<Result<Vec<_>, _>>()?;
+    if cards.iter().any(|cited| !receipt.receipt().cards.contains(&cited.id)) {
+        return Err(changed("a card in it is none of the receipt's"));
+    }
     let (network, clip, facts) = (packet.network, receipt.receipt().clip, packet.facts);
-    Ok(Verified { network, receipt, clip, info, verdict, job, facts })
+    Ok(Verified { network, receipt, clip, info, verdict, job, cards, facts })
 }
 
 /// The bare clip of an exported file, unverified; the whole file if it carries no provenance.

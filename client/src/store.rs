@@ -6,6 +6,8 @@
 //! clips/ID.json     one record for each clip that came by a ticket
 //! blobs/ab/HEX      content by its blake3
 //! tickets/HEX.json  networks that were joined
+//! adapters/ID.json  what is kept of an adapter beside its weights, which are a blob
+//! cards/ID.json     signed cards of adapters
 //! lists/NAME.json   signed lists that are subscribed to
 //! nodes/ID.json     what was seen of a node; may be removed at any time
 //! met.json          nodes that were met, for when every other way is gone; may be removed at any time
@@ -28,11 +30,13 @@ use serde::de::DeserializeOwned;
 
 use crate::route::experience::Experience;
 
+mod adapters;
 mod index;
 mod lists;
 mod met;
 mod record;
 
+pub use adapters::AdapterRecord;
 pub use index::{ClipEntry, JobEntry};
 pub use lists::ListRecord;
 pub use met::{MAX_MET, MetNode};
@@ -173,7 +177,17 @@ impl Store {
         make_private_dir(&root)?;
         let store = Self { root };
         store.check_version()?;
-        for folder in ["jobs", "clips", "blobs", "tickets", "nodes", lists::FOLDER, "tmp"] {
+        for folder in [
+            "jobs",
+            "clips",
+            "blobs",
+            "tickets",
+            "nodes",
+            lists::FOLDER,
+            adapters::FOLDER,
+            adapters::CARDS,
+            "tmp",
+        ] {
             make_private_dir(&store.root.join(folder))?;
         }
         store.sweep();

@@ -107,6 +107,10 @@ pub fn receipt(
     for (asked, used) in spec.adapters.iter().zip(receipt.adapters.iter()) {
         same("adapter", &asked.weights.id, &used.weights)?;
         same("adapter scale", &asked.scale, &used.scale)?;
+        if let Some(card) = asked.card.filter(|card| !receipt.cards.contains(card)) {
+            let (what, given) = ("adapter card", "no such card".to_owned());
+            return Err(VerifyError::Mismatch { what, expected: card.to_string(), given });
+        }
     }
     same("number of parents", &spec.parents.len(), &receipt.parents.len())?;
     for (asked, used) in spec.parents.iter().zip(receipt.parents.iter()) {

@@ -24,6 +24,7 @@ fn exported(with_prompt: bool) -> Vec<u8> {
         job: &job,
         model_name: "motif",
         with_prompt,
+        cards: &[],
     };
     provenance::export(CLIP, &statement).unwrap()
 }
@@ -81,6 +82,7 @@ fn a_receipt_for_another_clip_does_not_pass() {
         job: &job,
         model_name: "motif",
         with_prompt: false,
+        cards: &[],
     };
     assert!(matches!(provenance::export(&other, &statement), Err(ProvenanceError::WrongBytes { .. })));
     let mut swapped = other;

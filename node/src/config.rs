@@ -239,6 +239,8 @@ pub struct PolicyConfig {
     pub limits: Limits,
     /// Most work in a job, TFLOP.
     pub max_work: Option<u64>,
+    /// Most bytes of a job's adapters; 0 takes none.
+    pub adapter_bytes: u64,
     /// When not empty, only these.
     pub allow: BTreeSet<RequesterId>,
     /// Never these.
@@ -473,6 +475,7 @@ fn check_policy(section: &file::PolicySection) -> Result<PolicyConfig, ConfigErr
             steps: positive("policy.max_steps", section.max_steps.0)?,
         },
         max_work: positive("policy.max_work", section.max_work.0)?,
+        adapter_bytes: section.adapter_bytes.0,
         allow: ids("policy.allow", &section.allow)?,
         deny: ids("policy.deny", &section.deny)?,
         queued_jobs: positive("policy.queued_jobs", section.queued_jobs.0)?,

@@ -43,6 +43,7 @@ use crate::telemetry::Metrics;
 
 use self::boards::Boards;
 
+mod adapters;
 mod advert;
 mod archive;
 mod auditor;

@@ -42,7 +42,7 @@ fn walk(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// The tiny folders of all families.
-const FOLDERS: [&str; 16] = [
+const FOLDERS: [&str; 17] = [
     "cogvideox-1.5",
     "cogvideox-1.5-i2v",
     "cogvideox-2b",
@@ -52,6 +52,7 @@ const FOLDERS: [&str; 16] = [
     "ltx-video-0.9.5",
     "mochi-1",
     "pyramid-flow-miniflux",
+    "pyramid-flow-sd3",
     "wan2.1",
     "wan2.1-flf2v",
     "wan2.1-i2v",
@@ -101,6 +102,7 @@ fn each_family_has_defaults_of_its_own() {
         ("cogvideox-1.5", (1360, 768), 81, 16.0),
         ("mochi-1", (848, 480), 19, 30.0),
         ("pyramid-flow-miniflux", (640, 384), 121, 24.0),
+        ("pyramid-flow-sd3", (1280, 768), 121, 24.0),
         ("wan2.1", (832, 480), 81, 16.0),
         ("wan2.2-ti2v-5b", (1280, 704), 121, 24.0),
     ] {

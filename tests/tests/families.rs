@@ -40,7 +40,7 @@ const fn family(
     Family { name, architecture, folder, size: (width, height), frames, wrong }
 }
 
-const FAMILIES: [Family; 10] = [
+const FAMILIES: [Family; 11] = [
     family("ltx", "ltx-video", "ltx-video-0.9.0", (64, 64, 9), ("10", "are 9 and 17")),
     family("ltx-095", "ltx-video", "ltx-video-0.9.5", (64, 32, 9), ("10", "are 9 and 17")),
     family("cogvideox", "cogvideox", "cogvideox-2b", (64, 48, 9), ("12", "are 9 and 17")),
@@ -48,6 +48,7 @@ const FAMILIES: [Family; 10] = [
     family("cogvideox-1.5", "cogvideox", "cogvideox-1.5", (32, 32, 9), ("5", "are 1 and 9")),
     family("mochi", "mochi", "mochi-1", (32, 48, 7), ("8", "are 7 and 13")),
     family("pyramid", "pyramid-flow", "pyramid-flow-miniflux", (64, 64, 9), ("10", "are 9 and 17")),
+    family("pyramid-sd3", "pyramid-flow", "pyramid-flow-sd3", (64, 64, 9), ("10", "are 9 and 17")),
     family("wan", "wan", "wan2.1", (48, 32, 5), ("6", "are 5 and 9")),
     family("wan-a14b", "wan", "wan2.2-a14b", (32, 32, 5), ("6", "are 5 and 9")),
     family("wan-5b", "wan", "wan2.2-ti2v-5b", (64, 32, 5), ("6", "are 5 and 9")),

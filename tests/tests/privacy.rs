@@ -280,6 +280,7 @@ async fn make(client: &Client, way: &Way, prompt: &str) -> provenance::Verified 
         job: &record.envelope,
         model_name: &record.model_name,
         with_prompt: true,
+        cards: &[],
     };
     let verified = provenance::check(&provenance::export(&bare, &statement).unwrap()).unwrap();
     assert_eq!(verified.job.as_ref().unwrap().prompt.as_str(), prompt);

@@ -1,10 +1,14 @@
 //! The command line: commands, flags, and help written for artists.
 
+mod adapter;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use kinoflock_protocol::Micro;
 use kinoflock_protocol::job::{OpValue, Share};
+
+pub(super) use self::adapter::{AdapterCommand, Add};
 
 /// Make videos from words on other people's machines, without a company in the middle.
 #[derive(Debug, Parser)]
@@ -32,6 +36,7 @@ Examples:
   kinoflock generate \"a red circle drifts left over a blue field\" -o clip.mp4
   kinoflock generate \"a paper boat in the rain\" --seconds 4 --size 768x512 --steps 40
   kinoflock generate --prompt-file prompt.txt --seed 7          the same seed draws the same picture
+  kinoflock generate \"night train\" --lora fog.safetensors@0.8 --lora rain@-0.3     what two LoRAs make of it
   kinoflock generate \"night train\" --detach                     prints the job; later: kinoflock wait JOB
   kinoflock generate \"night train\" --seconds 8 --dry-run         who could make it, and how soon? Nothing is sent
   kinoflock generate \"night train\" --variations 8 -o train.mp4   eight seeds on many nodes: train-SEED.mp4
@@ -161,6 +166,12 @@ pub enum Command {
     },
     /// Print a ticket for nodes that you know, to pass on the way in
     Ticket,
+    /// Your adapters (LoRA): who made them, from what, and how credit is shared
+    Adapter {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: AdapterCommand,
+    },
     /// Signed lists of nodes and models: those of others that you go by, and your own
     List {
         /// What to do with them.
@@ -271,6 +282,7 @@ const NOT_WITH_BATCH: &[&str] = &[
     "steps",
     "guidance",
     "init_latents",
+    "lora",
     "set",
     "latents",
     "licence",
@@ -336,8 +348,9 @@ pub struct Generate {
     /// --set extend_frames=N says
     #[arg(long, value_name = "CLIP", conflicts_with_all = ["image", "detach"])]
     pub extend: Option<String>,
-    /// Adapter and its weight, such as blob1...@0.8 (not there yet)
-    #[arg(long, value_name = "ID@WEIGHT")]
+    /// Adapter (LoRA) and its weight: a safetensors file, or the name or id of one that you took in with kinoflock
+    /// adapter add, such as fog.safetensors@0.8. Several times for several; any number, also below 0 [default weight: 1]
+    #[arg(long, value_name = "FILE|ID@WEIGHT", conflicts_with = "detach")]
     pub lora: Vec<String>,
     /// A further operation by name: timesteps, decode_timestep, decode_noise_scale, decode_tile, decode_chunk,
     /// truncate_prompt, extend_frames, picture_noise_scale, denoise_strength, upsample_adain, upsample_tone_map, and

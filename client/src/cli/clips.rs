@@ -2,19 +2,21 @@
 
 use std::path::Path;
 
+use kinoflock_protocol::card::Subject;
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::names::CLIP_TICKET;
-use kinoflock_protocol::receipt::{Receipt, Verdict};
+use kinoflock_protocol::receipt::{Receipt, UsedAdapter, Verdict};
 use kinoflock_protocol::{ClipId, JobId, JobSpec, Prompt, ValidJob};
 use serde::Serialize;
 
+use super::adapter::AdapterFacts;
 use super::args::Save;
 use super::context::Context;
 use super::failure::{Exit, Failure};
 use super::jobs::short_time;
 use super::ticket::Told;
 use super::{follow, generate};
-use crate::provenance::{self, ProvenanceError, Verified, network_name};
+use crate::provenance::{self, Cited, ProvenanceError, Verified, network_name};
 use crate::session::Client;
 use crate::store::{JobRecord, Store, StoreError};
 use crate::ticket::{Way, clip_ticket};
@@ -43,6 +45,7 @@ struct Facts {
     made_at: String,
     device: &'static str,
     engine: String,
+    adapters: Vec<AdapterFacts>,
     frames: Option<u32>,
     width: Option<u32>,
     height: Option<u32>,
@@ -209,7 +212,8 @@ pub(super) fn verify(file: &Path, context: &Context<'_>) -> Result<(), Failure> 
 fn verify_bare(bytes: &[u8], context: &Context<'_>) -> Result<(), Failure> {
     // Without a store there is nothing to compare with.
     let known = context.store().ok().and_then(|store| store.job_of_clip(&ClipId::of(bytes)).ok().flatten());
-    let Some((record, facts)) = known.and_then(|record| of_record(&record).map(|facts| (record, facts)))
+    let Some((record, facts)) =
+        known.and_then(|record| of_record(&record, context).map(|facts| (record, facts)))
     else {
         return Err(ProvenanceError::None.into());
     };
@@ -233,7 +237,7 @@ pub(super) fn show(what: &str, context: &Context<'_>) -> Result<(), Failure> {
         if is_path { failure.and("and there is no file of that name") } else { failure }
     })?;
     let record = store.job_of_clip(&clip)?;
-    let Some(facts) = record.as_ref().and_then(of_record) else {
+    let Some(facts) = record.as_ref().and_then(|record| of_record(record, context)) else {
         let bytes = store.read_blob(&clip.into())?;
         let info = crate::verify::clip_info(&bytes)
             .map_err(|error| Failure::new(Exit::Verify, error.code(), error.to_string()))?;
@@ -257,7 +261,16 @@ fn read_file(file: &Path) -> Result<Vec<u8>, Failure> {
     std::fs::read(file).map_err(fault)
 }
 
-fn of_receipt(receipt: &Receipt, network: String, model_name: &str) -> Facts {
+/// The adapters of a receipt, with what their cards say as far as these are here.
+fn adapters(receipt: &Receipt, cards: &[Cited]) -> Vec<AdapterFacts> {
+    let each = |used: &UsedAdapter| {
+        let card = cards.iter().find(|cited| cited.card.subject == Subject::Adapter(used.weights));
+        AdapterFacts::of(used.weights.to_string(), card).at(used.scale)
+    };
+    receipt.adapters.iter().map(each).collect()
+}
+
+fn of_receipt(receipt: &Receipt, network: String, model_name: &str, cards: &[Cited]) -> Facts {
     Facts {
         verified: true,
         network,
@@ -272,6 +285,7 @@ fn of_receipt(receipt: &Receipt, network: String, model_name: &str) -> Facts {
         made_at: receipt.finished_at.to_string(),
         device: receipt.device.name(),
         engine: receipt.engine.to_string(),
+        adapters: adapters(receipt, cards),
         frames: None,
         width: None,
         height: None,
@@ -292,7 +306,8 @@ fn of_file(verified: &Verified) -> Facts {
         Verdict::Accept => "accepted",
         Verdict::Dispute { .. } => "disputed",
     });
-    let mut facts = of_receipt(verified.receipt.receipt(), network_name(&verified.network), &told.model_name);
+    let (receipt, network) = (verified.receipt.receipt(), network_name(&verified.network));
+    let mut facts = of_receipt(receipt, network, &told.model_name, &verified.cards);
     facts.frames = Some(verified.info.frames);
     facts.width = Some(verified.info.width);
     facts.height = Some(verified.info.height);
@@ -309,10 +324,15 @@ fn of_file(verified: &Verified) -> Facts {
     facts
 }
 
-fn of_record(record: &JobRecord) -> Option<Facts> {
+fn of_record(record: &JobRecord, context: &Context<'_>) -> Option<Facts> {
     let network = record.network;
     let valid = kinoflock_protocol::receipt::ValidReceipt::parse(record.receipt.as_ref()?, &network).ok()?;
-    let mut facts = of_receipt(valid.receipt(), network_name(&network), &record.model_name);
+    let cards: Vec<_> = generate::cards_of(record, context)
+        .iter()
+        .filter_map(|card| provenance::cited(card, &network).ok())
+        .filter(|cited| valid.receipt().cards.contains(&cited.id))
+        .collect();
+    let mut facts = of_receipt(valid.receipt(), network_name(&network), &record.model_name, &cards);
     if let Ok(job) = ValidJob::parse_stored(&record.envelope, &network) {
         add_spec(&mut facts, job.spec());
     }
@@ -343,6 +363,7 @@ fn tell(facts: &Facts, context: &Context<'_>) {
     line("node", &facts.node);
     line("requester", &facts.requester);
     line("model", &format!("{} ({})", facts.model_name, facts.model));
+    facts.adapters.iter().flat_map(AdapterFacts::lines).for_each(|text| context.out.line(&text));
     line("seed", &facts.seed);
     line("steps", &facts.steps.to_string());
     if let (Some(frames), Some(width), Some(height)) = (facts.frames, facts.width, facts.height) {

@@ -4,13 +4,13 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use kinoflock_protocol::limits::MAX_PROMPT;
-use kinoflock_protocol::{ClipId, JobId};
+use kinoflock_protocol::{ClipId, Envelope, JobId, ValidJob};
 use serde::Serialize;
 
 use super::args::{Generate, Save};
 use super::context::Context;
 use super::failure::Failure;
-use super::{audit, batch, follow, many, survey};
+use super::{adapter, audit, batch, follow, many, survey};
 use crate::ask::{Ask, Length, Pictures};
 use crate::provenance::{self, Statement};
 use crate::session::{Client, Delivered};
@@ -108,6 +108,7 @@ pub(super) fn write(
     save: &Save,
     context: &Context<'_>,
 ) -> Result<Option<PathBuf>, Failure> {
+    let cards = record.map_or_else(Vec::new, |record| cards_of(record, context));
     let exported = match record.and_then(|record| Some((record, record.receipt.as_ref()?))) {
         Some((record, receipt)) if !save.bare => {
             let statement = Statement {
@@ -117,6 +118,7 @@ pub(super) fn write(
                 job: &record.envelope,
                 model_name: &record.model_name,
                 with_prompt: save.with_prompt,
+                cards: &cards,
             };
             Some(provenance::export(bare, &statement)?)
         }
@@ -133,6 +135,13 @@ pub(super) fn write(
     })?;
     context.out.line(&path.display().to_string());
     Ok(Some(path))
+}
+
+/// The cards of a job's adapters, as far as they are here.
+pub(super) fn cards_of(record: &JobRecord, context: &Context<'_>) -> Vec<Envelope> {
+    let spec = ValidJob::parse_stored(&record.envelope, &record.network).map(ValidJob::into_spec);
+    let Some((spec, store)) = spec.ok().zip(context.store().ok()) else { return Vec::new() };
+    spec.adapters.iter().filter_map(|adapter| store.card(&adapter.card?).ok().flatten()).collect()
 }
 
 /// Says what stands against saving a clip where the flags say, before anything is made.
@@ -182,10 +191,7 @@ async fn submit(
 }
 
 pub(super) fn refuse_what_is_not_there(args: &Generate) -> Result<(), Failure> {
-    let flags = [
-        ("--lora", !args.lora.is_empty(), "adapters"),
-        ("--collective", args.collective.is_some(), "collectives"),
-    ];
+    let flags = [("--collective", args.collective.is_some(), "collectives")];
     match flags.into_iter().find(|(_, given, _)| *given) {
         Some((flag, _, what)) => {
             let text =
@@ -218,6 +224,7 @@ pub(super) fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure
         ops: args.set.clone(),
         initial_latents,
         pictures,
+        adapters: adapter::asked(&args.lora, context)?,
         latents: args.latents,
         artist: context.config.artist.clone(),
         licence: args.licence.clone().or_else(|| context.config.licence.clone()),

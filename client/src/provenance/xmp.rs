@@ -70,7 +70,9 @@ pub(super) struct Packet {
     pub(super) receipt: Envelope,
     pub(super) answer: Option<Envelope>,
     pub(super) job: Option<Envelope>,
+    pub(super) cards: Vec<Envelope>,
     pub(super) facts: Facts,
+    adapters: Vec<String>,
     shown: Vec<(&'static str, String)>,
 }
 
@@ -82,6 +84,9 @@ impl Packet {
             if shown != Some(value.as_str()) {
                 return Err(format!("it shows {name} {:?}, the receipt says {value:?}", shown.unwrap_or("")));
             }
+        }
+        if self.adapters != adapters(receipt) {
+            return Err("it shows other adapters than the receipt".to_owned());
         }
         let Facts { frames, width, height, .. } = self.facts;
         if (frames, width, height) != (info.frames, info.width, info.height) {
@@ -110,6 +115,11 @@ fn signed_facts(receipt: &Receipt) -> [(&'static str, String); 8] {
     ]
 }
 
+/// The adapters and how strongly they acted, as the receipt says.
+fn adapters(receipt: &Receipt) -> Vec<String> {
+    receipt.adapters.iter().map(|used| format!("{}@{}", used.weights, used.scale)).collect()
+}
+
 pub(super) fn write(statement: &Statement<'_>, receipt: &Receipt, facts: &Facts) -> String {
     let mut body = String::new();
     let mut element = |name: &str, value: &str| {
@@ -119,6 +129,9 @@ pub(super) fn write(statement: &Statement<'_>, receipt: &Receipt, facts: &Facts)
     element("network", &statement.network.to_string());
     for (name, value) in signed_facts(receipt) {
         element(name, &value);
+    }
+    for adapter in adapters(receipt) {
+        element("adapter", &adapter);
     }
     element("modelName", &facts.model_name);
     element("frames", &facts.frames.to_string());
@@ -143,6 +156,9 @@ pub(super) fn write(statement: &Statement<'_>, receipt: &Receipt, facts: &Facts)
     }
     if statement.with_prompt {
         element("signedJob", &BASE64.encode(&statement.job.encode()));
+    }
+    for card in statement.cards {
+        element("card", &BASE64.encode(&card.encode()));
     }
     element("check", &"0".repeat(CHECK_LEN));
     let packet = frame(facts, &body);
@@ -218,6 +234,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<Packet, String> {
         receipt: envelope(need("receipt")?)?,
         answer: value(text, "answer").map(envelope).transpose()?,
         job: value(text, "signedJob").map(envelope).transpose()?,
+        cards: values(text, "card").map(envelope).collect::<Result<_, _>>()?,
+        adapters: values(text, "adapter").collect(),
         facts,
         shown,
     })
@@ -231,6 +249,17 @@ fn value(text: &str, name: &str) -> Option<String> {
     let (_, rest) = text.split_once(&format!("<kinoflock:{name}>"))?;
     let (value, _) = rest.split_once(&format!("</kinoflock:{name}>"))?;
     Some(unescape(value))
+}
+
+/// Every value of that name.
+fn values<'a>(text: &'a str, name: &str) -> impl Iterator<Item = String> + 'a {
+    let (open, close) = (format!("<kinoflock:{name}>"), format!("</kinoflock:{name}>"));
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let (value, behind) = rest.split_once(&open)?.1.split_once(&close)?;
+        rest = behind;
+        Some(unescape(value))
+    })
 }
 
 /// XML text; what XML 1.0 cannot hold at all becomes the replacement character.

@@ -193,7 +193,8 @@ impl Client {
         };
         // What the auditor compares with: its maker need not keep the clip any more.
         let spec = record.envelope.open::<JobSpec>(&record.network)?.value;
-        self.inputs.serve(record.clip.into_iter().chain(spec.initial_latents).map(|blob| blob.id));
+        let given = spec.initial_latents.into_iter().chain(spec.adapters.iter().map(|used| used.weights));
+        self.inputs.serve(record.clip.into_iter().chain(given).map(|blob| blob.id));
         self.net.connect(auditor.node, parse_addresses(&auditor.addresses)).await?;
         let mut pause = FIRST_PAUSE;
         loop {

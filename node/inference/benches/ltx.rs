@@ -8,8 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Result, Shape, Tensor};
-use candle_nn::var_builder::{SimpleBackend, VarBuilder};
+use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 use kinoflock_inference::models::ltx::config::TransformerConfig;
 use kinoflock_inference::models::ltx::rope::Positions;
@@ -17,38 +16,10 @@ use kinoflock_inference::models::ltx::transformer::LtxTransformer;
 use kinoflock_inference::models::ltx::vae::{DecodeSettings, LtxVae, LtxVaeConfig, Noise};
 use kinoflock_inference::tiling::Tiling;
 
-/// Weights out of thin air, small enough that nothing overflows.
-struct Random;
+#[path = "support/random.rs"]
+mod support;
 
-impl SimpleBackend for Random {
-    fn get(
-        &self,
-        shape: Shape,
-        _: &str,
-        _: candle_nn::Init,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
-        let fan_in: usize = shape.dims().iter().skip(1).product::<usize>().max(1);
-        Tensor::randn(0f32, 1.0 / (fan_in as f32).sqrt(), shape, device)?.to_dtype(dtype)
-    }
-
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
-        candle_core::bail!("no shape is known for {name}")
-    }
-
-    fn contains_tensor(&self, _: &str) -> bool {
-        true
-    }
-}
-
-fn weights() -> VarBuilder<'static> {
-    VarBuilder::from_backend(Box::new(Random), DType::F32, Device::Cpu)
-}
-
-fn random(shape: impl Into<Shape>) -> Tensor {
-    Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
-}
+use support::{random, weights};
 
 /// CPU time of all of this process's threads, where the system tells.
 fn cpu_time() -> Option<Duration> {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::adapter::AdapterError;
 use crate::sampler::SamplerError;
 use crate::text::TextError;
 use crate::weights::WeightsError;
@@ -172,6 +173,9 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// An adapter that cannot be used, or not with this model.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// A weight file or tensor.
     #[error(transparent)]
     Weights(#[from] WeightsError),
@@ -209,6 +213,7 @@ impl Error {
             Self::NotFinite { .. } => "not_finite",
             Self::NotAuditable { .. } => "not_auditable",
             Self::Device { .. } => "device",
+            Self::Adapter(e) => e.fault.code(),
             Self::Weights(e) => e.code(),
             Self::Text(e) => e.code(),
             Self::Sampler(e) => e.code(),

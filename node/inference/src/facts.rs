@@ -8,9 +8,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
-use crate::folder::{EXTRAS_FILE, TEXT_STEM, WEIGHTS_STEM};
-use crate::pipeline::{GenerateRequest, PipelineInfo};
-use crate::text::{Encoded, PromptTokenizer, TextError};
+use crate::folder::{EXTRAS_FILE, Extras, TEXT_STEM, WEIGHTS_STEM};
+use crate::pipeline::{Defaults, FrameRule, GenerateRequest, PipelineInfo, WorkConfig};
+use crate::text::{Encoded, PromptTokenizer, T5Config, TextError};
 use crate::weights;
 
 /// The file that names the pipeline's class and its parts.
@@ -53,6 +53,45 @@ pub struct Figures {
     pub vae_patch: usize,
     /// Whether a clip is made latent frame by latent frame in stages of growing size; then every stage has a job's steps.
     pub staged: bool,
+}
+
+impl Figures {
+    /// Of a model with one stream of blocks, feed-forwards of two matrices, T5, and no stages.
+    pub(crate) fn usual(
+        attention: Attention,
+        text_width: usize,
+        text: &T5Config,
+        decoder: Vec<(usize, usize)>,
+    ) -> Self {
+        Self {
+            attention,
+            single_layers: 0,
+            feed_forward_matrices: 2,
+            text_width,
+            text_parameters: text.token_parameters(),
+            decoder,
+            vae_patch: 1,
+            staged: false,
+        }
+    }
+}
+
+/// What most models say: clips of whole tokens, prompts as long as the work's context, and `usual` defaults unless the
+/// folder has its own.
+pub(crate) fn usual_info(
+    folder: &Path,
+    architecture: &str,
+    work: WorkConfig,
+    usual: Defaults,
+) -> Result<PipelineInfo, Error> {
+    Ok(PipelineInfo {
+        architecture: architecture.to_owned(),
+        size_multiple: work.spatial_ratio * work.patch[2],
+        frame_rule: FrameRule::of_tokens(&work),
+        defaults: Extras::read(folder, work.latent_channels)?.defaults.unwrap_or(usual),
+        token_limit: work.context_tokens,
+        work,
+    })
 }
 
 /// How text takes part in a transformer.
@@ -120,6 +159,8 @@ pub struct Part {
     pub folder: String,
     /// The stem of its weight files, where it has weights.
     pub weights: Option<&'static str>,
+    /// The one file that belongs to the model, where not all do that are of a known kind.
+    only: Option<String>,
 }
 
 impl Part {
@@ -134,17 +175,36 @@ impl Part {
         ]
     }
 
+    /// Those that read the text.
+    #[must_use]
+    pub fn text() -> Vec<Self> {
+        vec![Self::with("text_encoder", TEXT_STEM), Self::plain("tokenizer")]
+    }
+
     /// With weights under this stem.
     pub(crate) fn with(folder: &str, stem: &'static str) -> Self {
-        Self { folder: folder.to_owned(), weights: Some(stem) }
+        Self { folder: folder.to_owned(), weights: Some(stem), only: None }
     }
 
     /// Without weights.
     pub(crate) fn plain(folder: &str) -> Self {
-        Self { folder: folder.to_owned(), weights: None }
+        Self { folder: folder.to_owned(), weights: None, only: None }
     }
 
-    fn names(&self, model: &Path) -> Result<Vec<String>, Error> {
+    /// A weight file in the model's folder itself.
+    pub(crate) fn file(path: &Path) -> Self {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+        Self { folder: String::new(), weights: None, only: name }
+    }
+
+    /// The paths of its files within a model's folder, with `/`.
+    ///
+    /// # Errors
+    /// When the folder cannot be read or lacks its weights.
+    pub fn names(&self, model: &Path) -> Result<Vec<String>, Error> {
+        if let Some(only) = &self.only {
+            return Ok(vec![only.clone()]);
+        }
         let folder = model.join(&self.folder);
         let mut files: Vec<PathBuf> = Vec::new();
         let unreadable = |source| Error::Read { file: folder.clone(), source };
@@ -186,6 +246,9 @@ impl Facts {
         for part in &self.parts {
             if let Some(stem) = part.weights {
                 weights::check(&folder.join(&part.folder), stem, None)?;
+            }
+            if let Some(only) = &part.only {
+                weights::check_file(&folder.join(only))?;
             }
         }
         Ok(())

@@ -12,8 +12,8 @@ use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::{Defaults, LoadOptions, config_error, read_json};
 use crate::sampler::FlowMatchConfig;
 use crate::sampler::flow_match::means_something;
-use crate::text::{T5Config, T5Encoder};
-use crate::weights::Weights;
+use crate::text::{T5Config, T5Encoder, t5_name};
+use crate::weights::{self, Rename, Weights};
 
 /// Stem of the transformer's and the VAE's weight files.
 pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
@@ -54,15 +54,24 @@ impl Extras {
 /// # Errors
 /// When a file is missing, cut short or corrupt.
 pub fn open_weights(part: &Path, stem: &str, options: &LoadOptions, dtype: DType) -> Result<Weights, Error> {
-    Ok(Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?)
+    let weights = Weights::open(part, stem, options.variant.as_deref(), dtype, &options.device)?;
+    Ok(weights.entering(options.places.of_component(part)))
 }
 
-/// How many parameters a component's files hold.
+/// The same, for a component whose tensors are published in several namings.
 ///
 /// # Errors
 /// When a file is missing, cut short or corrupt.
-pub fn count_weights(part: &Path, stem: &str, options: &LoadOptions) -> Result<u64, Error> {
-    Ok(open_weights(part, stem, options, options.dtype)?.parameters())
+pub fn open_renamed(
+    part: &Path,
+    stem: &str,
+    options: &LoadOptions,
+    dtype: DType,
+    rename: Rename<'_>,
+) -> Result<Weights, Error> {
+    let files = weights::find(part, stem, options.variant.as_deref())?;
+    let weights = Weights::of_files(files, rename, dtype, &options.device)?;
+    Ok(weights.entering(options.places.of_component(part)))
 }
 
 /// A T5 or UMT5 encoder from its component's folder, and how many parameters it has. T5 overflows in f16: it is bf16
@@ -73,7 +82,8 @@ pub fn count_weights(part: &Path, stem: &str, options: &LoadOptions) -> Result<u
 pub fn load_t5(part: &Path, options: &LoadOptions) -> Result<(T5Encoder, u64), Error> {
     let config = read_t5(part)?;
     let dtype = if options.dtype == DType::F16 { DType::BF16 } else { options.dtype };
-    let weights = open_weights(part, TEXT_STEM, options, dtype)?;
+    let gated = config.is_gated();
+    let weights = open_renamed(part, TEXT_STEM, options, dtype, &|name| t5_name(name, gated))?;
     let encoder = weights.build(|vb| T5Encoder::load(&config, &vb))?;
     Ok((encoder, weights.parameters()))
 }
@@ -129,6 +139,18 @@ pub fn check_only<T: PartialEq + std::fmt::Debug>(
         return Ok(());
     }
     Err(config_error(file, key, format!("{value:?}"), format!("only {only:?} is known")))
+}
+
+/// Checks that what a part's settings say of other parts is so: each is a key, its value, what it must be, and whose that
+/// is.
+///
+/// # Errors
+/// The first that differs, with file, key and value.
+pub fn check_agree(file: &Path, settings: &[(&str, usize, usize, &str)]) -> Result<(), Error> {
+    match settings.iter().find(|(_, given, needed, _)| given != needed) {
+        Some((key, given, needed, who)) => Err(config_error(file, key, given, format!("{who} {needed}"))),
+        None => Ok(()),
+    }
 }
 
 /// Checks that no count is 0, nor so large that no model can have it.

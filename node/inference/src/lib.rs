@@ -3,10 +3,11 @@
 //! [`load`] reads a model folder in the published diffusers layout and answers a [`Pipeline`]; the pipeline turns a
 //! [`GenerateRequest`] into [`Generated`] frames while an [`Observer`] sees phases, steps, previews and checkpoints,
 //! and may cancel. A model is a folder under [`models`] and one line in [`registry`]; what models share lies in
-//! [`nn`], [`sampler`], [`text`], [`vision`], [`folder`], [`weights`] and [`tiling`]; the run itself is [`pipeline::run`].
+//! [`nn`], [`adapter`], [`sampler`], [`text`], [`vision`], [`folder`], [`weights`] and [`tiling`]; the run itself is [`pipeline::run`].
 //!
 //! Everything here computes for seconds or minutes: call it from a plain thread, never from an async worker.
 
+pub mod adapter;
 pub mod audit;
 pub mod error;
 pub mod facts;
@@ -28,6 +29,7 @@ pub mod weights;
 
 pub use candle_core::{DType, Device, Tensor};
 
+pub use crate::adapter::{Adapter, Lora};
 pub use crate::audit::{Commitment, Transition};
 pub use crate::error::Error;
 pub use crate::facts::Facts;

@@ -7,6 +7,7 @@
 //! units in the last place; `tests/nn.rs` holds them to it.
 
 pub mod attention;
+pub mod beside;
 pub mod clip;
 pub mod conv3d;
 pub(crate) mod cpu;
@@ -14,6 +15,7 @@ pub mod embedding;
 pub mod frame_cache;
 pub mod group_norm;
 pub mod linear;
+pub mod moments;
 pub mod norm;
 pub mod ops;
 pub(crate) mod pack;

@@ -99,7 +99,7 @@ impl Placement {
     }
 }
 
-type Read<T> = Box<dyn Fn() -> Result<T, Error> + Send + Sync>;
+type Read<T> = Box<dyn Fn() -> Result<(T, u64), Error> + Send + Sync>;
 
 /// A component, or the way to read it.
 pub struct Slot<T> {
@@ -109,19 +109,18 @@ pub struct Slot<T> {
 }
 
 impl<T> Slot<T> {
-    /// A slot that is filled at once unless components go in turn.
+    /// A slot whose component is read at once, with how many parameters it has, and given back where components go in turn:
+    /// what cannot be read is told when a model is loaded, not by the first run.
     ///
     /// # Errors
     /// What reading reports.
     pub fn new(
         in_turn: &InTurn,
-        read: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
-    ) -> Result<Self, Error> {
-        let slot = Self { held: Mutex::new(None), read: Box::new(read), in_turn: in_turn.clone() };
-        if !in_turn.is_on() {
-            slot.get()?;
-        }
-        Ok(slot)
+        read: impl Fn() -> Result<(T, u64), Error> + Send + Sync + 'static,
+    ) -> Result<(Self, u64), Error> {
+        let (component, parameters) = read()?;
+        let held = (!in_turn.is_on()).then(|| Arc::new(component));
+        Ok((Self { held: Mutex::new(held), read: Box::new(read), in_turn: in_turn.clone() }, parameters))
     }
 
     /// The component, read if it is not there.
@@ -133,7 +132,7 @@ impl<T> Slot<T> {
         match &*held {
             Some(component) => Ok(Arc::clone(component)),
             None => {
-                let component = Arc::new((self.read)()?);
+                let component = Arc::new((self.read)()?.0);
                 *held = Some(Arc::clone(&component));
                 Ok(component)
             }
@@ -166,7 +165,9 @@ mod tests {
         let reads = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&reads);
         let in_turn = InTurn::default();
-        let slot = Slot::new(&in_turn, move || Ok(counted.fetch_add(1, Ordering::Relaxed))).unwrap();
+        let read = move || Ok((counted.fetch_add(1, Ordering::Relaxed), 5));
+        let (slot, parameters) = Slot::new(&in_turn, read).unwrap();
+        assert_eq!(parameters, 5);
         slot.give_back();
         assert!(slot.is_held(), "without turns it stays");
         assert_eq!((*slot.get().unwrap(), reads.load(Ordering::Relaxed)), (0, 1));

@@ -15,11 +15,13 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::{Adapter, Places};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
 use crate::offload::Offload;
 pub use crate::sampler::checkpoint::Checkpoint;
+use crate::sampler::guidance::GuidancePasses;
 pub use conditions::Condition;
 
 /// How a model is loaded.
@@ -38,6 +40,8 @@ pub struct LoadOptions {
     pub memory: Option<u64>,
     /// The text encoder is on the CPU though the rest is not.
     pub text_on_cpu: bool,
+    /// Where the model's layers are entered that adapters may change.
+    pub places: Places,
 }
 
 impl Default for LoadOptions {
@@ -49,6 +53,7 @@ impl Default for LoadOptions {
             offload: Offload::default(),
             memory: None,
             text_on_cpu: false,
+            places: Places::default(),
         }
     }
 }
@@ -287,6 +292,10 @@ pub struct GenerateRequest {
     /// The steps' noise instead of noise from the seed, in the order in which they take it and in the shape of
     /// [`Pipeline::start`], or in the shape that a stage begins with; empty for noise from the seed.
     pub step_noise: Vec<Tensor>,
+    /// How guidance's two predictions are computed; it changes nothing of the result.
+    pub guidance_passes: GuidancePasses,
+    /// What changes the model's layers for this run, in this order.
+    pub adapters: Vec<Adapter>,
     /// How to decode.
     pub decode: DecodeOptions,
     /// The noise level that a timestep-conditioned decoder is told, 0 to 1.
@@ -331,6 +340,8 @@ impl GenerateRequest {
             initial_latents: None,
             second_pass: None,
             step_noise: Vec::new(),
+            guidance_passes: GuidancePasses::Auto,
+            adapters: Vec::new(),
             decode: DecodeOptions::default(),
             decode_timestep: 0.05,
             decode_noise_scale: Some(0.025),

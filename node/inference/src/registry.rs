@@ -63,13 +63,16 @@ pub struct ModelIndex {
 }
 
 impl ModelIndex {
-    /// Reads a folder's index. Pyramid Flow is published without one: there the transformer's class is the pipeline's.
+    /// Reads a folder's index. Pyramid Flow is published without one: there the transformer's class is the pipeline's. So
+    /// are single files of LTX-Video.
     ///
     /// # Errors
     /// When it is not there, is not JSON, or names no class.
     pub fn read(folder: &Path) -> Result<Self, Error> {
         let file = folder.join(INDEX_FILE);
-        if let Some(class) = (!file.exists()).then(|| models::pyramid::implied_class(folder)).flatten() {
+        if !file.exists()
+            && let Some(class) = implied_class(folder)?
+        {
             return Ok(Self { class, fields: Map::new() });
         }
         let fields: Map<String, Value> = read_json(&file)?;
@@ -128,7 +131,10 @@ impl ModelIndex {
 /// without room; each names the file and what is wrong with it.
 pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, Error> {
     let (architecture, index) = find(folder)?;
-    (architecture.load)(folder, &index, options)
+    let options = LoadOptions { places: options.places.fresh(), ..options.clone() };
+    let pipeline = (architecture.load)(folder, &index, &options);
+    options.places.check_merged(pipeline.is_ok())?;
+    pipeline
 }
 
 /// What a model folder says of itself, from its configuration files alone.
@@ -162,6 +168,14 @@ pub fn plan(folder: &Path, request: &GenerateRequest, options: &PlanOptions) -> 
 /// As [`facts`].
 pub fn exact(folder: &Path) -> Result<Exact, Error> {
     Ok(find(folder)?.0.exact)
+}
+
+/// The class of a folder without an index, of which a family knows it.
+fn implied_class(folder: &Path) -> Result<Option<String>, Error> {
+    match models::pyramid::implied_class(folder) {
+        Some(class) => Ok(Some(class)),
+        None => models::ltx::implied_class(folder),
+    }
 }
 
 fn find(folder: &Path) -> Result<(&'static Architecture, ModelIndex), Error> {

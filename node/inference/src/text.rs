@@ -1,5 +1,6 @@
 //! From a prompt to the numbers that a video model reads: tokenizers and text encoders.
 
+pub mod cache;
 pub mod clean;
 pub mod clip;
 mod clip_tokenizer;
@@ -7,13 +8,16 @@ pub mod entities;
 pub mod prompt;
 pub mod sentencepiece;
 pub mod t5;
+mod t5_names;
 pub mod tokenizer;
 
 use std::path::PathBuf;
 
+pub use cache::TextCache;
 pub use clip::{ClipTextConfig, ClipTextEncoder};
 pub use prompt::PromptEncoder;
 pub use t5::{T5Config, T5Encoder};
+pub use t5_names::t5_name;
 pub use tokenizer::{Encoded, PromptTokenizer, token_limit};
 
 /// What is wrong with a tokenizer or a text encoder.

@@ -76,7 +76,7 @@ impl ClipVisionConfig {
             ("num_hidden_layers", self.num_hidden_layers),
         ];
         check_counts(file, &counts)?;
-        if !matches!(self.hidden_act.as_str(), "quick_gelu" | "gelu") {
+        if !ClipForm::ACTIVATIONS.contains(&self.hidden_act.as_str()) {
             return Err(config_error(file, "hidden_act", &self.hidden_act, "known are quick_gelu and gelu"));
         }
         if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
@@ -94,13 +94,8 @@ impl ClipVisionConfig {
     }
 
     fn form(&self) -> ClipForm {
-        ClipForm {
-            width: self.hidden_size,
-            inner: self.intermediate_size,
-            heads: self.num_attention_heads,
-            quick: self.hidden_act == "quick_gelu",
-            epsilon: self.layer_norm_eps,
-        }
+        let sizes = [self.hidden_size, self.intermediate_size, self.num_attention_heads];
+        ClipForm::new(sizes, &self.hidden_act, self.layer_norm_eps)
     }
 }
 

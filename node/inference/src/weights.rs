@@ -3,21 +3,33 @@
 //! For a stem such as `diffusion_pytorch_model` a folder holds one of: `STEM.safetensors`; shards with
 //! `STEM.safetensors.index.json`; and both with an infix such as `fp16` or `bf16` (`STEM.fp16.safetensors`,
 //! `STEM.safetensors.index.fp16.json`). Where there is none of these, `STEM.bin` is taken, PyTorch's own form, which is
-//! read and never run. Every file is checked whole (header readable, length as the header says) when
-//! it is opened, so that a cut download is an error with the file's name and not a fault later.
+//! read and never run; then the folder's only `*.gguf`, then its only `*.safetensors`, of other names. Every file
+//! is checked whole (header readable, length as the header says) when it is opened, so that a cut download is an error
+//! with the file's name and not a fault later.
+//!
+//! Tensors come in the numbers that are asked for, whatever the file holds, and by the names that modules ask for: a
+//! family knows how other namings of its tensors read ([`Rename`]). What a GGUF file holds in blocks of few bits stays so
+//! where a linear layer takes it ([`quantised`]).
 
+pub(crate) mod find;
+mod fp8;
+mod gguf;
+mod mapped;
 mod pickle;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::safetensors::MmapedSafetensors;
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
-use serde::Deserialize;
 
+pub use self::find::find;
+pub use self::mapped::metadata;
+use crate::nn::beside::{Register, entering};
 use crate::nn::cpu::with_shapes_only;
 
 /// What is wrong with weights.
@@ -31,6 +43,14 @@ pub enum WeightsError {
         folder: PathBuf,
         /// The names.
         looked_for: String,
+    },
+    /// Several weight files, none of them under a published name.
+    #[error("{folder} holds several weight files and none under a published name: {found}; leave one")]
+    Several {
+        /// Where.
+        folder: PathBuf,
+        /// The files, or the first of them.
+        found: String,
     },
     /// A shard that the index names and the folder lacks.
     #[error("weight file {file} is missing; {index} names it")]
@@ -58,7 +78,7 @@ pub enum WeightsError {
         /// The length that it should have, bytes.
         needs: u64,
     },
-    /// A file that is no safetensors file.
+    /// A file that is not what its name says.
     #[error("weight file {file} is corrupt: {reason}")]
     Corrupt {
         /// The file.
@@ -110,6 +130,7 @@ impl WeightsError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::NotFound { .. } => "weights_not_found",
+            Self::Several { .. } => "weights_several",
             Self::MissingShard { .. } => "weights_missing_shard",
             Self::Index { .. } => "weights_index",
             Self::Truncated { .. } => "weights_truncated",
@@ -122,17 +143,49 @@ impl WeightsError {
     }
 }
 
+/// From a tensor's name in a file to the name by which modules ask for it, or `None` for what is no part of theirs. A
+/// name that modules ask for stays as it is.
+pub type Rename<'a> = &'a dyn Fn(&str) -> Option<String>;
+
 /// The opened weights of one component.
 pub struct Weights {
     files: Vec<PathBuf>,
-    tensors: BTreeMap<String, TensorFacts>,
+    tensors: Arc<Tensors>,
     builder: VarBuilder<'static>,
+    register: Option<Arc<dyn Register>>,
+}
+
+/// Gives a component's tensors by the names that modules ask for, with the shapes that they expect.
+struct Tensors {
+    source: Box<dyn Source>,
+    named: BTreeMap<String, TensorFacts>,
 }
 
 struct TensorFacts {
     file: usize,
+    /// Its name in the file.
+    name: String,
     shape: Vec<usize>,
 }
+
+/// A component's tensors by their names in its files.
+trait Source: Send + Sync {
+    /// A tensor that is there, in `dtype` on `device`.
+    fn tensor(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor>;
+
+    /// The same in its blocks, where the file holds it in blocks of few bits.
+    fn quantised(&self, _name: &str, _device: &Device) -> candle_core::Result<Option<QTensor>> {
+        Ok(None)
+    }
+
+    /// Whether its shapes are the expected ones only but for sides of 1.
+    fn is_loose(&self) -> bool {
+        false
+    }
+}
+
+/// The tensors of a file with their shapes.
+type FileTensors = Vec<(String, Vec<usize>)>;
 
 impl Weights {
     /// Finds, checks and maps the weights of a component's folder; tensors are given in `dtype` on `device`.
@@ -146,27 +199,47 @@ impl Weights {
         dtype: DType,
         device: &Device,
     ) -> Result<Self, WeightsError> {
-        let files = find(folder, stem, variant)?;
-        let mut tensors = BTreeMap::new();
-        let mut add = |index: usize, list: FileTensors| {
-            tensors.extend(list.into_iter().map(|(name, shape)| (name, TensorFacts { file: index, shape })));
-        };
-        let backend: Box<dyn SimpleBackend> = match files.as_slice() {
+        Self::of_files(find(folder, stem, variant)?, &|name| Some(name.to_owned()), dtype, device)
+    }
+
+    /// The same of these files, whose tensors have other names.
+    ///
+    /// # Errors
+    /// When a file is cut short or corrupt, or two tensors get the same name.
+    pub fn of_files(
+        files: Vec<PathBuf>,
+        rename: Rename<'_>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, WeightsError> {
+        let (source, lists): (Box<dyn Source>, Vec<FileTensors>) = match files.as_slice() {
             [file] if is_pickle(file) => {
                 let (pickled, list) = pickle::open(file)?;
-                add(0, list);
-                Box::new(pickle::Pickled(pickled))
+                (Box::new(pickle::Pickled(pickled)), vec![list])
+            }
+            [file] if is_gguf(file) => {
+                let (blocks, list) = gguf::open(file)?;
+                (Box::new(blocks), vec![list])
             }
             files => {
-                for (index, file) in files.iter().enumerate() {
-                    add(index, check_file(file)?);
-                }
-                let names = tensors.keys().cloned().collect();
-                Box::new(Mapped { mapped: map(files)?, names })
+                let (mapped, lists) = mapped::open(files)?;
+                (Box::new(mapped), lists)
             }
         };
-        let builder = VarBuilder::from_backend(backend, dtype, device.clone());
-        Ok(Self { files, tensors, builder })
+        let mut named: BTreeMap<String, TensorFacts> = BTreeMap::new();
+        for (file, list) in lists.into_iter().enumerate() {
+            for (name, shape) in list {
+                let Some(new) = rename(&name) else { continue };
+                if let Some(other) = named.get(&new).filter(|other| other.name != name) {
+                    let reason = format!("its tensors {} and {name} are both {new}", other.name);
+                    return Err(WeightsError::Corrupt { file: files[file].clone(), reason });
+                }
+                named.insert(new, TensorFacts { file, name, shape });
+            }
+        }
+        let tensors = Arc::new(Tensors { source, named });
+        let builder = VarBuilder::from_backend(Box::new(Shared(Arc::clone(&tensors))), dtype, device.clone());
+        Ok(Self { files, tensors, builder, register: None })
     }
 
     /// Where modules take their tensors from.
@@ -175,10 +248,16 @@ impl Weights {
         self.builder.clone()
     }
 
+    /// With the layers of what is built from them entered there.
+    #[must_use]
+    pub fn entering(self, register: Option<Arc<dyn Register>>) -> Self {
+        Self { register, ..self }
+    }
+
     /// Numbers in all tensors together.
     #[must_use]
     pub fn parameters(&self) -> u64 {
-        self.tensors.values().map(|facts| facts.shape.iter().map(|&n| n as u64).product::<u64>()).sum()
+        self.tensors.named.values().map(|facts| facts.shape.iter().map(|&n| n as u64).product::<u64>()).sum()
     }
 
     /// Builds a module, and says which file and tensor are at fault when that fails.
@@ -189,7 +268,13 @@ impl Weights {
         &self,
         build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
     ) -> Result<T, crate::Error> {
-        build(self.builder()).map_err(|error| self.explain(error))
+        BUILDING.with_borrow_mut(|building| building.push(Arc::clone(&self.tensors)));
+        let _built = Built;
+        let built = match &self.register {
+            Some(register) => entering(Arc::clone(register), || build(self.builder())),
+            None => build(self.builder()),
+        };
+        built.map_err(|error| self.explain(error))
     }
 
     fn explain(&self, error: candle_core::Error) -> crate::Error {
@@ -212,7 +297,7 @@ impl Weights {
     }
 
     fn file_of(&self, tensor: &str) -> String {
-        let file = self.tensors.get(tensor).and_then(|facts| self.files.get(facts.file));
+        let file = self.tensors.named.get(tensor).and_then(|facts| self.files.get(facts.file));
         file.map_or_else(|| self.file_names(), |file| file.display().to_string())
     }
 
@@ -286,140 +371,90 @@ fn innermost(error: &candle_core::Error) -> &candle_core::Error {
     }
 }
 
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
-}
-
-/// The weight files of a folder, in order.
+/// Whether all weights of a component are there and whole, as far as their headers tell; nothing is loaded.
 ///
 /// # Errors
-/// When there are none, or an index names one that is not there.
-pub fn find(folder: &Path, stem: &str, variant: Option<&str>) -> Result<Vec<PathBuf>, WeightsError> {
-    let usual = ["", "bf16", "fp16"];
-    let infixes = variant.into_iter().chain(usual.into_iter().filter(|&infix| variant != Some(infix)));
-    let mut looked_for = Vec::new();
-    for infix in infixes {
-        let dotted = if infix.is_empty() { String::new() } else { format!(".{infix}") };
-        let single = format!("{stem}{dotted}.safetensors");
-        let index = format!("{stem}.safetensors.index{dotted}.json");
-        if folder.join(&single).exists() {
-            return Ok(vec![folder.join(single)]);
-        }
-        if folder.join(&index).exists() {
-            return shards(&folder.join(index));
-        }
-        looked_for.extend([single, index]);
+/// When a file is missing, cut short or corrupt.
+pub fn check(folder: &Path, stem: &str, variant: Option<&str>) -> Result<(), WeightsError> {
+    find(folder, stem, variant)?.iter().try_for_each(|file| check_file(file))
+}
+
+/// Whether a weight file is whole, as far as its header tells.
+///
+/// # Errors
+/// When it is not.
+pub fn check_file(file: &Path) -> Result<(), WeightsError> {
+    match file {
+        file if is_pickle(file) => pickle::open(file).map(drop),
+        file if is_gguf(file) => gguf::open(file).map(drop),
+        file => mapped::check(file),
     }
-    let pickled = format!("{stem}.{}", pickle::EXTENSION);
-    if folder.join(&pickled).exists() {
-        return Ok(vec![folder.join(pickled)]);
-    }
-    looked_for.push(pickled);
-    Err(WeightsError::NotFound { folder: folder.to_owned(), looked_for: looked_for.join(", ") })
 }
 
 fn is_pickle(file: &Path) -> bool {
     file.extension().is_some_and(|extension| extension == pickle::EXTENSION)
 }
 
-fn shards(file: &Path) -> Result<Vec<PathBuf>, WeightsError> {
-    let fault = |reason: String| WeightsError::Index { file: file.to_owned(), reason };
-    let text = std::fs::read_to_string(file).map_err(|error| fault(error.to_string()))?;
-    let index: Index = serde_json::from_str(&text).map_err(|error| fault(error.to_string()))?;
-    let names: std::collections::BTreeSet<String> = index.weight_map.into_values().collect();
-    if names.is_empty() {
-        return Err(fault("it names no file".to_owned()));
-    }
-    let folder = file.parent().unwrap_or(Path::new(""));
-    names
-        .into_iter()
-        .map(|name| {
-            if name.contains(['/', '\\']) || name.starts_with("..") {
-                return Err(fault(format!("{name:?} is not a plain file name")));
-            }
-            let shard = folder.join(name);
-            if shard.exists() {
-                Ok(shard)
-            } else {
-                Err(WeightsError::MissingShard { file: shard, index: file.to_owned() })
-            }
-        })
-        .collect()
+fn is_gguf(file: &Path) -> bool {
+    file.extension().is_some_and(|extension| extension == gguf::EXTENSION)
 }
 
-/// Whether all weights of a component are there and whole, as far as their headers tell; nothing is loaded.
+thread_local! {
+    /// The weights out of which this thread is building modules, the innermost last.
+    static BUILDING: RefCell<Vec<Arc<Tensors>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Takes the innermost of [`BUILDING`] away, also when building panics.
+struct Built;
+
+impl Drop for Built {
+    fn drop(&mut self) {
+        BUILDING.with_borrow_mut(Vec::pop);
+    }
+}
+
+/// The tensor `name` below `vb`, in the blocks of few bits in which its file holds it: `None` where it is held otherwise,
+/// or where `vb` is not what [`Weights::build`] gave. A builder itself gives such a tensor widened.
 ///
 /// # Errors
-/// When a file is missing, cut short or corrupt.
-pub fn check(folder: &Path, stem: &str, variant: Option<&str>) -> Result<(), WeightsError> {
-    find(folder, stem, variant)?.iter().try_for_each(|file| match is_pickle(file) {
-        true => pickle::open(file).map(drop),
-        false => check_file(file).map(drop),
-    })
+/// When it has another shape, or the device has no room.
+pub fn quantised(
+    vb: &VarBuilder<'_>,
+    name: &str,
+    shape: (usize, usize),
+) -> candle_core::Result<Option<Arc<QTensor>>> {
+    let Some(tensors) = BUILDING.with_borrow(|building| building.last().cloned()) else { return Ok(None) };
+    let prefix = vb.prefix();
+    let whole = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
+    let Ok(facts) = tensors.facts(&whole) else { return Ok(None) };
+    match tensors.source.quantised(&facts.name, vb.device())? {
+        Some(tensor) if tensor.shape().dims() == [shape.0, shape.1] => Ok(Some(Arc::new(tensor))),
+        Some(tensor) => Err(candle_core::Error::UnexpectedShape {
+            msg: whole,
+            expected: Shape::from(shape),
+            got: tensor.shape().clone(),
+        }),
+        None => Ok(None),
+    }
 }
 
-/// The tensors of a file with their shapes.
-type FileTensors = Vec<(String, Vec<usize>)>;
+impl Tensors {
+    fn facts(&self, name: &str) -> candle_core::Result<&TensorFacts> {
+        let missing = || candle_core::Error::CannotFindTensor { path: name.to_owned() };
+        self.named.get(name).ok_or_else(missing)
+    }
 
-/// The tensors of a file, after its header and length are checked.
-fn check_file(file: &Path) -> Result<FileTensors, WeightsError> {
-    use std::io::Read;
-    const LENGTH_BYTES: u64 = 8;
-    const MAX_HEADER: u64 = 100_000_000;
-    let unreadable = |source| WeightsError::Read { file: file.to_owned(), source };
-    let corrupt = |reason: String| WeightsError::Corrupt { file: file.to_owned(), reason };
-    let mut opened = std::fs::File::open(file).map_err(unreadable)?;
-    let has = opened.metadata().map_err(unreadable)?.len();
-    let short = |needs: u64| WeightsError::Truncated { file: file.to_owned(), has, needs };
-    if has < LENGTH_BYTES {
-        return Err(short(LENGTH_BYTES));
+    /// Whether the tensor can be taken for one of `needed`.
+    fn fits(&self, facts: &TensorFacts, needed: &[usize]) -> bool {
+        let sides = |shape: &[usize]| shape.iter().copied().filter(|&side| side != 1).collect::<Vec<_>>();
+        facts.shape == needed || (self.source.is_loose() && sides(&facts.shape) == sides(needed))
     }
-    let mut length = [0u8; LENGTH_BYTES as usize];
-    opened.read_exact(&mut length).map_err(unreadable)?;
-    let header = u64::from_le_bytes(length);
-    if header > MAX_HEADER {
-        return Err(corrupt(format!("its header claims {header} bytes, the limit is {MAX_HEADER}")));
-    }
-    if LENGTH_BYTES + header > has {
-        return Err(short(LENGTH_BYTES + header));
-    }
-    let mut bytes = Vec::new();
-    opened.take(header).read_to_end(&mut bytes).map_err(unreadable)?;
-    let metadata: safetensors::tensor::Metadata =
-        serde_json::from_slice(&bytes).map_err(|error| corrupt(error.to_string()))?;
-    let needs = LENGTH_BYTES + header + metadata.data_len() as u64;
-    if has < needs {
-        return Err(short(needs));
-    }
-    if has > needs {
-        return Err(corrupt(format!("it has {has} bytes, its header tells of {needs}")));
-    }
-    Ok(metadata.tensors().into_iter().map(|(name, info)| (name, info.shape.clone())).collect())
 }
 
-#[expect(
-    unsafe_code,
-    reason = "weights are memory-mapped, so that gigabytes are neither copied nor read ahead"
-)]
-fn map(files: &[PathBuf]) -> Result<MmapedSafetensors, WeightsError> {
-    // SAFETY: the mapping is sound as long as nobody shortens or rewrites the files while it lives. Model folders are
-    // written once under a temporary name and renamed, never changed in place; tensors are copied out of the mapping
-    // when they are loaded, and the mapping ends with the `Weights` and its builders.
-    let mapped = unsafe { MmapedSafetensors::multi(files) };
-    mapped.map_err(|error| WeightsError::Corrupt {
-        file: files.first().cloned().unwrap_or_default(),
-        reason: error.to_string(),
-    })
-}
+/// [`Tensors`] for a builder. Its errors hold the tensor's name alone.
+struct Shared(Arc<Tensors>);
 
-/// Gives tensors out of the mapping, with the tensor's name alone in its errors.
-struct Mapped {
-    mapped: MmapedSafetensors,
-    names: std::collections::BTreeSet<String>,
-}
-
-impl SimpleBackend for Mapped {
+impl SimpleBackend for Shared {
     fn get(
         &self,
         shape: Shape,
@@ -428,29 +463,19 @@ impl SimpleBackend for Mapped {
         dtype: DType,
         device: &Device,
     ) -> candle_core::Result<Tensor> {
-        let view = self.view(name)?;
-        if view.shape() != shape.dims() {
-            let got = Shape::from(view.shape());
+        let facts = self.0.facts(name)?;
+        if !self.0.fits(facts, shape.dims()) {
+            let got = Shape::from(facts.shape.as_slice());
             return Err(candle_core::Error::UnexpectedShape { msg: name.to_owned(), expected: shape, got });
         }
-        self.get_unchecked(name, dtype, device)
+        self.0.source.tensor(&facts.name, dtype, device)?.reshape(shape)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
-        use candle_core::safetensors::Load;
-        self.view(name)?.load(device)?.to_dtype(dtype)
+        self.0.source.tensor(&self.0.facts(name)?.name, dtype, device)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.names.contains(name)
-    }
-}
-
-impl Mapped {
-    fn view(&self, name: &str) -> candle_core::Result<safetensors::tensor::TensorView<'_>> {
-        if self.names.contains(name) {
-            return self.mapped.get(name);
-        }
-        Err(candle_core::Error::CannotFindTensor { path: name.to_owned() })
+        self.0.named.contains_key(name)
     }
 }

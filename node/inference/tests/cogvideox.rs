@@ -2,96 +2,26 @@
 //! tiles, and each error's text.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
-
 use kinoflock_inference::audit::frames_deviation;
 use kinoflock_inference::{
-    Checkpoint, Condition, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline,
-    RgbFrames, Silent, StepEvent, Tensor, load,
+    Condition, DType, Device, Error, GenerateRequest, Observer, Phase, Pipeline, Silent, Tensor,
+};
+
+#[path = "support/tiny.rs"]
+mod tiny;
+
+use tiny::{
+    Watch, assert_cancels, assert_foreign, assert_halves_near, assert_resumes, error_of, golden, refusals,
 };
 
 const FORMS: [&str; 3] = ["cogvideox-2b", "cogvideox-5b", "cogvideox-1.5"];
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name).join("pipeline")
-}
-
 fn open(name: &str) -> Box<dyn Pipeline> {
-    load(&golden(name), &LoadOptions::default()).unwrap()
+    tiny::open(&golden(name))
 }
 
 fn request(pipeline: &dyn Pipeline) -> GenerateRequest {
-    let mut request = GenerateRequest::new("a red dog", &pipeline.info().defaults);
-    (request.width, request.height, request.frames, request.steps) = (48, 32, 9, 4);
-    request.negative_prompt = "cold fog".to_owned();
-    request.seed = 7;
-    request
-}
-
-fn copied(name: &str) -> tempfile::TempDir {
-    fn copy(from: &Path, to: &Path) {
-        std::fs::create_dir_all(to).unwrap();
-        for entry in std::fs::read_dir(from).unwrap() {
-            let entry = entry.unwrap();
-            if entry.file_type().unwrap().is_dir() {
-                copy(&entry.path(), &to.join(entry.file_name()));
-            } else {
-                std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-            }
-        }
-    }
-    let folder = tempfile::tempdir().unwrap();
-    copy(&golden(name), folder.path());
-    folder
-}
-
-/// Loads a copy with one value changed, and gives the error's text.
-fn load_error(name: &str, file: &str, key: &str, value: serde_json::Value) -> String {
-    let folder = copied(name);
-    let path = folder.path().join(file);
-    let mut config: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-    config[key] = value;
-    std::fs::write(&path, config.to_string()).unwrap();
-    match load(folder.path(), &LoadOptions::default()) {
-        Ok(_) => panic!("{file} {key}: the folder loads"),
-        Err(error) => error.to_string(),
-    }
-}
-
-/// Records everything, and cancels when asked as often as given.
-#[derive(Default)]
-struct Watch {
-    phases: Vec<Phase>,
-    hashes: Vec<[u8; 32]>,
-    previews: Vec<RgbFrames>,
-    checkpoints: Vec<Checkpoint>,
-    cancel_after: Option<usize>,
-    cancel_in_decode: bool,
-    asked_in_decode: std::cell::Cell<usize>,
-}
-
-impl Observer for Watch {
-    fn phase(&mut self, phase: Phase) {
-        self.phases.push(phase);
-    }
-    fn step(&mut self, event: &StepEvent<'_>) {
-        self.hashes.push(event.hash);
-        assert!((0.0..=1.0).contains(&event.sigma));
-    }
-    fn preview(&mut self, frames: &RgbFrames) {
-        self.previews.push(frames.clone());
-    }
-    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
-        self.checkpoints.push(checkpoint.clone());
-    }
-    fn cancelled(&self) -> bool {
-        if self.phases.last() == Some(&Phase::Decode) {
-            self.asked_in_decode.set(self.asked_in_decode.get() + 1);
-            return self.cancel_in_decode && self.asked_in_decode.get() > 2;
-        }
-        self.cancel_after.is_some_and(|steps| self.hashes.len() >= steps)
-    }
+    tiny::request(pipeline, (48, 32, 9, 4))
 }
 
 #[test]
@@ -116,24 +46,15 @@ fn one_seed_makes_one_clip_and_another_seed_another() {
 fn a_run_goes_on_from_any_checkpoint_bit_for_bit() {
     for name in FORMS {
         let mut pipeline = open(name);
-        let mut request = request(&*pipeline);
-        request.checkpoint_every = 1;
-        request.dynamic_guidance = true;
-        let mut watch = Watch::default();
-        let whole = pipeline.generate(&request, &mut watch).unwrap();
-        assert_eq!(watch.checkpoints.len(), 3);
-        for checkpoint in &watch.checkpoints {
+        let request = GenerateRequest { dynamic_guidance: true, ..request(&*pipeline) };
+        let (_, checkpoints) = assert_resumes(&mut *pipeline, &request);
+        assert_eq!(checkpoints.len(), 3);
+        for checkpoint in &checkpoints {
             let remembered: Vec<_> = checkpoint.memory.keys().map(String::as_str).collect();
             assert_eq!(remembered, if name == "cogvideox-2b" { vec![] } else { vec!["earlier"] });
-            let resume = Some(Checkpoint::from_bytes(&checkpoint.to_bytes().unwrap()).unwrap());
-            let resumed = GenerateRequest { resume, ..request.clone() };
-            let rest = open(name).generate(&resumed, &mut Silent).unwrap();
-            assert_eq!(rest.step_hashes, whole.step_hashes);
-            assert_eq!(rest.frames, whole.frames);
         }
-        let resume = watch.checkpoints.first().cloned();
-        let other = GenerateRequest { resume, dynamic_guidance: false, ..request };
-        assert_eq!(pipeline.generate(&other, &mut Silent).unwrap_err().code(), "checkpoint");
+        let other = GenerateRequest { dynamic_guidance: false, ..request };
+        assert_foreign(&mut *pipeline, &checkpoints[0], &[other]);
     }
 }
 
@@ -141,22 +62,29 @@ fn a_run_goes_on_from_any_checkpoint_bit_for_bit() {
 fn a_cancel_stops_before_the_next_step_and_between_the_runs_of_a_decode() {
     let mut pipeline = open("cogvideox-5b");
     let request = GenerateRequest { frames: 17, ..request(&*pipeline) };
-    for after in 0..=4 {
-        let mut watch = Watch { cancel_after: Some(after), ..Watch::default() };
-        match pipeline.generate(&request, &mut watch) {
-            Err(Error::Cancelled { steps_done, steps: 4 }) => assert_eq!(steps_done, after),
-            Ok(_) => assert_eq!(after, 4),
-            other => panic!("{other:?}"),
-        }
-        assert_eq!(watch.hashes.len(), after);
+    assert_cancels(&mut *pipeline, &request, 4);
+    /// Wants to stop once it was asked twice during the decode.
+    #[derive(Default)]
+    struct Late {
+        decodes: bool,
+        asked: std::cell::Cell<usize>,
     }
-    let mut watch = Watch { cancel_in_decode: true, ..Watch::default() };
-    match pipeline.generate(&request, &mut watch) {
+    impl Observer for Late {
+        fn phase(&mut self, phase: Phase) {
+            self.decodes = phase == Phase::Decode;
+        }
+        fn cancelled(&self) -> bool {
+            self.asked.set(self.asked.get() + usize::from(self.decodes));
+            self.asked.get() > 2
+        }
+    }
+    let mut late = Late::default();
+    match pipeline.generate(&request, &mut late) {
         Err(Error::Cancelled { steps_done: 4, steps: 4 }) => {}
         other => panic!("{other:?}"),
     }
     // Once before the decode, once before each of its two runs.
-    assert_eq!(watch.asked_in_decode.get(), 3);
+    assert_eq!(late.asked.get(), 3);
 }
 
 #[test]
@@ -168,6 +96,7 @@ fn previews_have_a_pixel_a_cell_and_leave_out_what_fills_up() {
         pipeline.generate(&request, &mut watch).unwrap();
         let sizes: Vec<_> = watch.previews.iter().map(|p| (p.width, p.height, p.count)).collect();
         assert_eq!(sizes, [(6, 4, 3); 2]);
+        assert!(watch.sigmas.iter().all(|sigma| (0.0..=1.0).contains(sigma)), "{:?}", watch.sigmas);
         assert_eq!(watch.phases, [Phase::Text, Phase::Step, Phase::Decode]);
     }
 }
@@ -176,11 +105,7 @@ fn previews_have_a_pixel_a_cell_and_leave_out_what_fills_up() {
 fn what_cannot_be_made_is_refused_with_the_nearest_that_can() {
     let pipeline = open("cogvideox-1.5");
     let good = request(&*pipeline);
-    let refused = |change: &dyn Fn(&mut GenerateRequest)| {
-        let mut request = good.clone();
-        change(&mut request);
-        pipeline.check(&request).unwrap_err().to_string()
-    };
+    let refused = refusals(&*pipeline, &good);
     assert_eq!(
         refused(&|r| r.width = 100),
         "width 100 cannot be made: it must be a multiple of 16; the nearest is 96"
@@ -283,13 +208,7 @@ fn half_types_stay_near_f32() {
     let mut pipeline = open("cogvideox-5b");
     let request = GenerateRequest { steps: 2, ..request(&*pipeline) };
     let exact = pipeline.generate(&request, &mut Silent).unwrap();
-    for dtype in [DType::BF16, DType::F16] {
-        let options = LoadOptions { dtype, ..LoadOptions::default() };
-        let made = load(&golden("cogvideox-5b"), &options).unwrap().generate(&request, &mut Silent).unwrap();
-        let difference = (&made.latents - &exact.latents).unwrap().abs().unwrap();
-        let mean = difference.mean_all().unwrap().to_scalar::<f32>().unwrap();
-        assert!(mean < 0.1, "{dtype:?}: {mean}");
-    }
+    assert_halves_near(&golden("cogvideox-5b"), &request, &exact.latents, 0.1);
 }
 
 #[test]
@@ -359,7 +278,7 @@ fn configuration_values_that_are_not_known_are_named() {
         ("vae/config.json", "latents_mean", json!([0.0]), "latents_mean"),
     ];
     for (file, key, value, said) in cases {
-        let error = load_error("cogvideox-5b", file, key, value);
+        let error = error_of(&golden("cogvideox-5b"), file, key, value);
         assert!(error.contains(said), "{file} {key}: {error}");
     }
 }

@@ -61,6 +61,8 @@ const CASES: &[Case] = &[
     case("mochi-1", [512, 512, 25], [64, 64, 31]),
     Case { chunk: 12, ..case("mochi-1", [0; 3], [64, 64, 31]) },
     case("pyramid-flow-miniflux", [512, 512, 25], [128, 128, 17]),
+    Case { pictures: 1, ..case("pyramid-flow-miniflux", [512, 512, 25], [0; 3]) },
+    case("pyramid-flow-sd3", [512, 512, 25], [128, 128, 17]),
     case("wan2.1", [512, 512, 33], [192, 192, 33]),
     Case { pictures: 1, ..case("wan2.1-i2v", [256, 256, 33], [192, 192, 33]) },
     Case { pictures: 2, ..case("wan2.1-flf2v", [256, 256, 33], [192, 192, 33]) },

@@ -1,100 +1,28 @@
 //! Mochi from the outside: what it refuses, cancels, checkpoints, previews, decodes in pieces, and number formats.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kinoflock_inference::models::mochi::pipeline::{load_transformer, load_vae};
 use kinoflock_inference::tiling::Tiling;
 use kinoflock_inference::{
-    Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, RgbFrames,
-    Silent, StepEvent, Tensor, load,
+    DType, Device, GenerateRequest, LoadOptions, Phase, Pipeline, RgbFrames, Silent, Tensor,
+};
+
+#[path = "support/tiny.rs"]
+mod tiny;
+
+use tiny::{
+    Watch, assert_cancels, assert_foreign, assert_halves_near, assert_resumes, difference, error_of, open,
+    refusals,
 };
 
 fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/mochi-1/pipeline")
-}
-
-fn open(folder: &Path) -> Box<dyn Pipeline> {
-    load(folder, &LoadOptions::default()).unwrap()
+    tiny::golden("mochi-1")
 }
 
 fn request(pipeline: &dyn Pipeline) -> GenerateRequest {
-    let mut request = GenerateRequest::new("a red dog", &pipeline.info().defaults);
-    (request.width, request.height, request.frames, request.steps) = (48, 32, 13, 4);
-    request.negative_prompt = "cold fog".to_owned();
-    request.seed = 7;
-    request
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &to.join(entry.file_name()));
-        } else {
-            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-        }
-    }
-}
-
-/// A copy of the folder in which one key of one file was changed.
-fn changed(file: &str, key: &str, value: serde_json::Value) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    copy(&golden(), folder.path());
-    let file = folder.path().join(file);
-    let mut config: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
-    config[key] = value;
-    std::fs::write(&file, config.to_string()).unwrap();
-    folder
-}
-
-fn load_error(folder: &Path) -> Error {
-    match load(folder, &LoadOptions::default()) {
-        Ok(_) => panic!("the folder loads"),
-        Err(error) => error,
-    }
-}
-
-/// The largest difference.
-fn difference(a: &Tensor, b: &Tensor) -> f32 {
-    assert_eq!(a.dims(), b.dims());
-    let wide = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
-    let difference = (wide(a) - wide(b)).unwrap().abs().unwrap();
-    difference.flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
-}
-
-/// Records everything, and cancels when the given number of steps is done.
-#[derive(Default)]
-struct Watch {
-    phases: Vec<Phase>,
-    hashes: Vec<[u8; 32]>,
-    sigmas: Vec<f64>,
-    latents: Vec<Tensor>,
-    previews: Vec<RgbFrames>,
-    checkpoints: Vec<Checkpoint>,
-    cancel_after: Option<usize>,
-}
-
-impl Observer for Watch {
-    fn phase(&mut self, phase: Phase) {
-        self.phases.push(phase);
-    }
-    fn step(&mut self, event: &StepEvent<'_>) {
-        self.hashes.push(event.hash);
-        self.sigmas.push(event.sigma);
-        self.latents.push(event.latents.clone());
-    }
-    fn preview(&mut self, frames: &RgbFrames) {
-        self.previews.push(frames.clone());
-    }
-    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
-        self.checkpoints.push(checkpoint.clone());
-    }
-    fn cancelled(&self) -> bool {
-        self.cancel_after.is_some_and(|steps| self.hashes.len() >= steps)
-    }
+    tiny::request(pipeline, (48, 32, 13, 4))
 }
 
 #[test]
@@ -128,8 +56,7 @@ fn values_that_are_not_known_are_refused_by_file_key_and_value() {
         ("scheduler/scheduler_config.json", "use_dynamic_shifting", json!(true)),
     ];
     for (file, key, value) in cases {
-        let folder = changed(file, key, value.clone());
-        let error = load_error(folder.path()).to_string();
+        let error = error_of(&golden(), file, key, value.clone());
         let name = file.rsplit('/').next().unwrap();
         assert!(error.contains(key) && error.contains(name), "{file} {key} {value}: {error}");
     }
@@ -139,11 +66,7 @@ fn values_that_are_not_known_are_refused_by_file_key_and_value() {
 fn what_cannot_be_made_is_refused_with_the_nearest_that_can() {
     let pipeline = open(&golden());
     let good = request(&*pipeline);
-    let refused = |change: &dyn Fn(&mut GenerateRequest)| {
-        let mut request = good.clone();
-        change(&mut request);
-        pipeline.check(&request).unwrap_err().to_string()
-    };
+    let refused = refusals(&*pipeline, &good);
     assert_eq!(
         refused(&|r| r.width = 40),
         "width 40 cannot be made: it must be a multiple of 16; the nearest is 48"
@@ -194,8 +117,7 @@ fn one_seed_makes_one_clip_and_noise_falls_from_step_to_step() {
 #[test]
 fn the_last_preview_shows_the_latents_that_are_decoded() {
     let factors: Vec<[f32; 3]> = (0..12).map(|i| [0.1 * i as f32, 0.2, -0.1]).collect();
-    let folder = tempfile::tempdir().unwrap();
-    copy(&golden(), folder.path());
+    let folder = tiny::copied(&golden());
     let extras = serde_json::json!({"latent_rgb": {"factors": factors, "bias": [0.5, 0.5, 0.5]}});
     std::fs::write(folder.path().join("kinoflock.json"), extras.to_string()).unwrap();
     let mut pipeline = open(folder.path());
@@ -216,33 +138,16 @@ fn the_last_preview_shows_the_latents_that_are_decoded() {
 fn a_cancel_stops_before_the_next_step_and_before_the_decode() {
     let mut pipeline = open(&golden());
     let request = request(&*pipeline);
-    for after in 0..=4 {
-        let mut watch = Watch { cancel_after: Some(after), ..Watch::default() };
-        match pipeline.generate(&request, &mut watch) {
-            Err(Error::Cancelled { steps_done, steps: 4 }) => assert_eq!(steps_done, after),
-            other => panic!("{other:?}"),
-        }
-        assert_eq!(watch.hashes.len(), after);
-    }
+    assert_cancels(&mut *pipeline, &request, 4);
 }
 
 #[test]
 fn a_run_goes_on_from_any_checkpoint_bit_for_bit() {
     let mut pipeline = open(&golden());
-    let mut request = request(&*pipeline);
-    request.checkpoint_every = 1;
-    let mut watch = Watch::default();
-    let whole = pipeline.generate(&request, &mut watch).unwrap();
-    assert_eq!(watch.checkpoints.len(), 3);
-    for checkpoint in &watch.checkpoints {
-        let resume = Some(Checkpoint::from_bytes(&checkpoint.to_bytes().unwrap()).unwrap());
-        let rest = pipeline.generate(&GenerateRequest { resume, ..request.clone() }, &mut Silent).unwrap();
-        assert_eq!(rest.step_hashes, whole.step_hashes);
-        assert_eq!(rest.frames, whole.frames);
-    }
-    let resume = watch.checkpoints.first().cloned();
-    let other = GenerateRequest { guidance: 5.0, resume, ..request };
-    assert_eq!(pipeline.generate(&other, &mut Silent).unwrap_err().code(), "checkpoint");
+    let request = request(&*pipeline);
+    let (_, checkpoints) = assert_resumes(&mut *pipeline, &request);
+    assert_eq!(checkpoints.len(), 3);
+    assert_foreign(&mut *pipeline, &checkpoints[0], &[GenerateRequest { guidance: 5.0, ..request }]);
 }
 
 #[test]
@@ -263,7 +168,8 @@ fn a_step_that_is_computed_anew_is_the_step() {
 
 #[test]
 fn an_empty_prompt_is_no_token_where_the_index_says_so() {
-    let folder = changed("model_index.json", "force_zeros_for_empty_prompt", serde_json::json!(true));
+    let folder =
+        tiny::changed(&golden(), "model_index.json", "force_zeros_for_empty_prompt", serde_json::json!(true));
     let mut empty = request(&*open(&golden()));
     empty.negative_prompt.clear();
     let plain = open(&golden()).generate(&empty, &mut Silent).unwrap();
@@ -348,12 +254,5 @@ fn half_types_stay_near_f32() {
     request.steps = 2;
     request.guidance = 2.0;
     let exact = pipeline.generate(&request, &mut Silent).unwrap();
-    for dtype in [DType::BF16, DType::F16] {
-        let options = LoadOptions { dtype, ..LoadOptions::default() };
-        let made = load(&golden(), &options).unwrap().generate(&request, &mut Silent).unwrap();
-        let off = (&made.latents - &exact.latents).unwrap().abs().unwrap();
-        let mean = off.mean_all().unwrap().to_scalar::<f32>().unwrap();
-        assert!(mean < 0.1, "{dtype:?}: {mean}");
-        assert_eq!(made.frames.count, request.frames);
-    }
+    assert_halves_near(&golden(), &request, &exact.latents, 0.1);
 }

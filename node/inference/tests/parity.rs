@@ -4,6 +4,8 @@
 
 #[path = "../examples/parity/harness.rs"]
 mod harness;
+#[path = "support/tiny.rs"]
+mod tiny;
 
 use std::path::{Path, PathBuf};
 
@@ -95,6 +97,16 @@ fn pyramid_flow_miniflux_is_within_tolerance() {
 }
 
 #[test]
+fn pyramid_flow_sd3_is_within_tolerance() {
+    assert_parity("pyramid-flow-sd3", 31);
+}
+
+#[test]
+fn pyramid_flow_image_to_video_is_within_tolerance() {
+    assert_parity("pyramid-flow-miniflux-i2v", 2);
+}
+
+#[test]
 fn cogvideox_image_to_video_is_within_tolerance() {
     assert_parity("cogvideox-5b-i2v", 14);
     assert_parity("cogvideox-1.5-i2v", 14);
@@ -102,26 +114,9 @@ fn cogvideox_image_to_video_is_within_tolerance() {
 
 /// A copy of the 0.9.0 folder whose manifest was changed.
 fn changed(change: impl FnOnce(&mut serde_json::Value)) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    copy(&goldens("ltx-video-0.9.0"), folder.path());
-    let file = folder.path().join("manifest.json");
-    let mut manifest = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
-    change(&mut manifest);
-    std::fs::write(&file, manifest.to_string()).unwrap();
+    let folder = tiny::copied(&goldens("ltx-video-0.9.0"));
+    tiny::edit(&folder.path().join("manifest.json"), change);
     folder
-}
-
-fn copy(from: &Path, to: &Path) {
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            std::fs::create_dir_all(&target).unwrap();
-            copy(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }
 
 fn only(manifest: &mut serde_json::Value, name: &str) {

@@ -1,40 +1,21 @@
 //! Clips from pictures: what a run begins with, checkpoints, and what is said of pictures that a model cannot take.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
-
 use kinoflock_inference::{
-    Checkpoint, Condition, DType, Device, GenerateRequest, LoadOptions, Observer, Pipeline, Silent, Tensor,
-    load, motif,
+    Condition, DType, Device, GenerateRequest, LoadOptions, Pipeline, Silent, Tensor, load, motif,
 };
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name).join("pipeline")
-}
+#[path = "support/tiny.rs"]
+mod tiny;
 
-fn open(folder: &Path) -> Box<dyn Pipeline> {
-    load(folder, &LoadOptions::default()).unwrap()
-}
+use tiny::{assert_resumes, error_of, golden, mean, open};
 
 fn pictures(count: usize, value: f32) -> Tensor {
     Tensor::full(value, (count, 3, 32, 64), &Device::Cpu).unwrap()
 }
 
 fn request(pipeline: &dyn Pipeline, conditions: Vec<Condition>) -> GenerateRequest {
-    let mut request = GenerateRequest::new("a red dog", &pipeline.info().defaults);
-    (request.width, request.height, request.frames, request.steps) = (64, 32, 17, 3);
-    request.seed = 7;
-    request.conditions = conditions;
-    request
-}
-
-#[derive(Default)]
-struct Checkpoints(Vec<Checkpoint>);
-
-impl Observer for Checkpoints {
-    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
-        self.0.push(checkpoint.clone());
-    }
+    GenerateRequest { conditions, ..tiny::request(pipeline, (64, 32, 17, 3)) }
 }
 
 #[test]
@@ -43,19 +24,10 @@ fn a_run_with_pictures_goes_on_from_any_checkpoint_bit_for_bit() {
         let mut pipeline = open(&golden(name));
         let given = vec![Condition::new(pictures(1, 0.2), 0), Condition::new(pictures(1, 0.8), 11)];
         for conditions in [given[..1].to_vec(), given] {
-            let request = GenerateRequest { checkpoint_every: 1, ..request(&*pipeline, conditions) };
-            let mut seen = Checkpoints::default();
-            let whole = pipeline.generate(&request, &mut seen).unwrap();
+            let request = request(&*pipeline, conditions);
+            let (whole, checkpoints) = assert_resumes(&mut *pipeline, &request);
             assert_eq!((whole.latents.dims(), whole.frames.count), (&[1, 8, 3, 1, 2][..], 17));
-            assert_eq!(seen.0.len(), 2);
-            for checkpoint in seen.0 {
-                let resumed = GenerateRequest { resume: Some(checkpoint), ..request.clone() };
-                let rest = pipeline.generate(&resumed, &mut Silent).unwrap();
-                assert_eq!(
-                    (rest.step_hashes, rest.frames),
-                    (whole.step_hashes.clone(), whole.frames.clone())
-                );
-            }
+            assert_eq!(checkpoints.len(), 2);
         }
     }
 }
@@ -70,9 +42,8 @@ fn half_types_stay_near_f32() {
             let request = GenerateRequest { steps: 2, ..request(&*pipeline, first.clone()) };
             pipeline.generate(&request, &mut Silent).unwrap().latents
         };
-        let difference = (made(DType::F32) - made(DType::BF16)).unwrap().abs().unwrap();
-        let mean = difference.mean_all().unwrap().to_scalar::<f32>().unwrap();
-        assert!(mean < 0.1, "{name}: {mean}");
+        let off = mean(&(made(DType::F32) - made(DType::BF16)).unwrap());
+        assert!(off < 0.1, "{name}: {off}");
     }
 }
 
@@ -193,29 +164,8 @@ fn a_folder_whose_parts_disagree_about_pictures_is_refused() {
         ),
     ];
     for (file, key, value, said) in cases {
-        let folder = tempfile::tempdir().unwrap();
-        copy(&golden("wan2.1-i2v"), folder.path());
-        let file = folder.path().join(file);
-        let mut config: serde_json::Value =
-            serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
-        config[key] = value;
-        std::fs::write(&file, config.to_string()).unwrap();
-        let error = load(folder.path(), &LoadOptions::default()).err().map(|error| error.to_string());
-        let error = error.unwrap_or_else(|| panic!("{key} is taken"));
+        let error = error_of(&golden("wan2.1-i2v"), file, key, value);
         assert!(error.contains(said), "{key}: {error}");
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
     }
 }
 

@@ -2,87 +2,26 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use kinoflock_inference::{
-    Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, RgbFrames,
-    SecondPass, Silent, StepEvent, Tensor, load,
+    Device, Error, GenerateRequest, LoadOptions, Phase, Pipeline, SecondPass, Silent, Tensor, load,
 };
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name).join("pipeline")
-}
+#[path = "support/tiny.rs"]
+mod tiny;
 
-fn open(folder: &Path) -> Box<dyn Pipeline> {
-    load(folder, &LoadOptions::default()).unwrap()
-}
+use tiny::{
+    Watch, assert_cancels, assert_foreign, assert_halves_near, assert_resumes, edit, golden, load_error,
+    open, refusals,
+};
 
 fn request(pipeline: &dyn Pipeline) -> GenerateRequest {
-    let mut request = GenerateRequest::new("a red dog", &pipeline.info().defaults);
-    (request.width, request.height, request.frames, request.steps) = (96, 32, 9, 4);
-    request.negative_prompt = "cold fog".to_owned();
-    request.seed = 7;
-    request
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &to.join(entry.file_name()));
-        } else {
-            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-        }
-    }
+    tiny::request(pipeline, (96, 32, 9, 4))
 }
 
 fn copied(name: &str) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    copy(&golden(name), folder.path());
-    folder
-}
-
-fn edit(file: &Path, change: impl FnOnce(&mut serde_json::Value)) {
-    let mut value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
-    change(&mut value);
-    std::fs::write(file, value.to_string()).unwrap();
-}
-
-fn load_error(folder: &Path) -> Error {
-    match load(folder, &LoadOptions::default()) {
-        Ok(_) => panic!("the folder loads"),
-        Err(error) => error,
-    }
-}
-
-/// Records everything, and cancels when the given number of steps is done.
-#[derive(Default)]
-struct Watch {
-    phases: Vec<Phase>,
-    hashes: Vec<[u8; 32]>,
-    previews: Vec<RgbFrames>,
-    checkpoints: Vec<Checkpoint>,
-    cancel_after: Option<usize>,
-}
-
-impl Observer for Watch {
-    fn phase(&mut self, phase: Phase) {
-        self.phases.push(phase);
-    }
-    fn step(&mut self, event: &StepEvent<'_>) {
-        assert_eq!((event.index, event.total), (self.hashes.len(), 4));
-        self.hashes.push(event.hash);
-    }
-    fn preview(&mut self, frames: &RgbFrames) {
-        self.previews.push(frames.clone());
-    }
-    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
-        self.checkpoints.push(checkpoint.clone());
-    }
-    fn cancelled(&self) -> bool {
-        self.cancel_after.is_some_and(|steps| self.hashes.len() >= steps)
-    }
+    tiny::copied(&golden(name))
 }
 
 #[test]
@@ -120,54 +59,28 @@ fn the_observer_sees_phases_steps_and_previews() {
 fn a_cancel_stops_before_the_next_step_and_before_the_decode() {
     let mut pipeline = open(&golden("ltx-video-0.9.0"));
     let request = request(&*pipeline);
-    for after in 0..=4 {
-        let mut watch = Watch { cancel_after: Some(after), ..Watch::default() };
-        match pipeline.generate(&request, &mut watch) {
-            Err(Error::Cancelled { steps_done, steps: 4 }) => assert_eq!(steps_done, after),
-            other => panic!("{other:?}"),
-        }
-        assert_eq!(watch.hashes.len(), after);
-    }
+    assert_cancels(&mut *pipeline, &request, 4);
 }
 
 #[test]
 fn a_run_goes_on_from_any_checkpoint_bit_for_bit() {
     let mut pipeline = open(&golden("ltx-video-0.9.5"));
-    let mut request = request(&*pipeline);
-    request.checkpoint_every = 1;
-    let mut watch = Watch::default();
-    let whole = pipeline.generate(&request, &mut watch).unwrap();
-    assert_eq!(watch.checkpoints.len(), 3);
-    for checkpoint in &watch.checkpoints {
-        let bytes = checkpoint.to_bytes().unwrap();
-        let steps_done = checkpoint.steps_done;
-        let resume = Some(Checkpoint::from_bytes(&bytes).unwrap());
-        let rest = pipeline.generate(&GenerateRequest { resume, ..request.clone() }, &mut Silent).unwrap();
-        assert_eq!(rest.step_hashes, whole.step_hashes);
-        assert_eq!(rest.frames, whole.frames);
-        assert_eq!(rest.steps_done, 4 - steps_done);
-    }
-    let resume = watch.checkpoints.first().cloned();
-    for other in [
+    let request = request(&*pipeline);
+    let (_, checkpoints) = assert_resumes(&mut *pipeline, &request);
+    assert_eq!(checkpoints.len(), 3);
+    let others = [
         GenerateRequest { seed: 8, ..request.clone() },
         GenerateRequest { prompt: "a blue dog".to_owned(), ..request.clone() },
-        GenerateRequest { steps: 5, ..request.clone() },
-    ] {
-        let error =
-            pipeline.generate(&GenerateRequest { resume: resume.clone(), ..other }, &mut Silent).unwrap_err();
-        assert_eq!(error.code(), "checkpoint");
-    }
+        GenerateRequest { steps: 5, ..request },
+    ];
+    assert_foreign(&mut *pipeline, &checkpoints[0], &others);
 }
 
 #[test]
 fn what_cannot_be_made_is_refused_with_the_nearest_that_can() {
     let pipeline = open(&golden("ltx-video-0.9.0"));
     let good = request(&*pipeline);
-    let refused = |change: &dyn Fn(&mut GenerateRequest)| {
-        let mut request = good.clone();
-        change(&mut request);
-        pipeline.check(&request).unwrap_err().to_string()
-    };
+    let refused = refusals(&*pipeline, &good);
     assert_eq!(
         refused(&|r| r.width = 100),
         "width 100 cannot be made: it must be a multiple of 32; the nearest is 96"
@@ -250,13 +163,7 @@ fn half_types_stay_near_f32() {
     let mut request = request(&*pipeline);
     request.steps = 2;
     let exact = pipeline.generate(&request, &mut Silent).unwrap();
-    for dtype in [DType::BF16, DType::F16] {
-        let options = LoadOptions { dtype, ..LoadOptions::default() };
-        let made = load(&folder, &options).unwrap().generate(&request, &mut Silent).unwrap();
-        let difference = (&made.latents - &exact.latents).unwrap().abs().unwrap();
-        let mean = difference.mean_all().unwrap().to_scalar::<f32>().unwrap();
-        assert!(mean < 0.1, "{dtype:?}: {mean}");
-    }
+    assert_halves_near(&folder, &request, &exact.latents, 0.1);
 }
 
 #[test]
@@ -433,27 +340,13 @@ fn a_second_pass_goes_on_from_latents_of_the_clips_size_or_of_half_of_it() {
             width: 192,
             initial_latents: finished(rows, columns),
             second_pass: Some(SecondPass::new(strength)),
-            checkpoint_every: 1,
             ..request(&*pipeline)
         };
-        let mut seen_checkpoints = Checkpoints::default();
-        let made = pipeline.generate(&request, &mut seen_checkpoints).unwrap();
+        let (made, _) = assert_resumes(&mut *pipeline, &request);
         assert_eq!((made.latents.dims(), made.step_hashes.len()), (&[1, 8, 2, 2, 6][..], steps));
         assert!(seen.insert(*made.step_hashes.last().unwrap()));
-        let resume = seen_checkpoints.0.first().cloned();
-        let rest = pipeline.generate(&GenerateRequest { resume, ..request.clone() }, &mut Silent).unwrap();
-        assert_eq!(rest.step_hashes, made.step_hashes);
         let start = pipeline.start(&request).unwrap();
         assert_eq!(pipeline.transition(&request, 0, &start).unwrap_err().code(), "not_auditable");
-    }
-}
-
-#[derive(Default)]
-struct Checkpoints(Vec<Checkpoint>);
-
-impl Observer for Checkpoints {
-    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
-        self.0.push(checkpoint.clone());
     }
 }
 

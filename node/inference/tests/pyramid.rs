@@ -1,94 +1,37 @@
 //! Pyramid Flow from the outside: units and stages, resumes, previews, cancels, requests and folders that are refused.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kinoflock_inference::models::pyramid::PyramidPipeline;
 use kinoflock_inference::{
-    Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, RgbFrames,
-    Silent, StepEvent, Tensor, load,
+    Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, Silent, Tensor,
 };
 use serde_json::json;
+
+#[path = "support/tiny.rs"]
+mod tiny;
+
+use tiny::{
+    Watch, assert_cancels, assert_foreign, assert_halves_near, assert_resumes, edit, load_error, mean, open,
+};
 
 const NAME: &str = "pyramid-flow-miniflux";
 /// 3 stages: one step each in the first unit and two in the later one.
 const STEPS: usize = 9;
 
 fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(NAME).join("pipeline")
-}
-
-fn open(folder: &Path) -> Box<dyn Pipeline> {
-    load(folder, &LoadOptions::default()).unwrap()
+    tiny::golden(NAME)
 }
 
 fn request(pipeline: &dyn Pipeline) -> GenerateRequest {
-    let mut request = GenerateRequest::new("a red dog", &pipeline.info().defaults);
-    (request.width, request.height, request.frames) = (128, 64, 9);
+    let mut request = tiny::request(pipeline, (128, 64, 9, 10));
     request.stage_steps = Some([vec![1; 3], vec![2; 3]]);
-    request.negative_prompt = "cold fog".to_owned();
-    request.seed = 7;
     request
 }
 
 fn copied() -> tempfile::TempDir {
-    fn copy(from: &Path, to: &Path) {
-        std::fs::create_dir_all(to).unwrap();
-        for entry in std::fs::read_dir(from).unwrap() {
-            let entry = entry.unwrap();
-            if entry.file_type().unwrap().is_dir() {
-                copy(&entry.path(), &to.join(entry.file_name()));
-            } else {
-                std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-            }
-        }
-    }
-    let folder = tempfile::tempdir().unwrap();
-    copy(&golden(), folder.path());
-    folder
-}
-
-fn edit(file: &Path, change: impl FnOnce(&mut serde_json::Value)) {
-    let mut value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
-    change(&mut value);
-    std::fs::write(file, value.to_string()).unwrap();
-}
-
-fn load_error(folder: &Path) -> Error {
-    match load(folder, &LoadOptions::default()) {
-        Ok(_) => panic!("the folder loads"),
-        Err(error) => error,
-    }
-}
-
-#[derive(Default)]
-struct Watch {
-    phases: Vec<Phase>,
-    shapes: Vec<Vec<usize>>,
-    levels: Vec<f64>,
-    previews: Vec<RgbFrames>,
-    checkpoints: Vec<Checkpoint>,
-    cancel_after: Option<usize>,
-}
-
-impl Observer for Watch {
-    fn phase(&mut self, phase: Phase) {
-        self.phases.push(phase);
-    }
-    fn step(&mut self, event: &StepEvent<'_>) {
-        assert_eq!((event.index, event.total), (self.shapes.len(), STEPS));
-        self.shapes.push(event.latents.dims().to_vec());
-        self.levels.push(event.sigma);
-    }
-    fn preview(&mut self, frames: &RgbFrames) {
-        self.previews.push(frames.clone());
-    }
-    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
-        self.checkpoints.push(checkpoint.clone());
-    }
-    fn cancelled(&self) -> bool {
-        self.cancel_after.is_some_and(|steps| self.shapes.len() >= steps)
-    }
+    tiny::copied(&golden())
 }
 
 #[test]
@@ -99,10 +42,10 @@ fn a_folder_without_an_index_is_known_by_its_parts() {
     assert_eq!((info.frame_rule.multiple, info.frame_rule.offset), (8, 1));
     let folder = copied();
     let config = folder.path().join("diffusion_transformer_384p/config.json");
-    edit(&config, |config| config["_class_name"] = json!("PyramidDiffusionMMDiT"));
+    edit(&config, |config| config["_class_name"] = json!("PyramidDiffusionXL"));
     let error = load_error(folder.path());
     assert_eq!(error.code(), "unknown_architecture");
-    assert!(error.to_string().contains("PyramidDiffusionMMDiT"), "{error}");
+    assert!(error.to_string().contains("PyramidDiffusionXL"), "{error}");
     std::fs::remove_dir_all(folder.path().join("diffusion_transformer_384p")).unwrap();
     assert!(load_error(folder.path()).to_string().contains("model_index.json"));
 }
@@ -147,10 +90,12 @@ fn steps_go_through_the_stages_of_each_unit_and_previews_grow() {
     pipeline.generate(&request, &mut watch).unwrap();
     assert_eq!(watch.phases, [Phase::Text, Phase::Step, Phase::Decode]);
     // After a stage's last step the latents are those that the next stage begins with.
-    let sizes: Vec<_> = watch.shapes.iter().map(|shape| (shape[2], shape[3], shape[4])).collect();
-    let (small, middle, large) = ((1, 2, 4), (1, 4, 8), (1, 8, 16));
-    assert_eq!(sizes, [middle, large, small, small, middle, middle, large, large, (2, 8, 16)]);
-    assert!((watch.levels[2] - 1.0).abs() < 1e-6 && watch.levels[STEPS - 1] == 0.0, "{:?}", watch.levels);
+    let shape = |latents: &Tensor| latents.dims()[2..].to_vec();
+    let sizes: Vec<_> = watch.latents.iter().map(shape).collect();
+    let (small, middle, large) = ([1, 2, 4], [1, 4, 8], [1, 8, 16]);
+    assert_eq!(sizes, [middle, large, small, small, middle, middle, large, large, [2, 8, 16]]);
+    assert_eq!(watch.total, STEPS);
+    assert!((watch.sigmas[2] - 1.0).abs() < 1e-6 && watch.sigmas[STEPS - 1] == 0.0, "{:?}", watch.sigmas);
     let shown: Vec<_> = watch.previews.iter().map(|p| (p.width, p.height, p.count)).collect();
     assert_eq!(shown[..3], [(16, 8, 1); 3]);
     assert_eq!(shown[3..], [(16, 8, 2); 6]);
@@ -163,13 +108,7 @@ fn steps_go_through_the_stages_of_each_unit_and_previews_grow() {
 fn a_cancel_stops_before_the_next_step_and_within_a_decode_in_pieces() {
     let mut pipeline = open(&golden());
     let mut request = request(&*pipeline);
-    for after in 0..=STEPS {
-        let mut watch = Watch { cancel_after: Some(after), ..Watch::default() };
-        match pipeline.generate(&request, &mut watch) {
-            Err(Error::Cancelled { steps_done, steps: STEPS }) => assert_eq!(steps_done, after),
-            other => panic!("{other:?}"),
-        }
-    }
+    assert_cancels(&mut *pipeline, &request, STEPS);
     /// Wants to stop at the n-th question during the decode.
     struct Impatient(std::cell::Cell<usize>, bool);
     impl Observer for Impatient {
@@ -190,58 +129,38 @@ fn a_cancel_stops_before_the_next_step_and_within_a_decode_in_pieces() {
 #[test]
 fn a_run_goes_on_from_any_checkpoint_bit_for_bit() {
     let mut pipeline = open(&golden());
-    let mut request = request(&*pipeline);
-    (request.checkpoint_every, request.frames) = (1, 17);
-    let steps = 15;
-    #[derive(Default)]
-    struct Keep(Vec<Checkpoint>);
-    impl Observer for Keep {
-        fn checkpoint(&mut self, checkpoint: &Checkpoint) {
-            self.0.push(checkpoint.clone());
-        }
-    }
-    let mut kept = Keep::default();
-    let whole = pipeline.generate(&request, &mut kept).unwrap();
-    assert_eq!(kept.0.len(), steps - 1);
-    let resumed = |pipeline: &mut dyn Pipeline, checkpoint: Checkpoint, request: &GenerateRequest| {
-        let request = GenerateRequest { resume: Some(checkpoint), ..request.clone() };
-        pipeline.generate(&request, &mut Silent)
-    };
-    for checkpoint in &kept.0 {
+    let request = GenerateRequest { frames: 17, ..request(&*pipeline) };
+    let (_, checkpoints) = assert_resumes(&mut *pipeline, &request);
+    assert_eq!(checkpoints.len(), 14);
+    for checkpoint in &checkpoints {
         let units = checkpoint.memory.get("units").map(|units| units.dim(2).unwrap());
         let done = checkpoint.steps_done;
         assert_eq!(units, if done < 3 { None } else { Some(1 + (done - 3) / 6) });
-        let bytes = checkpoint.to_bytes().unwrap();
-        let rest = resumed(&mut *pipeline, Checkpoint::from_bytes(&bytes).unwrap(), &request).unwrap();
-        assert_eq!(rest.step_hashes, whole.step_hashes);
-        assert_eq!(rest.frames, whole.frames);
-        assert_eq!(rest.steps_done, steps - done);
     }
-    let late = kept.0[10].clone();
+    let late = checkpoints[10].clone();
+    let mut resumed = |checkpoint: Checkpoint| {
+        let request = GenerateRequest { resume: Some(checkpoint), ..request.clone() };
+        pipeline.generate(&request, &mut Silent).unwrap_err().code()
+    };
     let without = Checkpoint { memory: Default::default(), ..late.clone() };
-    assert_eq!(resumed(&mut *pipeline, without, &request).unwrap_err().code(), "checkpoint");
+    assert_eq!(resumed(without), "checkpoint");
     let mut wrong = late.clone();
     let part = wrong.memory["units"].narrow(3, 0, 4).unwrap();
     wrong.memory.insert("units".to_owned(), part);
-    assert_eq!(resumed(&mut *pipeline, wrong, &request).unwrap_err().code(), "latent_shape");
-    for other in [
+    assert_eq!(resumed(wrong), "latent_shape");
+    let others = [
         GenerateRequest { seed: 8, ..request.clone() },
         GenerateRequest { later_guidance: Some(2.0), ..request.clone() },
         GenerateRequest { stage_steps: Some([vec![1; 3], vec![1; 3]]), ..request },
-    ] {
-        assert_eq!(resumed(&mut *pipeline, late.clone(), &other).unwrap_err().code(), "checkpoint");
-    }
+    ];
+    assert_foreign(&mut *pipeline, &late, &others);
 }
 
 #[test]
 fn what_cannot_be_made_is_refused_with_the_nearest_that_can() {
     let pipeline = open(&golden());
     let good = request(&*pipeline);
-    let refused = |change: &dyn Fn(&mut GenerateRequest)| {
-        let mut request = good.clone();
-        change(&mut request);
-        pipeline.check(&request).unwrap_err().to_string()
-    };
+    let refused = tiny::refusals(&*pipeline, &good);
     assert_eq!(
         refused(&|r| r.width = 360),
         "width 360 cannot be made: it must be a multiple of 64; the nearest is 384"
@@ -316,14 +235,7 @@ fn half_types_stay_near_f32() {
     let mut pipeline = open(&golden());
     let request = request(&*pipeline);
     let exact = pipeline.generate(&request, &mut Silent).unwrap();
-    let size = exact.latents.abs().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
-    for dtype in [DType::BF16, DType::F16] {
-        let options = LoadOptions { dtype, ..LoadOptions::default() };
-        let made = load(&golden(), &options).unwrap().generate(&request, &mut Silent).unwrap();
-        let difference = (&made.latents - &exact.latents).unwrap().abs().unwrap();
-        let mean = difference.mean_all().unwrap().to_scalar::<f32>().unwrap();
-        assert!(mean < 0.1 * size, "{dtype:?}: {mean} of {size}");
-    }
+    assert_halves_near(&golden(), &request, &exact.latents, 0.1 * mean(&exact.latents));
 }
 
 #[test]
@@ -390,9 +302,7 @@ fn configuration_values_that_are_not_known_are_named() {
         ("text_encoder_2/config.json", "feed_forward_proj", json!("gated-mish")),
     ];
     for (file, key, value) in cases {
-        let folder = copied();
-        edit(&folder.path().join(file), |config| config[key] = value);
-        let error = load_error(folder.path()).to_string();
+        let error = tiny::error_of(&golden(), file, key, value);
         assert!(error.contains(file) && error.contains(key), "{file} {key}: {error}");
     }
     let settings = [

@@ -11,7 +11,7 @@ use kinoflock_inference::models::ltx::config::TransformerConfig;
 use kinoflock_inference::models::ltx::transformer::LtxTransformer;
 use kinoflock_inference::models::ltx::upsampler::{LtxUpsampler, UpsamplerConfig};
 use kinoflock_inference::models::mochi;
-use kinoflock_inference::models::pyramid::config::TransformerConfig as PyramidConfig;
+use kinoflock_inference::models::pyramid::config::{FluxConfig, MmditConfig};
 use kinoflock_inference::models::pyramid::transformer::PyramidTransformer;
 use kinoflock_inference::models::pyramid::vae::{PyramidVae, PyramidVaeConfig};
 use kinoflock_inference::models::wan;
@@ -249,15 +249,32 @@ fn wan_2_2_ti2v_5b() {
 
 #[test]
 fn pyramid_flow_miniflux() {
-    let config: PyramidConfig = config(serde_json::json!({
+    let config: FluxConfig = config(serde_json::json!({
         "num_layers": 8, "num_single_layers": 16, "num_attention_heads": 30, "in_channels": 64,
     }));
-    let shapes = tensor_shapes(|vb| PyramidTransformer::load(&config, &vb)).unwrap();
+    let shapes = tensor_shapes(|vb| PyramidTransformer::load(&config.settled(), &vb)).unwrap();
     assert_eq!(shapes["transformer_blocks.7.attn.add_q_proj.weight"], [1920, 1920]);
     assert_eq!(shapes["single_transformer_blocks.15.proj_out.weight"], [1920, 9600]);
     assert_eq!(shapes["time_text_embed.text_embedder.linear_1.weight"], [1920, 768]);
     // The published file of 7.89 GB holds this many numbers in f32.
     assert_eq!(count_parameters(&shapes) / 10_000_000, 197);
+}
+
+/// The counts are those of the authors' own class with these values, on torch's meta device.
+#[test]
+fn pyramid_flow_sd3() {
+    let config: MmditConfig = config(serde_json::json!({
+        "caption_projection_dim": 1536, "pos_embed_type": "sincos", "num_layers": 24,
+    }));
+    let shapes = tensor_shapes(|vb| PyramidTransformer::load(&config.settled(), &vb)).unwrap();
+    assert_eq!(shapes["pos_embed.pos_embed"], [1, 192 * 192, 1536]);
+    assert_eq!(shapes["pos_embed.proj.weight"], [1536, 16, 2, 2]);
+    assert_eq!(shapes["transformer_blocks.23.attn.norm_add_k.weight"], [64]);
+    assert_eq!(shapes["transformer_blocks.22.norm1_context.linear.weight"], [9216, 1536]);
+    assert_eq!(shapes["transformer_blocks.23.norm1_context.linear.weight"], [3072, 1536]);
+    assert!(!shapes.contains_key("transformer_blocks.23.attn.to_add_out.weight"));
+    assert!(!shapes.contains_key("transformer_blocks.23.ff_context.net.2.weight"));
+    assert_eq!((shapes.len(), count_parameters(&shapes)), (779, 2_084_957_248));
 }
 
 #[test]
@@ -281,4 +298,27 @@ fn clip_l_text() {
     }));
     let shapes = tensor_shapes(|vb| ClipTextEncoder::load(&config, &vb)).unwrap();
     assert_eq!(count_parameters(&shapes) / 1_000_000, 123);
+}
+
+/// Both text encoders of Stable Diffusion 3 but for T5, with their projections.
+#[test]
+fn clip_l_and_clip_g_text_with_projections() {
+    let small = serde_json::json!({
+        "model_type": "clip_text_model", "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 2, "projection_dim": 768,
+    });
+    let mut large = small.clone();
+    for (key, value) in [("hidden_size", 1280), ("intermediate_size", 5120), ("num_hidden_layers", 32)] {
+        large[key] = value.into();
+    }
+    (large["num_attention_heads"], large["projection_dim"], large["hidden_act"]) =
+        (20.into(), 1280.into(), "gelu".into());
+    for (value, tensors, parameters) in [(small, 197, 123_650_304), (large, 517, 694_659_840)] {
+        let config: ClipTextConfig = config(value);
+        let shapes = tensor_shapes(|vb| ClipTextEncoder::load_projected(&config, &vb)).unwrap();
+        let width = config.projection_dim;
+        assert_eq!(shapes["text_projection.weight"], [width, config.hidden_size]);
+        assert_eq!((shapes.len(), count_parameters(&shapes)), (tensors, parameters));
+    }
 }

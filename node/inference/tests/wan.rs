@@ -11,20 +11,19 @@ use kinoflock_inference::rng::{Stream, normal_tensor};
 use kinoflock_inference::sampler::FlowMatchConfig;
 use kinoflock_inference::tiling::Tiling;
 use kinoflock_inference::{
-    Checkpoint, DType, DecodeOptions, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline,
-    RgbFrames, Silent, StepEvent, Tensor, load,
+    DType, DecodeOptions, Device, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, Silent, Tensor,
 };
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name).join("pipeline")
-}
+#[path = "support/tiny.rs"]
+mod tiny;
+
+use tiny::{
+    Watch, assert_cancels, assert_halves_near, assert_resumes, edit, error_of, golden, load_error, mean,
+    open, refusals,
+};
 
 fn folder() -> PathBuf {
     golden("wan2.1")
-}
-
-fn open(folder: &Path) -> Box<dyn Pipeline> {
-    load(folder, &LoadOptions::default()).unwrap()
 }
 
 /// With Euler steps instead of UniPC.
@@ -36,69 +35,7 @@ fn open_euler() -> WanPipeline {
 }
 
 fn request(pipeline: &dyn Pipeline) -> GenerateRequest {
-    let mut request = GenerateRequest::new("a red dog", &pipeline.info().defaults);
-    (request.width, request.height, request.frames, request.steps) = (48, 32, 9, 5);
-    request.negative_prompt = "cold fog".to_owned();
-    request.seed = 7;
-    request
-}
-
-fn copied() -> tempfile::TempDir {
-    fn copy(from: &Path, to: &Path) {
-        std::fs::create_dir_all(to).unwrap();
-        for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-            let target = to.join(entry.file_name());
-            if entry.file_type().unwrap().is_dir() {
-                copy(&entry.path(), &target);
-            } else {
-                std::fs::copy(entry.path(), target).unwrap();
-            }
-        }
-    }
-    let target = tempfile::tempdir().unwrap();
-    copy(&folder(), target.path());
-    target
-}
-
-fn edit(file: &Path, change: impl FnOnce(&mut serde_json::Value)) {
-    let mut value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
-    change(&mut value);
-    std::fs::write(file, value.to_string()).unwrap();
-}
-
-fn load_error(folder: &Path) -> Error {
-    match load(folder, &LoadOptions::default()) {
-        Ok(_) => panic!("the folder loads"),
-        Err(error) => error,
-    }
-}
-
-/// Records everything, and cancels when the given number of steps is done.
-#[derive(Default)]
-struct Watch {
-    phases: Vec<Phase>,
-    hashes: Vec<[u8; 32]>,
-    previews: Vec<RgbFrames>,
-    checkpoints: Vec<Checkpoint>,
-    cancel_after: Option<usize>,
-}
-
-impl Observer for Watch {
-    fn phase(&mut self, phase: Phase) {
-        self.phases.push(phase);
-    }
-    fn step(&mut self, event: &StepEvent<'_>) {
-        self.hashes.push(event.hash);
-    }
-    fn preview(&mut self, frames: &RgbFrames) {
-        self.previews.push(frames.clone());
-    }
-    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
-        self.checkpoints.push(checkpoint.clone());
-    }
-    fn cancelled(&self) -> bool {
-        self.cancel_after.is_some_and(|steps| self.hashes.len() >= steps)
-    }
+    tiny::request(pipeline, (48, 32, 9, 5))
 }
 
 #[test]
@@ -123,14 +60,7 @@ fn one_seed_makes_one_clip_and_previews_have_a_pixel_a_cell() {
 fn a_cancel_stops_before_the_next_step_and_between_the_pieces_of_a_decode() {
     let mut pipeline = open(&folder());
     let request = request(&*pipeline);
-    for after in 0..=5 {
-        let mut watch = Watch { cancel_after: Some(after), ..Watch::default() };
-        match pipeline.generate(&request, &mut watch) {
-            Err(Error::Cancelled { steps_done, steps: 5 }) => assert_eq!(steps_done, after),
-            other => panic!("{other:?}"),
-        }
-        assert_eq!(watch.hashes.len(), after);
-    }
+    assert_cancels(&mut *pipeline, &request, 5);
     struct Never;
     impl Observer for Never {
         fn cancelled(&self) -> bool {
@@ -146,21 +76,10 @@ fn a_cancel_stops_before_the_next_step_and_between_the_pieces_of_a_decode() {
 fn a_run_goes_on_from_any_checkpoint_bit_for_bit_with_either_sampler() {
     let unipc: Box<dyn Pipeline> = open(&folder());
     for (mut pipeline, remembered) in [(unipc, 3), (Box::new(open_euler()) as Box<dyn Pipeline>, 0)] {
-        let request = GenerateRequest { checkpoint_every: 1, ..request(&*pipeline) };
-        let mut watch = Watch::default();
-        let whole = pipeline.generate(&request, &mut watch).unwrap();
-        assert_eq!(watch.checkpoints.len(), 4);
-        assert_eq!(watch.checkpoints[2].memory.len(), remembered);
-        for checkpoint in &watch.checkpoints {
-            let bytes = checkpoint.to_bytes().unwrap();
-            let resume = Some(Checkpoint::from_bytes(&bytes).unwrap());
-            let rest =
-                pipeline.generate(&GenerateRequest { resume, ..request.clone() }, &mut Silent).unwrap();
-            assert_eq!(rest.step_hashes, whole.step_hashes);
-            assert_eq!(rest.frames, whole.frames);
-            assert_eq!(rest.steps_done, 5 - checkpoint.steps_done);
-        }
-        let mut strange = watch.checkpoints[1].clone();
+        let request = request(&*pipeline);
+        let (_, checkpoints) = assert_resumes(&mut *pipeline, &request);
+        assert_eq!((checkpoints.len(), checkpoints[2].memory.len()), (4, remembered));
+        let mut strange = checkpoints[1].clone();
         strange.memory.insert("momentum".to_owned(), strange.latents.clone());
         let resume = Some(strange);
         if remembered > 0 {
@@ -191,11 +110,7 @@ fn a_step_of_euler_can_be_audited_and_one_of_unipc_says_that_it_cannot() {
 fn what_cannot_be_made_is_refused_with_the_nearest_that_can() {
     let pipeline = open(&folder());
     let good = request(&*pipeline);
-    let refused = |change: &dyn Fn(&mut GenerateRequest)| {
-        let mut request = good.clone();
-        change(&mut request);
-        pipeline.check(&request).unwrap_err().to_string()
-    };
+    let refused = refusals(&*pipeline, &good);
     assert_eq!(
         refused(&|r| r.width = 40),
         "width 40 cannot be made: it must be a multiple of 16; the nearest is 48"
@@ -263,20 +178,13 @@ fn half_types_stay_near_f32_and_the_generic_way_agrees() {
     let mut request = request(&*pipeline);
     request.steps = 2;
     let exact = pipeline.generate(&request, &mut Silent).unwrap();
-    let mean = |latents: &Tensor| {
-        let difference = (latents - &exact.latents).unwrap().abs().unwrap();
-        difference.mean_all().unwrap().to_scalar::<f32>().unwrap()
-    };
-    for dtype in [DType::BF16, DType::F16] {
-        let options = LoadOptions { dtype, ..LoadOptions::default() };
-        let made = load(&folder(), &options).unwrap().generate(&request, &mut Silent).unwrap();
-        assert!(mean(&made.latents) < 0.1, "{dtype:?}: {}", mean(&made.latents));
-    }
+    assert_halves_near(&folder(), &request, &exact.latents, 0.1);
     kinoflock_inference::nn::set_generic_only(true);
     let made = open(&folder()).generate(&request, &mut Silent);
     kinoflock_inference::nn::set_generic_only(false);
     let made = made.unwrap();
-    assert!(mean(&made.latents) < 1e-5, "{}", mean(&made.latents));
+    let off = mean(&(&made.latents - &exact.latents).unwrap());
+    assert!(off < 1e-5, "{off}");
     let pixels = made.frames.data.iter().zip(&exact.frames.data).map(|(a, b)| a.abs_diff(*b)).max();
     assert!(pixels <= Some(1));
 }
@@ -334,16 +242,14 @@ fn configuration_values_that_are_not_known_are_named() {
         ("text_encoder/config.json", "feed_forward_proj", serde_json::json!("gated-mish"), "gated-mish"),
     ];
     for (file, key, value, said) in cases {
-        let folder = copied();
-        edit(&folder.path().join(file), |config| config[key] = value);
-        let error = load_error(folder.path()).to_string();
+        let error = error_of(&folder(), file, key, value);
         assert!(error.contains(said), "{file} {key}: {error}");
     }
 }
 
 #[test]
 fn a_second_transformer_computes_below_the_boundary_and_may_have_a_guidance_of_its_own() {
-    let folder = copied();
+    let folder = tiny::copied(&folder());
     let second = folder.path().join("transformer_2");
     std::fs::create_dir(&second).unwrap();
     for file in ["config.json", "diffusion_pytorch_model.safetensors"] {

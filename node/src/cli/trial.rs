@@ -151,6 +151,7 @@ fn report(args: &TryArgs, made: &Delivered, started: Instant) -> anyhow::Result<
         job: &record.envelope,
         model_name: &record.model_name,
         with_prompt: false,
+        cards: &[],
     };
     let file = provenance::export(&bare, &statement)?;
     write_whole(&args.output, &file)?;

@@ -80,6 +80,10 @@ pub const DOCS: &[KeyDoc] = &[
     doc("policy.max_frames", "Most frames in a clip; or \"unlimited\"."),
     doc("policy.max_steps", "Most denoising steps; or \"unlimited\"."),
     doc("policy.max_work", "Most work in one job, in TFLOP; or \"unlimited\"."),
+    doc(
+        "policy.adapter_bytes",
+        "Most bytes of adapters (LoRA) in one job, which its artist brings; \"0 B\" runs models without any.",
+    ),
     doc("policy.allow", "When not empty: only these requester keys are served (own keys always are)."),
     doc("policy.deny", "Requester keys that are never served."),
     doc(

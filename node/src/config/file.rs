@@ -88,6 +88,7 @@ pub struct PolicySection {
     pub max_frames: Ceiling<u32>,
     pub max_steps: Ceiling<u32>,
     pub max_work: Ceiling<u64>,
+    pub adapter_bytes: ByteSize,
     pub allow: Vec<String>,
     pub deny: Vec<String>,
     pub queued_jobs: Ceiling<u32>,
@@ -244,6 +245,7 @@ impl Default for PolicySection {
             max_frames: Ceiling::UNLIMITED,
             max_steps: Ceiling::UNLIMITED,
             max_work: Ceiling::UNLIMITED,
+            adapter_bytes: default_adapter_bytes(),
             allow: Vec::new(),
             deny: Vec::new(),
             queued_jobs: default_queued_jobs(),
@@ -367,6 +369,11 @@ fn default_listen() -> Vec<String> {
 /// A quarter of the work, so that nobody needs permission to make something.
 const fn default_public_share() -> u8 {
     25
+}
+
+/// A LoRA of a large model has some hundred megabytes.
+const fn default_adapter_bytes() -> ByteSize {
+    ByteSize::gib(1)
 }
 
 const fn default_queued_jobs() -> Ceiling<u32> {

@@ -20,11 +20,13 @@ use kinoflock_protocol::audit::Leaf;
 use kinoflock_protocol::codec::{self, Bytes, CodecError, List, Text};
 use kinoflock_protocol::frame::{self, FrameError};
 use kinoflock_protocol::id::{BlobId, JobId, ModelId};
-use kinoflock_protocol::limits::{MAX_KEYFRAMES, MAX_LINE, MAX_NAME, MAX_PREVIEW, MAX_PROMPT};
+use kinoflock_protocol::limits::{MAX_ADAPTERS, MAX_KEYFRAMES, MAX_LINE, MAX_NAME, MAX_PREVIEW, MAX_PROMPT};
 use serde::{Deserialize, Serialize};
 
+pub use self::adapter::AdapterUse;
 pub use self::audit::{AuditReport, AuditRun, Hash, StatePaths};
 
+mod adapter;
 mod audit;
 
 /// The version of these messages. Both sides are of one release, or the daemon says that they are not.
@@ -249,10 +251,12 @@ pub struct Extra {
     pub initial_latents: Option<WirePath>,
     /// A checkpoint file to go on from.
     pub resume: Option<WirePath>,
-    /// The folder with the files of `pictures` and `extend`: [`input_name`].
+    /// The folder with the files of `pictures`, `extend` and `adapters`: [`input_name`].
     pub inputs: Option<WirePath>,
     /// PNG or JPEG files that frames are to show.
     pub pictures: List<Picture, MAX_PICTURES>,
+    /// LoRA files that change the model for this run.
+    pub adapters: List<AdapterUse, MAX_ADAPTERS>,
     /// A clip whose last frames this one begins with.
     pub extend: Option<BlobId>,
     /// How many.

@@ -31,6 +31,7 @@ use super::wire::{
     Phase, RunRequest, StepReport, Timings, ToWorker, WireError, WorkerInfo,
 };
 
+mod adapters;
 pub mod local;
 mod output;
 mod pictures;

@@ -46,6 +46,7 @@ rules! {
     Steps "max_steps" TooLarge "ask for fewer steps",
     Memory "device.memory_limit" TooLarge "ask another node, or for a smaller or shorter clip",
     Work "max_work" TooLarge "ask for a smaller or shorter clip",
+    Adapters "policy.adapter_bytes" AdapterNotServed "bring smaller or fewer adapters, or ask another node",
     QueuedJobs "policy.queued_jobs" QuotaExceeded "wait for one of your jobs here",
     WorkPerDay "policy.work_per_day" QuotaExceeded "ask another node, or tomorrow",
     Unacknowledged "policy.unacknowledged" QuotaExceeded "fetch your finished clips from this node first",

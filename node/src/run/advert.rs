@@ -22,7 +22,6 @@ use kinoflock_protocol::rpc::{FindNodes, Response};
 use kinoflock_protocol::work::Work;
 
 use self::table::{Refused, Table, Taken};
-use super::inputs::MAX_INPUT_BYTES;
 use super::{Daemon, finish, ip_of, unix_now};
 use crate::models::Model;
 use crate::scheduler::{DeviceMode, DeviceStatus};
@@ -136,7 +135,7 @@ impl Daemon {
                 max_height: limits.height.unwrap_or(0),
                 max_steps: limits.steps.unwrap_or(0),
                 max_work: Work(0),
-                max_input_bytes: MAX_INPUT_BYTES,
+                max_input_bytes: self.most_input_bytes(),
                 max_queue: self.config.queue.jobs,
             },
             queue: QueueState {

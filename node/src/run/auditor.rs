@@ -27,7 +27,7 @@ use kinoflock_protocol::work::{JobShape, work};
 use self::gather::{Gather, Gathered, Missed};
 use super::jobs::{load_request, plain_run, remove_folder};
 use super::refuse::{invalid, unserved, unsupported};
-use super::{Daemon, Note, finish, jobs, unix_now};
+use super::{Daemon, Note, adapters, finish, jobs, unix_now};
 use crate::admin::report::AuditsReport;
 use crate::engine::wire::{AuditReport, Failure, RunRequest};
 use crate::policy::{Ask, Usage, Wanted};
@@ -162,6 +162,7 @@ impl Daemon {
             return Err(unserved(&spec.model));
         }
         jobs::extra(spec).map_err(|name| unsupported(&name, "ask another node"))?;
+        adapters::check_job(self.config.policy.adapter_bytes, spec)?;
         let wanted = self.wanted(&spec.model, spec.shape())?;
         let policy = self.scheduler.policy();
         let class = policy.class_of(&requester, None);
@@ -269,6 +270,8 @@ impl Daemon {
         let model = self.models.get(&spec.model).ok_or("the model is not served here any more")?;
         let mut run: RunRequest = plain_run(job_of(id), load_request(model)?, spec)?;
         run.extra.initial_latents = gathered.initial_latents.clone();
+        run.extra.inputs = gathered.inputs.clone();
+        run.extra.adapters = adapters::to_use(spec);
         run.output.clip = gathered.clip.clone();
         let (states, clip) = (gathered.states.clone(), gathered.clip.clone());
         Ok(crate::engine::wire::AuditRun { run, step: gathered.step, states, clip })

@@ -185,11 +185,14 @@ impl Daemon {
             return false;
         }
         let (net, id) = (self.net.clone(), job.id());
+        let limit = |blob: &kinoflock_protocol::clip::BlobRef| {
+            super::adapters::most_of(self.config.policy.adapter_bytes, job.spec(), blob)
+        };
+        let missing: Vec<_> = missing.into_iter().map(|blob| (blob, blob.len.min(limit(&blob)))).collect();
         self.spawn(async move {
-            for blob in missing {
+            for (blob, max_len) in missing {
                 let file = store.fetch_path(&blob.id, true);
-                let options =
-                    FetchOptions { max_len: blob.len.min(super::inputs::MAX_INPUT_BYTES), ..FetchOptions::default() };
+                let options = FetchOptions { max_len, ..FetchOptions::default() };
                 let fetched = net.fetch_blob(blob.id, &[submitter], FileSink::new(&file), options).await;
                 let kept = fetched.map_err(|error| error.to_string()).and_then(|_| {
                     store.adopt_blob(&blob.id, &file).map_err(|error| error.to_string())

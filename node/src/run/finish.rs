@@ -15,7 +15,7 @@ use kinoflock_protocol::work::work;
 
 use super::audits::{self, Audits};
 use super::checkpoints::all_segments;
-use super::{Daemon, Note, jobs, unix_now};
+use super::{Daemon, Note, adapters, jobs, unix_now};
 use crate::clips::{Clips, ClipsError, Owner};
 use crate::engine::wire::{DoneReport, Failure, FileReport, WorkerInfo};
 use crate::queue::{Link, Queue, QueueError};
@@ -110,8 +110,8 @@ impl Daemon {
             node: self.identity.node_id(),
             collective: None,
             model: spec.model,
-            cards: List::first_of(card),
-            adapters: List::default(),
+            cards: List::first_of(card.into_iter().chain(adapters::cards(spec))),
+            adapters: adapters::used(spec),
             clip: ClipId::from(clip.id),
             clip_len: clip.len,
             latents: report.latents.as_ref().map(blob),

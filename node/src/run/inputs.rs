@@ -18,13 +18,14 @@ use kinoflock_protocol::limits::MAX_ENVELOPE;
 use kinoflock_protocol::order::Resume;
 use kinoflock_protocol::seal::{SealKey, sealed_len};
 
+use super::adapters::most_of;
 use super::checkpoints::{Received, Segments};
 use super::{Daemon, Note};
 use crate::engine::wire::input_name;
 use crate::queue::Queue;
 use crate::scheduler::Cause;
 
-/// Bytes of inputs that a job may bring.
+/// Bytes of inputs that a job may bring, adapters aside.
 pub(super) const MAX_INPUT_BYTES: u64 = 256 << 20;
 /// Time to see whether there is a direct connection with the submitter.
 const DIRECT_LOOK: Duration = Duration::from_secs(1);
@@ -50,6 +51,7 @@ impl Daemon {
             submitter,
             mirrored: live.mirrored.clone(),
             within: self.config.queue.input_wait,
+            adapter_bytes: self.config.policy.adapter_bytes,
             job: live.job.clone(),
             folder: self.work_folder(job),
             checkpoints: self.checkpoints_folder(job),
@@ -82,6 +84,13 @@ impl Daemon {
     }
 }
 
+impl Daemon {
+    /// Most bytes that a job may bring, adapters among them.
+    pub(super) fn most_input_bytes(&self) -> u64 {
+        MAX_INPUT_BYTES.saturating_add(self.config.policy.adapter_bytes)
+    }
+}
+
 /// A job's pictures and the clip that it goes on from.
 pub(super) fn pictures(spec: &JobSpec) -> impl Iterator<Item = BlobRef> {
     let ends = [spec.start_image, spec.end_image, spec.extend];
@@ -91,6 +100,7 @@ pub(super) fn pictures(spec: &JobSpec) -> impl Iterator<Item = BlobRef> {
 /// What a job brings, each once, with its file's name in the job's folder.
 fn files(spec: &JobSpec) -> Vec<(BlobRef, String)> {
     let mut files: Vec<_> = pictures(spec).map(|blob| (blob, input_name(&blob.id))).collect();
+    files.extend(spec.adapters.iter().map(|adapter| (adapter.weights, input_name(&adapter.weights.id))));
     files.extend(spec.initial_latents.map(|latents| (latents, LATENTS.to_owned())));
     files.sort_unstable();
     files.dedup();
@@ -106,6 +116,8 @@ struct Fetch {
     mirrored: Option<Box<MirroredInputs>>,
     /// How long the job keeps its place.
     within: Duration,
+    /// Most bytes of an adapter.
+    adapter_bytes: u64,
     job: ValidJob,
     folder: PathBuf,
     checkpoints: PathBuf,
@@ -116,7 +128,8 @@ impl Fetch {
     async fn all(self, inputs: Vec<(BlobRef, String)>, resume: Option<Resume>) -> Result<Segments, String> {
         std::fs::create_dir_all(&self.checkpoints).map_err(|error| error.to_string())?;
         for (blob, name) in inputs {
-            self.blob(blob, MAX_INPUT_BYTES, self.folder.join(name)).await?;
+            let limit = most_of(self.adapter_bytes, self.job.spec(), &blob);
+            self.blob(blob, limit, self.folder.join(name)).await?;
         }
         match resume {
             Some(resume) => self.checkpoint(resume).await,

@@ -139,6 +139,10 @@ impl Daemon {
             run.extra.pictures = List::first_of(shown(spec));
             run.extra.extend = spec.extend.map(|clip| clip.id);
         }
+        if !spec.adapters.is_empty() {
+            run.extra.inputs = Some(wire_path(&folder).map_err(internal)?);
+            run.extra.adapters = super::adapters::to_use(spec);
+        }
         run.extra.resume = self.newest_state(job).map(|(_, state)| state);
         run.output = Output {
             clip: path("clip.mp4")?,

@@ -4,7 +4,6 @@ use kinoflock_protocol::job::JobError;
 use kinoflock_protocol::order::OrderError;
 use kinoflock_protocol::refusal::{Reason, Refusal};
 
-use super::inputs::MAX_INPUT_BYTES;
 use crate::policy::Rule;
 
 pub(super) fn unserved(model: &kinoflock_protocol::ModelId) -> Box<Refusal> {
@@ -13,22 +12,6 @@ pub(super) fn unserved(model: &kinoflock_protocol::ModelId) -> Box<Refusal> {
 
 pub(super) fn unsupported(name: &str, advice: &str) -> Box<Refusal> {
     Box::new(Refusal::new(Reason::UnknownOperation, name).given(name).advice(advice))
-}
-
-pub(super) fn check_adapters(given: usize) -> Result<(), Box<Refusal>> {
-    if given == 0 {
-        return Ok(());
-    }
-    let refusal = Refusal::new(Reason::AdapterNotServed, "adapters").limit(0, given);
-    Err(Box::new(refusal.advice("this release runs models without adapters")))
-}
-
-pub(super) fn check_inputs_len(given: u64) -> Result<(), Box<Refusal>> {
-    if given <= MAX_INPUT_BYTES {
-        return Ok(());
-    }
-    let refusal = Refusal::new(Reason::TooLarge, "inputs").limit(MAX_INPUT_BYTES, given);
-    Err(Box::new(refusal.advice("bring fewer bytes of inputs")))
 }
 
 pub(super) fn invalid(rule: &str, why: &impl std::fmt::Display) -> Box<Refusal> {

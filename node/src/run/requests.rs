@@ -22,11 +22,9 @@ use kinoflock_protocol::rpc::{JobFailure, JobState, JobStatus, Request, Response
 use kinoflock_protocol::units::{Millis, UnixMillis};
 use kinoflock_protocol::work::{JobShape, work};
 
+use super::adapters::{check_adapters, check_inputs, check_job};
 use super::checkpoints::{Kept, check_states};
-use super::inputs::MAX_INPUT_BYTES;
-use super::refuse::{
-    check_adapters, check_inputs_len, invalid, job_refusal, order_refusal, unserved, unsupported,
-};
+use super::refuse::{invalid, job_refusal, order_refusal, unserved, unsupported};
 use super::{Daemon, LiveJob, Note, Rejected, ip_of, jobs, unix_now};
 use crate::clips::OwnerClass;
 use crate::policy::{Wanted, hook};
@@ -143,8 +141,9 @@ impl Daemon {
             let refusal = Refusal::new(Reason::UnknownOperation, "train").given("train");
             return Err(Box::new(refusal.advice("this release makes clips only")));
         }
-        check_inputs_len(request.input_bytes)?;
-        check_adapters(request.adapters.len())?;
+        let (limit, adapters) = (self.config.policy.adapter_bytes, request.adapters.len());
+        check_adapters(limit, adapters, 0)?;
+        check_inputs(limit, adapters, request.input_bytes)?;
         let wanted = self.wanted(&request.model, request.shape)?;
         let origin = self.origin(request.requester, addr);
         let now = Instant::now();
@@ -164,7 +163,7 @@ impl Daemon {
             eta: eta_millis(promise.eta.map(|times| times.finishes), now),
             work: wanted.work,
             speed: promise.speed,
-            max_input_bytes: MAX_INPUT_BYTES,
+            max_input_bytes: self.most_input_bytes(),
         };
         Envelope::seal(self.identity.keypair(), &self.network, &quote)
             .map_err(|error| invalid(error.code(), &error))
@@ -217,7 +216,6 @@ impl Daemon {
         if let JobKind::Train(_) = spec.kind {
             return Err(unsupported("train", "this release makes clips only"));
         }
-        check_adapters(spec.adapters.len())?;
         if spec.extend.is_some() && spec.start_image.is_some() {
             return Err(unsupported(
                 "start_image",
@@ -226,7 +224,7 @@ impl Daemon {
         }
         let model = self.models.get(&spec.model).ok_or_else(|| unserved(&spec.model))?;
         check_states(order.order(), spec, &model.manifest.work)?;
-        check_inputs_len(spec.inputs().iter().map(|blob| blob.len).sum())?;
+        check_job(self.config.policy.adapter_bytes, spec)?;
         let extra = jobs::extra(spec).map_err(|name| {
             unsupported(&name, &format!("known for --set are {}", jobs::OPERATIONS.join(", ")))
         })?;

@@ -5,11 +5,13 @@
 //! answered `Busy` if somebody waits for it.
 
 use std::collections::{BTreeSet, HashMap};
+use std::io;
 use std::sync::Arc;
 
 use futures::{FutureExt, StreamExt};
 use kinoflock_protocol::rpc::Request;
 use kinoflock_protocol::{BlobId, NodeId};
+use libp2p::core::transport::PortUse;
 use libp2p::gossipsub::PublishError;
 use libp2p::kad::QueryId;
 use libp2p::metrics::Metrics;
@@ -55,8 +57,9 @@ pub(crate) enum Command {
     Request { peer: PeerId, request: Box<Request>, reply: Reply<Result<WireResponse, RequestFailure>> },
     /// Open a stream to a connected peer.
     Open { peer: PeerId, protocol: StreamProtocol, reply: Reply<Result<Opened, OpenError>> },
-    /// Say when there is a connection with a peer that does not run over a relay.
-    Direct { peer: PeerId, reply: Reply<()> },
+    /// Say when there is a connection with a peer that does not run over a relay. `again`: what was tried did not lead
+    /// to one.
+    Direct { peer: PeerId, again: bool, reply: Reply<()> },
     /// Remember addresses of a node.
     Learn { peer: PeerId, addrs: Vec<Multiaddr> },
     /// What identify told about a connected peer, now or as soon as it has.
@@ -139,7 +142,7 @@ pub(crate) struct Driver {
     /// Callers that wait for a connection; at most [`limits::WAITERS`].
     connecting: HashMap<PeerId, Vec<Reply<Result<NodeId, NetError>>>>,
     /// Dials to all known addresses of a peer; as many as there are unfinished connections.
-    dialed: HashMap<ConnectionId, PeerId>,
+    dialed: HashMap<ConnectionId, (PeerId, PortUse)>,
     /// Dials to addresses whose node is not known; at most [`limits::WAITERS`].
     dialing: HashMap<ConnectionId, (Multiaddr, Reply<Result<NodeId, NetError>>)>,
     /// Callers that wait for an identify record; at most [`limits::WAITERS`].
@@ -227,7 +230,7 @@ impl Driver {
             Command::Open { peer, protocol, reply } => {
                 self.swarm.behaviour_mut().streams.open(peer, protocol, reply);
             }
-            Command::Direct { peer, reply } => self.direct(peer, reply),
+            Command::Direct { peer, again, reply } => self.direct(peer, again, reply),
             Command::Learn { peer, addrs } => self.book.learn(peer, addrs),
             Command::Identify { peer, reply } => self.identify(peer, reply),
             Command::Peers { reply } => {
@@ -303,18 +306,26 @@ impl Driver {
     /// Dials a peer at the addresses that are known, unless that is under way already. A sub-behaviour's dial to some
     /// address is not waited for: it may take its time to fail.
     fn dial_known(&mut self, peer: PeerId) -> Result<(), DialError> {
-        if self.dialed.values().any(|dialed| *dialed == peer) {
+        self.dial_known_from(peer, PortUse::Reuse)
+    }
+
+    /// As [`Self::dial_known`], from the port that we listen on or from a new one.
+    fn dial_known_from(&mut self, peer: PeerId, port: PortUse) -> Result<(), DialError> {
+        if self.dialed.values().any(|(dialed, _)| *dialed == peer) {
             return Ok(());
         }
         let opts = DialOpts::peer_id(peer)
             .condition(PeerCondition::Disconnected)
             .addresses(self.book.addresses(&peer))
-            .extend_addresses_through_behaviour()
-            .build();
+            .extend_addresses_through_behaviour();
+        let opts = match port {
+            PortUse::Reuse => opts.build(),
+            PortUse::New => opts.allocate_new_port().build(),
+        };
         let id = opts.connection_id();
         match self.swarm.dial(opts) {
             Ok(()) => {
-                self.dialed.insert(id, peer);
+                self.dialed.insert(id, (peer, port));
                 Ok(())
             }
             Err(DialError::DialPeerConditionFalse(_)) => Ok(()),
@@ -444,6 +455,22 @@ fn dial_error(target: &str, error: &DialError) -> NetError {
         other => other.to_string(),
     };
     NetError::Dial { target: target.to_owned(), why }
+}
+
+/// Whether a dial failed for want of our own port: an attempt of a sub-behaviour may go from it to the same address.
+fn own_port_in_use(error: &DialError) -> bool {
+    let DialError::Transport(tried) = error else { return false };
+    tried.iter().any(|(_, error)| {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+        while let Some(error) = cause {
+            if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+            {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
+    })
 }
 
 fn innermost(error: &(dyn std::error::Error + 'static)) -> String {

@@ -124,14 +124,22 @@ impl NetHandle {
         self.inner.listening.borrow().open.clone()
     }
 
-    /// Waits until there is a connection with a node that does not run over a relay; says whether one came.
+    /// Waits until there is a connection with a node that does not run over a relay; says whether one came. It is tried
+    /// again when a part of the time is over: a relayed connection tries with the addresses that both sides knew of
+    /// themselves when it was made, which may have been none.
     ///
     /// # Errors
     /// `Closed`.
     pub async fn direct(&self, node: NodeId, within: Duration) -> Result<bool, NetError> {
-        let (reply, answer) = oneshot::channel();
-        self.send(Command::Direct { peer: peer::peer_id(&node), reply }).await?;
-        Ok(matches!(timeout(within, answer).await, Ok(Ok(()))))
+        for attempt in 0..limits::DIRECT_ATTEMPTS {
+            let (reply, answer) = oneshot::channel();
+            let peer = peer::peer_id(&node);
+            self.send(Command::Direct { peer, again: attempt > 0, reply }).await?;
+            if matches!(timeout(within / limits::DIRECT_ATTEMPTS, answer).await, Ok(Ok(()))) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Waits until every configured listener has told its address.

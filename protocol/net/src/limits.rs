@@ -158,6 +158,8 @@ pub const RELAY_PAUSE_MAX: Duration = Duration::from_secs(60);
 pub const TESTED_ADDRESSES: usize = 64;
 /// Bytes of a blob that may come over a relay. A greater one waits for a direct connection.
 pub const RELAYED_BLOB_BYTES: u64 = 256 * 1024;
+/// How often a direct connection is tried within the time to wait for it.
+pub const DIRECT_ATTEMPTS: u32 = 3;
 /// Time to wait for a direct connection before a blob is given up.
 pub const DIRECT_WAIT: Duration = Duration::from_secs(15);
 

@@ -109,14 +109,7 @@ fn chain(
 
 fn prompt_embeds(case: &Case) -> Result<Outputs, String> {
     let pipeline = load_pipeline(case)?;
-    let mut outputs = Vec::new();
-    for (param, name) in [("prompt", "prompt"), ("negative_prompt", "negative")] {
-        if let Some(prompt) = case.maybe::<String>(param)? {
-            let embeds = pipeline.encode_prompt(&prompt, true).map_err(text)?;
-            outputs.push((format!("out.{name}_embeds"), "", embeds));
-        }
-    }
-    Ok(outputs)
+    common::prompt_embeds(case, |prompt| Ok((pipeline.encode_prompt(prompt, true).map_err(text)?, None)))
 }
 
 /// A forward pass with every module's result; where the golden has rotary tables, with those as well as with our own.
@@ -154,8 +147,7 @@ fn vae_encode(case: &Case) -> Result<Outputs, String> {
     let (vae, _) = load_vae(&case.pipeline, &LoadOptions::default(), true).map_err(text)?;
     let mut outputs = Vec::new();
     let moments = vae.encode(case.input("in.x")?, Some(&mut record(&mut outputs))).map_err(text)?;
-    outputs.push(("out.enc_mean".to_owned(), "", moments.mean));
-    outputs.push(("out.enc_logvar".to_owned(), "", moments.logvar));
+    outputs.extend(common::moments(moments));
     Ok(outputs)
 }
 

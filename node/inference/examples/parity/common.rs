@@ -1,6 +1,7 @@
 //! What several models have: tokenizer, T5 encoder, flow-matching schedules. And whole runs.
 
 use kinoflock_inference::folder::load_t5;
+use kinoflock_inference::nn::moments::Moments;
 use kinoflock_inference::pipeline::Pipeline;
 use kinoflock_inference::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift};
 use kinoflock_inference::text::PromptTokenizer;
@@ -122,6 +123,27 @@ fn schedule(
     }
     let mu = combo.mu.or(ours).unwrap_or(0.0);
     Schedule::new(config, &points(combo.steps), mu).map_err(text)
+}
+
+/// What a pipeline makes of a golden's prompt and its negative prompt: embeddings, and a mask where it keeps one.
+pub(crate) fn prompt_embeds(
+    case: &Case,
+    encode: impl Fn(&str) -> Result<(Tensor, Option<Tensor>), String>,
+) -> Result<Outputs, String> {
+    let mut outputs = Vec::new();
+    for (param, name) in [("prompt", "prompt"), ("negative_prompt", "negative")] {
+        if let Some(prompt) = case.maybe::<String>(param)? {
+            let (embeds, mask) = encode(&prompt)?;
+            outputs.push((format!("out.{name}_embeds"), "", embeds));
+            outputs.extend(mask.map(|mask| (format!("out.{name}_mask"), "", mask)));
+        }
+    }
+    Ok(outputs)
+}
+
+/// What a VAE's encoder says of a video.
+pub(crate) fn moments(made: Moments) -> Outputs {
+    vec![("out.enc_mean".to_owned(), "", made.mean), ("out.enc_logvar".to_owned(), "", made.logvar)]
 }
 
 /// A row of numbers.

@@ -67,8 +67,7 @@ fn vae_encode(case: &Case) -> Result<Outputs, String> {
     let (vae, _) = load_vae(&case.pipeline, &LoadOptions::default(), true).map_err(text)?;
     let mut outputs = Vec::new();
     let moments = vae.encode(case.input("in.x")?, Some(&mut record(&mut outputs))).map_err(text)?;
-    outputs.push(("out.enc_mean".to_owned(), "", moments.mean));
-    outputs.push(("out.enc_logvar".to_owned(), "", moments.logvar));
+    outputs.extend(common::moments(moments));
     Ok(outputs)
 }
 
@@ -96,15 +95,9 @@ fn scalar(value: f64) -> Result<Tensor, String> {
 /// What the pipeline makes of a prompt and a negative prompt.
 fn prompt_embeds(case: &Case) -> Result<Outputs, String> {
     let pipeline = load_pipeline(case)?;
-    let mut outputs = Vec::new();
-    for (param, name) in [("prompt", "prompt"), ("negative_prompt", "negative")] {
-        if let Some(prompt) = case.maybe::<String>(param)? {
-            let (embeds, mask) = pipeline.encode_prompt(&prompt, true).map_err(text)?;
-            outputs.push((format!("out.{name}_embeds"), "", embeds));
-            outputs.push((format!("out.{name}_mask"), "", mask));
-        }
-    }
-    Ok(outputs)
+    common::prompt_embeds(case, |prompt| {
+        pipeline.encode_prompt(prompt, true).map(|(embeds, mask)| (embeds, Some(mask))).map_err(text)
+    })
 }
 
 /// The folder's pipeline, told what the manifest says of this golden.

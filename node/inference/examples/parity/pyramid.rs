@@ -1,12 +1,12 @@
-//! Pyramid Flow miniFLUX: both text encoders, schedule, transformer, VAE, whole runs.
+//! Pyramid Flow, miniFLUX and SD3: all text encoders, schedule, transformer, VAE, whole runs from words and from a
+//! picture.
 
 use kinoflock_inference::models::pyramid::PyramidPipeline;
 use kinoflock_inference::models::pyramid::pipeline::{
-    LatentScale, find_transformer, load_clip, load_transformer, load_vae,
+    LatentScale, find_transformer, load_transformer, load_vae,
 };
 use kinoflock_inference::pipeline::Pipeline;
 use kinoflock_inference::sampler::{PyramidConfig, PyramidSchedule};
-use kinoflock_inference::text::PromptTokenizer;
 use kinoflock_inference::tiling::Tiling;
 use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Silent, Tensor};
 
@@ -64,36 +64,29 @@ fn scheduler(case: &Case) -> Result<Outputs, String> {
     Ok(outputs)
 }
 
-/// CLIP's ids, and what both encoders make of as many prompts as the golden has results.
+/// The ids that each CLIP reads, and what all encoders make of as many prompts as the golden has results.
 fn text_encoders(case: &Case) -> Result<Outputs, String> {
-    let options = LoadOptions::default();
-    let tokenizer = PromptTokenizer::load_clip(&case.pipeline.join("tokenizer")).map_err(text)?;
-    let (clip, _) = load_clip(&case.pipeline, &options).map_err(text)?;
+    let pipeline = PyramidPipeline::load(&case.pipeline, &LoadOptions::default()).map_err(text)?;
     let prompts: Vec<String> = case.param("prompts")?;
     let limit: usize = case.param("clip_max_length")?;
-    if tokenizer.max_length != Some(limit) {
-        return Err(format!("the limit is {:?} here and {limit} in the reference", tokenizer.max_length));
-    }
     let mut outputs = Vec::new();
-    let mut ids = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
-        let encoded = tokenizer.encode(prompt, limit).map_err(text)?;
-        outputs.push((format!("out.clip_ids.{index}"), "", row(&encoded.ids)?));
-        ids.push(row(&encoded.ids)?);
+        let all = pipeline.clip_ids(prompt).map_err(text)?;
+        for (name, ids) in ["clip_ids", "clip_ids_2"].into_iter().zip(all) {
+            if ids.len() != limit {
+                return Err(format!("CLIP reads {} ids here and {limit} in the reference", ids.len()));
+            }
+            outputs.push((format!("out.{name}.{index}"), "", row(&ids)?));
+        }
     }
     let count = case.input("out.pooled")?.dim(0).map_err(text)?;
-    let batch = Tensor::stack(&ids[..count.min(ids.len())], 0).map_err(text)?;
-    let (_, pooled) = clip.forward(&batch).map_err(text)?;
-    outputs.push(("out.pooled".to_owned(), "", pooled));
-    let pipeline = PyramidPipeline::load(&case.pipeline, &options).map_err(text)?;
     let mut each = [Vec::new(), Vec::new(), Vec::new()];
     for prompt in prompts.iter().take(count) {
         let made = pipeline.encode_prompt(prompt, true).map_err(text)?;
         each.iter_mut().zip([made.embeds, made.mask, made.pooled]).for_each(|(all, one)| all.push(one));
     }
-    let names = [("prompt_embeds", ""), ("prompt_mask", ""), ("pooled", "pipeline")];
-    for ((name, label), all) in names.into_iter().zip(each) {
-        outputs.push((format!("out.{name}"), label, Tensor::cat(&all, 0).map_err(text)?));
+    for (name, all) in ["prompt_embeds", "prompt_mask", "pooled"].into_iter().zip(each) {
+        outputs.push((format!("out.{name}"), "", Tensor::cat(&all, 0).map_err(text)?));
     }
     Ok(outputs)
 }
@@ -119,7 +112,7 @@ fn transformer(case: &Case) -> Result<Outputs, String> {
 fn vae_encode(case: &Case) -> Result<Outputs, String> {
     let (vae, _) = load_vae(&case.pipeline, &LoadOptions::default(), true).map_err(text)?;
     let moments = vae.encode(case.input("in.x")?).map_err(text)?;
-    Ok(vec![("out.enc_mean".to_owned(), "", moments.mean), ("out.enc_logvar".to_owned(), "", moments.logvar)])
+    Ok(common::moments(moments))
 }
 
 /// Latents decoded whole, run by run, and the first of them alone.
@@ -167,7 +160,8 @@ fn run(case: &Case) -> Result<Outputs, String> {
     let request = request(case, &pipeline)?;
     let (mut outputs, latents) = common::run(&mut pipeline, &request)?;
     outputs.push(("out.denorm_latents".to_owned(), "", pipeline.denormalize(&latents).map_err(text)?));
-    for chunk in [None, Some(pipeline.info().work.temporal_ratio)] {
+    let shown = case.tensors.contains_key("out.frames");
+    for chunk in [None, Some(pipeline.info().work.temporal_ratio)].into_iter().filter(|_| shown) {
         let mut request = request.clone();
         request.decode.chunk = chunk;
         let label = if chunk.is_some() { "run by run" } else { "" };
@@ -197,6 +191,8 @@ fn request(case: &Case, pipeline: &PyramidPipeline) -> Result<GenerateRequest, S
     request.stage_steps = Some([steps("num_inference_steps")?, steps("video_num_inference_steps")?]);
     request.initial_latents = Some(case.input("in.latents")?.clone());
     request.step_noise = case.numbered("noise.block.");
+    request.conditions = common::conditions(case)?;
+    request.condition_noise = case.numbered("noise.condition.");
     request.truncate_prompt = true;
     request.decode.skip = true;
     Ok(request)

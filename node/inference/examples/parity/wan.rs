@@ -103,7 +103,7 @@ fn transformer(case: &Case) -> Result<Outputs, String> {
 fn vae_encode(case: &Case) -> Result<Outputs, String> {
     let (vae, _) = load_vae(&case.pipeline, &LoadOptions::default(), true).map_err(text)?;
     let moments = vae.encode(case.input("in.x")?).map_err(text)?;
-    Ok(vec![("out.enc_mean".to_owned(), "", moments.mean), ("out.enc_logvar".to_owned(), "", moments.logvar)])
+    Ok(common::moments(moments))
 }
 
 /// A decode of latents that are already denormalised, in runs of one latent frame and of three.
@@ -121,14 +121,7 @@ fn vae_decode(case: &Case) -> Result<Outputs, String> {
 /// What the pipeline makes of a prompt and a negative prompt.
 fn prompt_embeds(case: &Case) -> Result<Outputs, String> {
     let pipeline = load_pipeline(case)?;
-    let mut outputs = Vec::new();
-    for (param, name) in [("prompt", "prompt"), ("negative_prompt", "negative")] {
-        if let Some(prompt) = case.maybe::<String>(param)? {
-            let embeds = pipeline.encode_prompt(&prompt, true).map_err(text)?;
-            outputs.push((format!("out.{name}_embeds"), "", embeds));
-        }
-    }
-    Ok(outputs)
+    common::prompt_embeds(case, |prompt| Ok((pipeline.encode_prompt(prompt, true).map_err(text)?, None)))
 }
 
 /// The folder's pipeline, told what the manifest says of this golden.

@@ -1,5 +1,6 @@
-//! Pyramid Flow miniFLUX (Jin et al. 2024): a clip is made one latent frame at a time, each in stages of growing size,
-//! from the frames before it; 8x spatial and 8x temporal compression, a transformer of FLUX's form, T5 and CLIP text.
+//! Pyramid Flow (Jin et al. 2024), miniFLUX and SD3: a clip is made one latent frame at a time, each in stages of growing
+//! size, from the frames before it; 8x spatial and 8x temporal compression, a transformer of FLUX's form or of Stable
+//! Diffusion 3's, T5 and CLIP text.
 //!
 //! Its folder is published without a `model_index.json` and is known by its parts, see `implied_class`.
 

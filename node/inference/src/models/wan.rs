@@ -3,6 +3,7 @@
 
 pub mod config;
 pub mod facts;
+pub mod names;
 pub mod pipeline;
 pub mod rope;
 pub mod transformer;

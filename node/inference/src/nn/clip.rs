@@ -22,6 +22,17 @@ pub struct ClipForm {
     pub epsilon: f64,
 }
 
+impl ClipForm {
+    /// The activations that are known.
+    pub const ACTIVATIONS: [&'static str; 2] = ["quick_gelu", "gelu"];
+
+    /// From a configuration's values, whose activation is one of [`ClipForm::ACTIVATIONS`].
+    #[must_use]
+    pub fn new([width, inner, heads]: [usize; 3], activation: &str, epsilon: f64) -> Self {
+        Self { width, inner, heads, quick: activation == Self::ACTIVATIONS[0], epsilon }
+    }
+}
+
 /// Attention and feed-forward, normed before.
 pub struct ClipBlock {
     norms: [ClipNorm; 2],

@@ -1,8 +1,10 @@
 //! Reading candle's CPU tensors as slices, and the rule for when the kernels here may be used.
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 
 use candle_core::{DType, Device, Result, Storage, StorageRef, Tensor};
+use rayon::prelude::*;
 
 thread_local! {
     static GENERIC_ONLY: Cell<bool> = const { Cell::new(false) };
@@ -103,4 +105,49 @@ impl<'a> View<'a> {
 pub(crate) fn rows_per_task(rows: usize, width: usize) -> usize {
     const ELEMENTS_PER_TASK: usize = 16 * 1024;
     (ELEMENTS_PER_TASK / width.max(1)).clamp(1, rows.max(1))
+}
+
+/// `len` elements, of which `write` gets every `part` in turn with its number, all zeros, on rayon's threads.
+///
+/// The memory is zeroed piece by piece by the thread that writes there, so that it is in that thread's cache and no thread
+/// waits for another to zero all of it first.
+pub(crate) fn written(len: usize, part: usize, write: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let mut out: Vec<f32> = Vec::with_capacity(len);
+    out.spare_capacity_mut()[..len].par_chunks_mut(part.max(1)).enumerate().for_each(|(index, piece)| {
+        piece.fill(MaybeUninit::new(0.0));
+        #[expect(unsafe_code, reason = "the slice was just filled")]
+        // SAFETY: every element of the piece was initialised by the line before.
+        let piece = unsafe { piece.assume_init_mut() };
+        write(index, piece);
+    });
+    #[expect(unsafe_code, reason = "all pieces were filled")]
+    // SAFETY: `len` is within the capacity, and the pieces, which cover the first `len` elements, were all initialised.
+    unsafe {
+        out.set_len(len);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_element_is_written_or_zero() {
+        for len in [0, 1, 7, 64, 1000] {
+            for part in [0, 1, 3, 64, 5000] {
+                let out = written(len, part, |index, piece| {
+                    if index % 2 == 0 {
+                        piece.fill(index as f32 + 1.0);
+                    }
+                });
+                assert_eq!(out.len(), len);
+                let wanted = |i: usize| match i / part.max(1) {
+                    index if index % 2 == 0 => index as f32 + 1.0,
+                    _ => 0.0,
+                };
+                assert!(out.iter().enumerate().all(|(i, &x)| x == wanted(i)), "{len} in parts of {part}");
+            }
+        }
+    }
 }

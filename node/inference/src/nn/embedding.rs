@@ -32,14 +32,14 @@ impl Timesteps {
         max_period: 10_000.0,
     };
 
-    /// The embedding of `timesteps`, `(n)`, as `(n, channels)` in f32.
+    /// The embedding of `timesteps`, `(n)`, as `(n, channels)` in f32 on `device`.
     ///
     /// Computed on the CPU with the system's sine and cosine in f32 order of operations, so that every device gets
-    /// the same numbers.
+    /// the same numbers. Give timesteps on the CPU: to read them from a device waits for all that was begun there.
     ///
     /// # Errors
     /// When `timesteps` is not one-dimensional or the device fails.
-    pub fn embed(&self, timesteps: &Tensor) -> Result<Tensor> {
+    pub fn embed(&self, timesteps: &Tensor, device: &Device) -> Result<Tensor> {
         let values = timesteps.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
         let half = self.channels / 2;
         let mut out = Vec::with_capacity(values.len() * self.channels);
@@ -57,7 +57,7 @@ impl Timesteps {
             }
             out.extend(std::iter::repeat_n(0.0, self.channels % 2));
         }
-        Tensor::from_vec(out, (values.len(), self.channels), timesteps.device())
+        Tensor::from_vec(out, (values.len(), self.channels), device)
     }
 }
 
@@ -95,6 +95,7 @@ impl TimestepEmbedding {
 pub struct PixArtTimestepEmbedding {
     embedder: TimestepEmbedding,
     dtype: DType,
+    device: Device,
 }
 
 impl PixArtTimestepEmbedding {
@@ -103,17 +104,17 @@ impl PixArtTimestepEmbedding {
     /// # Errors
     /// When a tensor is missing or of another shape.
     pub fn load(width: usize, vb: VarBuilder) -> Result<Self> {
-        let dtype = vb.dtype();
+        let (dtype, device) = (vb.dtype(), vb.device().clone());
         let embedder =
             TimestepEmbedding::load(Timesteps::PIXART.channels, width, vb.pp("timestep_embedder"))?;
-        Ok(Self { embedder, dtype })
+        Ok(Self { embedder, dtype, device })
     }
 
-    /// Timesteps `(n)` to `(n, width)` in the weights' type.
+    /// Timesteps `(n)`, best on the CPU, to `(n, width)` in the weights' type and on their device.
     ///
     /// # Errors
     /// When the device fails.
     pub fn forward(&self, timesteps: &Tensor) -> Result<Tensor> {
-        self.embedder.forward(&Timesteps::PIXART.embed(timesteps)?.to_dtype(self.dtype)?)
+        self.embedder.forward(&Timesteps::PIXART.embed(timesteps, &self.device)?.to_dtype(self.dtype)?)
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! `(x - mean) / sqrt(var + eps) * weight + bias`, where mean and variance are over all positions and the channels of a
 //! group, for each entry of the first dimension. Then, where given, `* scale + shift` with a row of values for each
-//! position (the spatial norm of MoVQ decoders), then SiLU. Sums are in f64 on the CPU, in f32 elsewhere. For statistics of
-//! each frame alone, fold time into the first dimension before.
+//! position (the spatial norm of MoVQ decoders), then SiLU. Sums are in f64 on the CPU, of a few rows at a time in f32, and
+//! in f32 elsewhere. For statistics of each frame alone, fold time into the first dimension before.
 
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
 
-use super::cpu::{View, fast, rows_per_task};
+use super::cpu::{View, fast, rows_per_task, written};
 use super::simd::{self, simd_fn};
 
 /// A modulation that is coarser than the activation: rows of values, and which row serves a position.
@@ -137,27 +137,35 @@ impl GroupNorm {
             Some((scale, shift, cells)) => Some((scale.slice()?, shift.slice()?, *cells)),
             None => None,
         };
-        let mut out = vec![0f32; source.len()];
         let task = rows_per_task(entry / width, width) * width;
-        for (index, (out, source)) in out.chunks_exact_mut(entry).zip(source.chunks_exact(entry)).enumerate()
-        {
-            let line = self.line(source, width, task, &weight, &bias);
-            out.par_chunks_mut(task).zip(source.par_chunks(task)).enumerate().for_each(
-                |(part, (out, source))| {
-                    norm_rows(&line, source, out);
-                    if let Some((scale, shift, cells)) = rows {
-                        let per_entry = scale.len() / batch;
-                        let range = index * per_entry..(index + 1) * per_entry;
-                        let first = part * task / width;
-                        let cells = &cells[first..first + out.len() / width];
-                        scale_rows(&scale[range.clone()], &shift[range], cells, width, out);
-                    }
-                    if silu {
-                        silu_rows(out);
-                    }
-                },
-            );
-        }
+        let lines: Vec<Line> =
+            source.chunks_exact(entry).map(|entry| self.line(entry, width, task, &weight, &bias)).collect();
+        let norm = |index: usize, first: usize, source: &[f32], out: &mut [f32]| {
+            if rows.is_none() && silu {
+                return norm_silu_rows(&lines[index], source, out);
+            }
+            norm_rows(&lines[index], source, out);
+            if let Some((scale, shift, cells)) = rows {
+                let per_entry = scale.len() / batch;
+                let range = index * per_entry..(index + 1) * per_entry;
+                let cells = &cells[first..first + out.len() / width];
+                scale_rows(&scale[range.clone()], &shift[range], cells, width, out);
+            }
+            if silu {
+                silu_rows(out);
+            }
+        };
+        // A task may reach over the end of an entry into the next one.
+        let out = written(source.len(), task, |index, mut out| {
+            let mut at = index * task;
+            while !out.is_empty() {
+                let (number, inside) = (at / entry, at % entry);
+                let (piece, rest) = out.split_at_mut(out.len().min(entry - inside));
+                norm(number, inside / width, &source[at..at + piece.len()], piece);
+                at += piece.len();
+                out = rest;
+            }
+        });
         Tensor::from_vec(out, x.shape(), x.device())
     }
 
@@ -197,17 +205,45 @@ struct Line {
     offset: Vec<f32>,
 }
 
+/// Channels whose sums stay in registers together.
+const LANES: usize = 16;
+
 simd_fn! {
-    /// Adds each channel's values, then their squares, to `sums`.
+    /// Adds each channel's values, then their squares, to `sums`. A few rows are summed in f32 before they are added.
     fn sum_rows(width: usize, rows: &[f32], sums: &mut [f64]) {
+        const ROWS: usize = 8;
         let (first, second) = sums.split_at_mut(width);
-        for row in rows.chunks_exact(width) {
-            for ((a, b), &x) in first.iter_mut().zip(second.iter_mut()).zip(row) {
-                let x = f64::from(x);
-                *a += x;
-                *b += x * x;
+        for rows in rows.chunks(ROWS * width) {
+            for (group, (first, second)) in first.chunks_mut(LANES).zip(second.chunks_mut(LANES)).enumerate() {
+                let (mut values, mut squares) = ([0f32; LANES], [0f32; LANES]);
+                for row in rows.chunks_exact(width) {
+                    let row = &row[group * LANES..][..first.len()];
+                    match <&[f32; LANES]>::try_from(row) {
+                        Ok(row) => add_lanes(row, &mut values, &mut squares),
+                        Err(_) => {
+                            for ((value, square), x) in values.iter_mut().zip(&mut squares).zip(row) {
+                                *value += x;
+                                *square += x * x;
+                            }
+                        }
+                    }
+                }
+                for (sum, value) in first.iter_mut().zip(values) {
+                    *sum += f64::from(value);
+                }
+                for (sum, square) in second.iter_mut().zip(squares) {
+                    *sum += f64::from(square);
+                }
             }
         }
+    }
+}
+
+#[inline(always)]
+fn add_lanes(row: &[f32; LANES], values: &mut [f32; LANES], squares: &mut [f32; LANES]) {
+    for ((value, square), x) in values.iter_mut().zip(squares).zip(row) {
+        *value += x;
+        *square += x * x;
     }
 }
 
@@ -217,6 +253,17 @@ simd_fn! {
         for (out, source) in out.chunks_exact_mut(width).zip(source.chunks_exact(width)) {
             for (((o, &x), a), b) in out.iter_mut().zip(source).zip(&line.slope).zip(&line.offset) {
                 *o = x * a + b;
+            }
+        }
+    }
+}
+
+simd_fn! {
+    fn norm_silu_rows(line: &Line, source: &[f32], out: &mut [f32]) {
+        let width = line.slope.len();
+        for (out, source) in out.chunks_exact_mut(width).zip(source.chunks_exact(width)) {
+            for (((o, &x), a), b) in out.iter_mut().zip(source).zip(&line.slope).zip(&line.offset) {
+                *o = simd::silu::<FUSED>(x * a + b);
             }
         }
     }
@@ -236,7 +283,7 @@ simd_fn! {
 simd_fn! {
     fn silu_rows(out: &mut [f32]) {
         for o in out.iter_mut() {
-            *o = simd::silu(*o);
+            *o = simd::silu::<FUSED>(*o);
         }
     }
 }

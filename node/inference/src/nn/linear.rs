@@ -2,28 +2,49 @@
 
 use std::sync::Arc;
 
+use candle_core::quantized::QTensor;
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
+use super::beside::{self, Branch, Entered, Named, Place};
 use super::cpu::{View, generic_only, note_repacked, shapes_only};
 use super::ops;
 use super::pack::{Epilogue, Packed, packed_len, product};
+use crate::weights::quantised;
 
 /// `x W^T + b` over the last dimension.
 ///
 /// On the CPU weights that want no gradient are packed as f32 and inputs of other types are widened for the call;
 /// load under [`super::set_generic_only`] to differentiate through the input there.
+///
+/// Weights that their file holds in blocks of few bits stay so and are widened for each call. Candle's own product of
+/// such weights is not used, because it rounds the inputs to 8 bits as well; beside the product of a clip's many tokens
+/// widening takes little time.
 #[derive(Debug, Clone)]
 pub struct Linear {
     inner: Inner,
     input: usize,
     output: usize,
+    /// Where an adapter may stand beside it.
+    place: Option<Place>,
 }
 
 #[derive(Debug, Clone)]
 enum Inner {
-    Packed { weight: Arc<Packed>, bias: Option<Arc<Vec<f32>>> },
-    Plain { weight: Tensor, bias: Option<Tensor> },
+    Packed {
+        weight: Arc<Packed>,
+        bias: Option<Arc<Vec<f32>>>,
+    },
+    Plain {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
+    /// With the numbers in which it computes.
+    Quantised {
+        weight: Arc<QTensor>,
+        bias: Option<Tensor>,
+        dtype: DType,
+    },
 }
 
 impl Linear {
@@ -32,9 +53,53 @@ impl Linear {
     /// # Errors
     /// When a tensor is missing or of another shape.
     pub fn load(input: usize, output: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get((output, input), "weight")?;
         let bias = if bias { Some(vb.get(output, "bias")?) } else { None };
-        Self::new(weight, bias)
+        let Some(weight) = quantised(&vb, "weight", (output, input))? else {
+            return Self::placed(vb.get((output, input), "weight")?, bias, &vb, None);
+        };
+        let (name, dtype, device) = (vb.prefix(), vb.dtype(), vb.device());
+        let named = Named { name: &name, input, output, rows: None, dtype, device };
+        match beside::enter(&named)? {
+            // A sum in blocks of few bits would be rounded to them: such a layer is widened for good.
+            Some(entered) if entered.weight.is_some() || entered.bias.is_some() => {
+                Self::entered(weight.dequantize(device)?.to_dtype(dtype)?, bias, entered)
+            }
+            entered => {
+                let inner = Inner::Quantised { weight, bias, dtype };
+                Ok(Self { inner, input, output, place: entered.map(|entered| entered.place) })
+            }
+        }
+    }
+
+    /// From tensors that were read under the builder's name, so that adapters find the layer: `weight` `(output, input)`,
+    /// `bias` `(output)`. Where its outputs are not in the file's order, `rows` tells which row of the file's each is.
+    ///
+    /// # Errors
+    /// When shapes do not fit or the device fails.
+    pub fn placed(
+        weight: Tensor,
+        bias: Option<Tensor>,
+        vb: &VarBuilder<'_>,
+        rows: Option<&[u32]>,
+    ) -> Result<Self> {
+        let (output, input) = weight.dims2()?;
+        let (name, dtype) = (vb.prefix(), vb.dtype());
+        let named = Named { name: &name, input, output, rows, dtype, device: weight.device() };
+        match beside::enter(&named)? {
+            Some(entered) => Self::entered(weight, bias, entered),
+            None => Self::new(weight, bias),
+        }
+    }
+
+    /// With its place, and with what is to be added at once.
+    fn entered(weight: Tensor, bias: Option<Tensor>, entered: Entered) -> Result<Self> {
+        let weight = beside::merged(weight, entered.weight.as_ref())?;
+        let bias = match (bias, entered.bias) {
+            (Some(bias), more) => Some(beside::merged(bias, more.as_ref())?),
+            (None, Some(more)) => Some(more.to_dtype(weight.dtype())?.to_device(weight.device())?),
+            (None, None) => None,
+        };
+        Ok(Self { place: Some(entered.place), ..Self::new(weight, bias)? })
     }
 
     /// From tensors: `weight` `(output, input)`, `bias` `(output)`.
@@ -56,7 +121,7 @@ impl Linear {
         }
         let tracked = weight.track_op() || bias.as_ref().is_some_and(Tensor::track_op);
         if !weight.device().is_cpu() || tracked || generic_only() || shapes_only() {
-            return Ok(Self { inner: Inner::Plain { weight, bias }, input, output });
+            return Ok(Self { inner: Inner::Plain { weight, bias }, input, output, place: None });
         }
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;
         let view = View::new(&weight)?;
@@ -66,7 +131,7 @@ impl Linear {
             Some(bias) => Some(Arc::new(bias.to_dtype(DType::F32)?.to_vec1::<f32>()?)),
             None => None,
         };
-        Ok(Self { inner: Inner::Packed { weight: Arc::new(packed), bias }, input, output })
+        Ok(Self { inner: Inner::Packed { weight: Arc::new(packed), bias }, input, output, place: None })
     }
 
     /// Channels in and out.
@@ -111,19 +176,23 @@ impl Linear {
         if x.dim(D::Minus1)? != self.input {
             candle_core::bail!("a linear layer of {} inputs was given {:?}", self.input, x.shape());
         }
+        match self.place.as_ref().and_then(Place::get) {
+            Some(branch) => self.run_beside(&branch, x, after),
+            None => self.run_alone(x, after),
+        }
+    }
+
+    /// What follows comes after the sum of both ways.
+    fn run_beside(&self, branch: &Branch, x: &Tensor, after: &After) -> Result<Tensor> {
+        after.apply(branch.add(x, &self.run_alone(x, &After::default())?)?)
+    }
+
+    fn run_alone(&self, x: &Tensor, after: &After) -> Result<Tensor> {
         match &self.inner {
-            Inner::Plain { weight, bias } => {
-                let mut y = ops::linear(x, weight, bias.as_ref())?;
-                if after.gelu {
-                    y = y.gelu()?;
-                }
-                if let Some(gate) = after.gate {
-                    y = y.broadcast_mul(gate)?;
-                }
-                match after.residual {
-                    Some(residual) => residual + y,
-                    None => Ok(y),
-                }
+            Inner::Plain { weight, bias } => after.apply(ops::linear(x, weight, bias.as_ref())?),
+            Inner::Quantised { weight, bias, dtype } => {
+                let weight = weight.dequantize(x.device())?.to_dtype(*dtype)?;
+                Self::new(weight, bias.clone())?.run(x, after)
             }
             Inner::Packed { weight, bias } => {
                 self.run_packed(weight, bias.as_ref().map(|b| b.as_slice()), x, after)
@@ -192,4 +261,19 @@ struct After<'a> {
     gelu: bool,
     gate: Option<&'a Tensor>,
     residual: Option<&'a Tensor>,
+}
+
+impl After<'_> {
+    fn apply(&self, mut y: Tensor) -> Result<Tensor> {
+        if self.gelu {
+            y = ops::gelu_tanh(&y)?;
+        }
+        if let Some(gate) = self.gate {
+            y = y.broadcast_mul(gate)?;
+        }
+        match self.residual {
+            Some(residual) => residual + y,
+            None => Ok(y),
+        }
+    }
 }

@@ -4,9 +4,8 @@
 //! `* weight + bias`, `* (1 + scale) + shift`, SiLU. Sums are in f32 whatever the input is.
 
 use candle_core::{D, DType, Result, Tensor};
-use rayon::prelude::*;
 
-use super::cpu::{View, fast, rows_per_task};
+use super::cpu::{View, fast, rows_per_task, written};
 use super::simd::{self, simd_fn};
 
 /// Which mean a norm divides by.
@@ -145,13 +144,10 @@ impl<'a> Norm<'a> {
         let steps = held.steps(rows)?;
         let view = View::new(&x)?;
         let source = view.slice()?;
-        let mut out = vec![0f32; source.len()];
         let task = rows_per_task(rows, width) * width;
-        out.par_chunks_mut(task).zip(source.par_chunks(task)).enumerate().for_each(
-            |(index, (out, source))| {
-                norm_rows(&steps, index * (task / width), source, out);
-            },
-        );
+        let out = written(source.len(), task, |index, out| {
+            norm_rows(&steps, index * (task / width), &source[index * task..][..out.len()], out);
+        });
         Tensor::from_vec(out, x.shape(), x.device())
     }
 
@@ -294,10 +290,26 @@ simd_fn! {
         let width = steps.width;
         for (i, (out, source)) in out.chunks_exact_mut(width).zip(source.chunks_exact(width)).enumerate() {
             let (mean, factor) = statistics(steps, source);
-            for (o, &x) in out.iter_mut().zip(source) {
-                *o = (x - mean) * factor;
+            // The usual forms in one pass over the row, in the same order as the passes of the others.
+            match (steps.factor, steps.weight, steps.bias) {
+                (None, Some(weight), Some(bias)) => {
+                    for (((o, &x), w), b) in out.iter_mut().zip(source).zip(weight).zip(bias) {
+                        *o = (x - mean) * factor * w + b;
+                    }
+                }
+                (None, Some(weight), None) => {
+                    for ((o, &x), w) in out.iter_mut().zip(source).zip(weight) {
+                        *o = (x - mean) * factor * w;
+                    }
+                }
+                _ => {
+                    for (o, &x) in out.iter_mut().zip(source) {
+                        *o = (x - mean) * factor;
+                    }
+                    affine(steps, first + i, out);
+                }
             }
-            finish_row(steps, first + i, out);
+            finish_row::<FUSED>(steps, first + i, out);
         }
     }
 }
@@ -310,7 +322,8 @@ simd_fn! {
             for x in row.iter_mut() {
                 *x = (*x - mean) * factor;
             }
-            finish_row(steps, first + i, row);
+            affine(steps, first + i, row);
+            finish_row::<FUSED>(steps, first + i, row);
         }
     }
 }
@@ -323,21 +336,15 @@ fn statistics(steps: &Steps<'_>, row: &[f32]) -> (f32, f32) {
         Kind::Rms => (0.0, 1.0 / (simd::sum_squares(row) / n + steps.eps).sqrt()),
         Kind::Layer => {
             let mean = simd::sum(row) / n;
-            let mut lanes = [0f32; 16];
-            let (chunks, rest) = row.as_chunks::<16>();
-            for chunk in chunks {
-                for (lane, x) in lanes.iter_mut().zip(chunk) {
-                    *lane += (x - mean) * (x - mean);
-                }
-            }
-            let tail: f32 = rest.iter().map(|x| (x - mean) * (x - mean)).sum();
-            (mean, 1.0 / ((simd::sum(&lanes) + tail) / n + steps.eps).sqrt())
+            let squares = simd::sum_of(row, |x| (x - mean) * (x - mean));
+            (mean, 1.0 / (squares / n + steps.eps).sqrt())
         }
     }
 }
 
+/// Factor, weight and bias.
 #[inline(always)]
-fn finish_row(steps: &Steps<'_>, row: usize, out: &mut [f32]) {
+fn affine(steps: &Steps<'_>, row: usize, out: &mut [f32]) {
     if let Some(factor) = steps.factor {
         let at = (row / steps.rows_per_factor) * steps.width;
         for (o, f) in out.iter_mut().zip(&factor[at..at + steps.width]) {
@@ -354,6 +361,11 @@ fn finish_row(steps: &Steps<'_>, row: usize, out: &mut [f32]) {
             *o += b;
         }
     }
+}
+
+/// Modulation and activation.
+#[inline(always)]
+fn finish_row<const FUSED: bool>(steps: &Steps<'_>, row: usize, out: &mut [f32]) {
     if let (Some(scale), Some(shift)) = (steps.scale, steps.shift) {
         let at = (row / steps.rows_per_modulation) * steps.width;
         let (scale, shift) = (&scale[at..at + steps.width], &shift[at..at + steps.width]);
@@ -363,7 +375,7 @@ fn finish_row(steps: &Steps<'_>, row: usize, out: &mut [f32]) {
     }
     if steps.silu {
         for o in out.iter_mut() {
-            *o = simd::silu(*o);
+            *o = simd::silu::<FUSED>(*o);
         }
     }
 }

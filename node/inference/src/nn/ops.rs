@@ -1,9 +1,8 @@
 //! Activations over whole tensors.
 
 use candle_core::{D, Result, Tensor};
-use rayon::prelude::*;
 
-use super::cpu::{View, fast, rows_per_task};
+use super::cpu::{View, fast, rows_per_task, written};
 use super::simd::{self, simd_fn};
 
 /// SiLU, `x sigmoid(x)`, elementwise.
@@ -44,11 +43,10 @@ pub fn swiglu(x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
     let view = View::new(&x)?;
     let input = view.slice()?;
-    let mut out = vec![0f32; input.len() / 2];
     let rows = rows_per_task(input.len() / width, width);
-    out.par_chunks_mut(rows * half)
-        .zip(input.par_chunks(rows * width))
-        .for_each(|(out, input)| swiglu_rows(half, input, out));
+    let out = written(input.len() / 2, rows * half, |index, out| {
+        swiglu_rows(half, &input[index * rows * width..][..2 * out.len()], out);
+    });
     Tensor::from_vec(out, shape, x.device())
 }
 
@@ -77,16 +75,15 @@ fn map(x: &Tensor, f: fn(&[f32], &mut [f32])) -> Result<Tensor> {
     let x = x.contiguous()?;
     let view = View::new(&x)?;
     let input = view.slice()?;
-    let mut out = vec![0f32; input.len()];
     let step = rows_per_task(input.len(), 1);
-    out.par_chunks_mut(step).zip(input.par_chunks(step)).for_each(|(o, i)| f(i, o));
+    let out = written(input.len(), step, |index, out| f(&input[index * step..][..out.len()], out));
     Tensor::from_vec(out, x.shape(), x.device())
 }
 
 simd_fn! {
     fn silu_slice(input: &[f32], out: &mut [f32]) {
         for (o, &x) in out.iter_mut().zip(input) {
-            *o = simd::silu(x);
+            *o = simd::silu::<FUSED>(x);
         }
     }
 }
@@ -94,7 +91,7 @@ simd_fn! {
 simd_fn! {
     fn gelu_slice(input: &[f32], out: &mut [f32]) {
         for (o, &x) in out.iter_mut().zip(input) {
-            *o = simd::gelu_tanh(x);
+            *o = simd::gelu_tanh::<FUSED>(x);
         }
     }
 }
@@ -104,7 +101,7 @@ simd_fn! {
         for (out, row) in out.chunks_exact_mut(half).zip(input.chunks_exact(2 * half)) {
             let (values, gates) = row.split_at(half);
             for ((o, x), &gate) in out.iter_mut().zip(values).zip(gates) {
-                *o = x * simd::silu(gate);
+                *o = x * simd::silu::<FUSED>(gate);
             }
         }
     }

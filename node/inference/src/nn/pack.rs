@@ -8,6 +8,7 @@
 
 use rayon::prelude::*;
 
+use super::cpu::written;
 use super::norm::{Steps, norm_rows_in_place};
 use super::simd::{self, simd_fn};
 
@@ -121,16 +122,14 @@ pub(crate) fn product(
     fill: impl Fn(usize, &mut [usize]) + Sync,
     epilogue: &Epilogue<'_>,
 ) -> Vec<f32> {
-    let mut out = vec![0f32; rows * packed.width];
     let zeros = vec![0f32; packed.depth];
     let source = Source { base, zeros: &zeros };
     let blocks = packed.blocks();
     if rows <= TILE {
-        narrow(packed, &source, rows, &blocks, fill, epilogue, &mut out);
-        return out;
+        return narrow(packed, &source, rows, &blocks, fill, epilogue);
     }
     let step = task_rows(rows);
-    out.par_chunks_mut(step * packed.width).enumerate().for_each(|(task, out)| {
+    written(rows * packed.width, step * packed.width, |task, out| {
         let first = task * step;
         let count = out.len() / packed.width;
         let offsets = offsets(packed.taps, first, count, &fill, &source, packed.depth);
@@ -144,8 +143,7 @@ pub(crate) fn product(
             }
         }
         finish(epilogue, first, packed.width, out);
-    });
-    out
+    })
 }
 
 /// Few rows: the panels are shared out instead of the rows.
@@ -156,8 +154,8 @@ fn narrow(
     blocks: &[Block],
     fill: impl Fn(usize, &mut [usize]) + Sync,
     epilogue: &Epilogue<'_>,
-    out: &mut [f32],
-) {
+) -> Vec<f32> {
+    let mut out = vec![0f32; rows * packed.width];
     let offsets = offsets(packed.taps, 0, rows, &fill, source, packed.depth);
     let tiles: Vec<Tile> = (0..packed.panels())
         .into_par_iter()
@@ -177,7 +175,8 @@ fn narrow(
             out[at..at + columns].copy_from_slice(&values[..columns]);
         }
     }
-    finish(epilogue, 0, packed.width, out);
+    finish(epilogue, 0, packed.width, &mut out);
+    out
 }
 
 /// Rows that one task takes: whole tiles, several tasks for each thread, and enough rows to use a panel well.
@@ -288,7 +287,7 @@ simd_fn! {
 simd_fn! {
     fn gelu(out: &mut [f32]) {
         for o in out.iter_mut() {
-            *o = simd::gelu_tanh(*o);
+            *o = simd::gelu_tanh::<FUSED>(*o);
         }
     }
 }

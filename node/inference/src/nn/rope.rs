@@ -1,9 +1,8 @@
 //! Rotary position embedding on neighbouring pairs of channels, heads side by side.
 
 use candle_core::{DType, Result, Tensor};
-use rayon::prelude::*;
 
-use super::cpu::{View, fast, rows_per_task};
+use super::cpu::{View, fast, rows_per_task, written};
 
 /// Turns each pair of channels `(2i, 2i + 1)` of `x` `(batch, tokens, heads, channels)` by an angle, in f32, and gives
 /// `x`'s own type back. `cos` and `sin` are `(tokens, channels / 2)` where heads share angles, or
@@ -46,21 +45,17 @@ fn rotate_cpu(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (half, width) = (channels / 2, heads * channels);
     let own = if cos.rank() == 2 { 0 } else { half };
     let row = cosines.len() / tokens;
-    let mut out = vec![0f32; source.len()];
     let task = rows_per_task(source.len() / width, width);
-    out.par_chunks_mut(task * width).zip(source.par_chunks(task * width)).enumerate().for_each(
-        |(index, (out, source))| {
-            for (i, (out, x)) in out.chunks_exact_mut(width).zip(source.chunks_exact(width)).enumerate() {
-                let at = (index * task + i) % tokens * row;
-                for (head, (out, x)) in
-                    out.chunks_exact_mut(channels).zip(x.chunks_exact(channels)).enumerate()
-                {
-                    let start = at + head * own;
-                    turn(x, &cosines[start..start + half], &sines[start..start + half], out);
-                }
+    let out = written(source.len(), task * width, |index, out| {
+        let source = &source[index * task * width..][..out.len()];
+        for (i, (out, x)) in out.chunks_exact_mut(width).zip(source.chunks_exact(width)).enumerate() {
+            let at = (index * task + i) % tokens * row;
+            for (head, (out, x)) in out.chunks_exact_mut(channels).zip(x.chunks_exact(channels)).enumerate() {
+                let start = at + head * own;
+                turn(x, &cosines[start..start + half], &sines[start..start + half], out);
             }
-        },
-    );
+        }
+    });
     Tensor::from_vec(out, x.shape(), x.device())
 }
 

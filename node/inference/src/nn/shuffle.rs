@@ -4,9 +4,8 @@
 //! together, or threads share the work.
 
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 
-use super::cpu::{View, fast};
+use super::cpu::{View, fast, written};
 
 /// `(b, t, h, w, st sh sw c)` to `(b, t st - skip, h sh, w sw, c)`: channels are ordered with the block's position
 /// first; the first `skip` frames are left out.
@@ -69,8 +68,7 @@ fn grow(x: &Tensor, residual: Option<&Tensor>, block: [usize; 3], skip: usize) -
     let source = view.slice()?;
     let added = residual_view.as_ref().map(View::slice).transpose()?;
     let (frames, height, width) = (t * st - skip, h * sh, w * sw);
-    let mut out = vec![0f32; b * frames * height * width * c];
-    out.par_chunks_mut(width * c).enumerate().for_each(|(index, row)| {
+    let out = written(b * frames * height * width * c, width * c, |index, row| {
         let (y, rest) = (index % height, index / height);
         let (frame, entry) = (rest % frames + skip, rest / frames);
         let line = (entry * t + frame / st) * h + y / sh;
@@ -123,8 +121,7 @@ fn repeat_cpu(x: &Tensor, [frames, rows, columns]: [usize; 3], skip: usize) -> R
     let view = View::new(&x)?;
     let source = view.slice()?;
     let (count, height, width) = (t * frames - skip, h * rows, w * columns);
-    let mut out = vec![0f32; b * count * height * width * c];
-    out.par_chunks_mut(width * c).enumerate().for_each(|(index, row)| {
+    let out = written(b * count * height * width * c, width * c, |index, row| {
         let (y, rest) = (index % height, index / height);
         let (frame, entry) = ((rest % count + skip) / frames, rest / count);
         let line = &source[((entry * t + frame) * h + y / rows) * w * c..][..w * c];
@@ -173,8 +170,7 @@ pub fn unpatchify(x: &Tensor, p: usize, pt: usize) -> Result<Tensor> {
     let view = View::new(&x)?;
     let source = view.slice()?;
     let (frames, height, width) = (t * pt, h * p, w * p);
-    let mut out = vec![0f32; b * c * frames * height * width];
-    out.par_chunks_mut(height * width).enumerate().for_each(|(plane, out)| {
+    let out = written(b * c * frames * height * width, height * width, |plane, out| {
         let (frame, channel, entry) = (plane % frames, plane / frames % c, plane / frames / c);
         for (y, row) in out.chunks_exact_mut(width).enumerate() {
             let cells = ((entry * t + frame / pt) * h + y / p) * w * channels;

@@ -24,6 +24,7 @@ use super::{
     Checkpoint, Commitment, GenerateRequest, Generated, Observer, Phase, Pipeline, PipelineInfo, StepEvent,
     Transition,
 };
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::frames::RgbFrames;
 use crate::offload::Placement;
@@ -89,6 +90,8 @@ pub trait VideoModel: Send {
     fn read_before(&self, _plan: &Self::Plan, _index: usize) -> Result<(), Error> {
         Ok(())
     }
+    /// Its layers that adapters may change.
+    fn places(&self) -> &Places;
 
     /// How many tokens a prompt has, with the end mark.
     ///
@@ -265,6 +268,7 @@ fn generate<M: VideoModel>(
     let plan = check::check(model, request)?;
     let request = &settle(model, request)?;
     let course = model.course(&plan);
+    let _beside = model.places().apply(&request.adapters)?;
     let mut run = Run::begin(model, request, &plan)?;
     let steps = course.steps();
     // Where components go in turn, reading them is most of what comes before the steps.

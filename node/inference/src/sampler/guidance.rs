@@ -1,6 +1,67 @@
 //! Classifier-free guidance: away from what the negative prompt gives, towards what the prompt gives.
 
-use candle_core::{Result, Tensor};
+use std::cell::Cell;
+
+use candle_core::{Device, Result, Tensor};
+
+use crate::error::Error;
+
+/// How a model that can do either computes guidance's two predictions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum GuidancePasses {
+    /// Together where a device gains by it and has the memory; on the CPU apart.
+    #[default]
+    Auto,
+    /// In one batch, unless the device has not the memory.
+    Together,
+    /// One after the other, which takes less memory.
+    Apart,
+}
+
+/// Guidance's two predictions over a run. What the device has no memory for as one batch is computed one by one, from
+/// then on.
+#[derive(Debug)]
+pub struct Passes {
+    together: Cell<bool>,
+}
+
+impl Passes {
+    /// For a run on `device`.
+    #[must_use]
+    pub fn new(wanted: GuidancePasses, device: &Device) -> Self {
+        let together = match wanted {
+            GuidancePasses::Auto => !device.is_cpu(),
+            GuidancePasses::Together => true,
+            GuidancePasses::Apart => false,
+        };
+        Self { together: Cell::new(together) }
+    }
+
+    /// Whether the next predictions are tried as one batch.
+    #[must_use]
+    pub fn is_together(&self) -> bool {
+        self.together.get()
+    }
+
+    /// Negative and positive prediction: the two entries of what `both` gives, or what `one` gives of 0 and 1.
+    ///
+    /// # Errors
+    /// What they give, but for [`Error::OutOfMemory`] of `both`.
+    pub fn predict(
+        &self,
+        both: impl FnOnce() -> std::result::Result<Tensor, Error>,
+        one: impl Fn(usize) -> std::result::Result<Tensor, Error>,
+    ) -> std::result::Result<[Tensor; 2], Error> {
+        if self.together.get() {
+            match both() {
+                Ok(both) => return Ok([both.narrow(0, 0, 1)?, both.narrow(0, 1, 1)?]),
+                Err(Error::OutOfMemory { .. }) => self.together.set(false),
+                Err(other) => return Err(other),
+            }
+        }
+        Ok([one(0)?, one(1)?])
+    }
+}
 
 /// `negative + scale * (positive - negative)`.
 ///
@@ -38,6 +99,26 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+
+    #[test]
+    fn what_does_not_fit_as_one_batch_is_computed_apart_from_then_on() {
+        let passes = Passes::new(GuidancePasses::Together, &Device::Cpu);
+        let tried = Cell::new(0);
+        let one = |entry: usize| Ok(Tensor::full(entry as f32, (1, 2), &Device::Cpu)?);
+        for _ in 0..3 {
+            let both = || {
+                tried.set(tried.get() + 1);
+                Err(Error::OutOfMemory { during: "computing", detail: "too much".to_owned() })
+            };
+            let [negative, positive] = passes.predict(both, one).unwrap();
+            assert_eq!(negative.to_vec2::<f32>().unwrap(), [[0.0, 0.0]]);
+            assert_eq!(positive.to_vec2::<f32>().unwrap(), [[1.0, 1.0]]);
+        }
+        assert_eq!(tried.get(), 1);
+        let passes = Passes::new(GuidancePasses::Together, &Device::Cpu);
+        let fails = || Err(Error::Cancelled { steps_done: 0, steps: 1 });
+        assert!(passes.predict(fails, one).is_err(), "other failures are no reason to go on");
+    }
 
     #[test]
     fn a_full_rescale_takes_the_spread_of_the_prediction_over() {

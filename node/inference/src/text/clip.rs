@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::TextError;
 use crate::nn::clip::{ClipBlock, ClipForm, ClipNorm};
+use crate::nn::linear::Linear;
 
 /// The `eos_token_id` of configurations that were written before it meant anything: the end mark is then the largest id.
 const OLD_EOS: u32 = 2;
@@ -36,17 +37,20 @@ pub struct ClipTextConfig {
     pub layer_norm_eps: f64,
     /// The end mark; 2 stands for the largest id of a prompt.
     pub eos_token_id: u32,
+    /// Width of a prompt's vector where it is projected.
+    #[serde(default = "usual_projection")]
+    pub projection_dim: usize,
+}
+
+/// The reference's default.
+fn usual_projection() -> usize {
+    512
 }
 
 impl ClipTextConfig {
     fn form(&self) -> ClipForm {
-        ClipForm {
-            width: self.hidden_size,
-            inner: self.intermediate_size,
-            heads: self.num_attention_heads,
-            quick: self.hidden_act == "quick_gelu",
-            epsilon: self.layer_norm_eps,
-        }
+        let sizes = [self.hidden_size, self.intermediate_size, self.num_attention_heads];
+        ClipForm::new(sizes, &self.hidden_act, self.layer_norm_eps)
     }
 
     /// Refuses what this encoder does not compute.
@@ -60,7 +64,7 @@ impl ClipTextConfig {
         if self.model_type != "clip_text_model" {
             return fault("model_type", self.model_type.clone(), "only clip_text_model is known");
         }
-        if !matches!(self.hidden_act.as_str(), "quick_gelu" | "gelu") {
+        if !ClipForm::ACTIVATIONS.contains(&self.hidden_act.as_str()) {
             return fault("hidden_act", self.hidden_act.clone(), "known are quick_gelu and gelu");
         }
         if self.num_attention_heads == 0 || !self.hidden_size.is_multiple_of(self.num_attention_heads) {
@@ -68,6 +72,15 @@ impl ClipTextConfig {
             return fault("num_attention_heads", value, "it must divide hidden_size");
         }
         Ok(())
+    }
+
+    /// Parameters that every token meets: attention and feed-forward of every layer, without the vocabulary.
+    #[must_use]
+    pub fn token_parameters(&self) -> u64 {
+        let [width, inner, layers] =
+            [self.hidden_size, self.intermediate_size, self.num_hidden_layers].map(|n| n as u64);
+        let matrices = width.saturating_mul(4).saturating_add(inner.saturating_mul(2));
+        matrices.saturating_mul(width).saturating_mul(layers)
     }
 }
 
@@ -77,11 +90,22 @@ pub struct ClipTextEncoder {
     positions: Tensor,
     blocks: Vec<ClipBlock>,
     norm: ClipNorm,
+    projection: Option<Linear>,
     config: ClipTextConfig,
 }
 
 impl ClipTextEncoder {
-    /// Reads the weights.
+    /// Reads the weights of an encoder that projects the state at the end mark (`CLIPTextModelWithProjection`).
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load_projected(config: &ClipTextConfig, vb: &VarBuilder<'_>) -> Result<Self> {
+        let (width, projected) = (config.hidden_size, config.projection_dim);
+        let projection = Linear::load(width, projected, false, vb.pp("text_projection"))?;
+        Ok(Self { projection: Some(projection), ..Self::load(config, vb)? })
+    }
+
+    /// Reads the weights of one that gives that state as it is.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape.
@@ -99,6 +123,7 @@ impl ClipTextEncoder {
                 .get((config.max_position_embeddings, width), "position_embedding.weight")?,
             blocks,
             norm: ClipNorm::load(config.form(), &vb.pp("final_layer_norm"))?,
+            projection: None,
             config: config.clone(),
         })
     }
@@ -109,7 +134,8 @@ impl ClipTextEncoder {
         &self.config
     }
 
-    /// The last hidden state `[B, tokens, width]` and the state at the end mark `[B, width]` of ids `[B, tokens]` (u32).
+    /// The last hidden state `[B, tokens, width]` and the state at the end mark, projected where it is, `[B, width]`, of
+    /// ids `[B, tokens]` (u32).
     ///
     /// # Errors
     /// When there are more tokens than positions, an id is not in the vocabulary, or the device has no room.
@@ -128,7 +154,10 @@ impl ClipTextEncoder {
         let ends = ids.to_vec2::<u32>()?;
         let ends = ends.iter().enumerate().map(|(entry, ids)| x.get(entry)?.get(self.end(ids)));
         let pooled = Tensor::stack(&ends.collect::<Result<Vec<_>>>()?, 0)?;
-        Ok((x, pooled))
+        match &self.projection {
+            Some(projection) => Ok((x, projection.forward(&pooled)?)),
+            None => Ok((x, pooled)),
+        }
     }
 
     /// Where a prompt ends: the first end mark, or the first of its largest id; the beginning where there is none.
@@ -166,6 +195,7 @@ mod tests {
             hidden_act: "quick_gelu".to_owned(),
             layer_norm_eps: 1e-5,
             eos_token_id: 2,
+            projection_dim: 4,
         }
     }
 

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
-use super::{PromptTokenizer, T5Encoder};
+use super::{PromptTokenizer, T5Encoder, TextCache};
 use crate::error::Error;
-use crate::folder::{TEXT_STEM, count_weights, load_t5};
+use crate::folder::load_t5;
 use crate::offload::{InTurn, Slot};
 use crate::pipeline::LoadOptions;
 use crate::pipeline::run::check_prompt;
@@ -20,7 +20,11 @@ pub struct PromptEncoder {
     here: Device,
     /// Where its embeddings are wanted.
     device: Device,
+    known: TextCache<Text, (Tensor, Tensor)>,
 }
+
+/// What embeddings depend on: the ids, which of them are the prompt, and whether the filling is left out.
+type Text = (Vec<u32>, Vec<u8>, bool);
 
 impl PromptEncoder {
     /// Reads a folder's `tokenizer` and `text_encoder`, and says how many parameters the latter has. A prompt has at most
@@ -50,11 +54,11 @@ impl PromptEncoder {
     ) -> Result<(Self, u64), Error> {
         let tokenizer = PromptTokenizer::load(tokenizer)?;
         let limit = tokenizer.max_length.map_or(most, |limit| limit.min(most));
-        let parameters = count_weights(encoder, TEXT_STEM, options)?;
         let here = options.for_text();
-        let (part, device) = (encoder.to_owned(), here.device.clone());
-        let encoder = Slot::new(in_turn, move || Ok(load_t5(&part, &here)?.0))?;
-        Ok((Self { tokenizer, encoder, limit, here: device, device: options.device.clone() }, parameters))
+        let (part, at) = (encoder.to_owned(), here.device.clone());
+        let (encoder, parameters) = Slot::new(in_turn, move || load_t5(&part, &here))?;
+        let (device, known) = (options.device.clone(), TextCache::default());
+        Ok((Self { tokenizer, encoder, limit, here: at, device, known }, parameters))
     }
 
     /// Tokens that are read of a prompt, with the end mark.
@@ -100,9 +104,7 @@ impl PromptEncoder {
         if let Some(cut_text) = encoded.cut_text.filter(|_| !truncate) {
             return Err(Error::PromptTooLong { tokens: encoded.tokens, limit, cut_text });
         }
-        let ids = Tensor::from_vec(encoded.ids, (1, limit), &self.here)?;
-        let mask = Tensor::from_vec(encoded.mask, (1, limit), &self.here)?;
-        self.embeds(&ids, mask, masked)
+        self.embed((encoded.ids, encoded.mask, masked))
     }
 
     /// The embeddings `[1, limit, width]` of filling alone, and their mask of zeros `[1, limit]` (u8): what some references
@@ -111,13 +113,22 @@ impl PromptEncoder {
     /// # Errors
     /// What the device reports.
     pub fn encode_nothing(&self) -> Result<(Tensor, Tensor), Error> {
-        let ids = Tensor::zeros((1, self.limit), DType::U32, &self.here)?;
-        let mask = Tensor::zeros((1, self.limit), DType::U8, &self.here)?;
-        self.embeds(&ids, mask, true)
+        self.embed((vec![0; self.limit], vec![0; self.limit], true))
     }
 
-    fn embeds(&self, ids: &Tensor, mask: Tensor, masked: bool) -> Result<(Tensor, Tensor), Error> {
-        let embeds = self.encoder.get()?.forward(ids, masked.then_some(&mask))?;
-        Ok((embeds.to_device(&self.device)?, mask.to_device(&self.device)?))
+    /// How often the encoder was run: the last few texts are remembered.
+    #[must_use]
+    pub fn encodings(&self) -> usize {
+        self.known.made()
+    }
+
+    fn embed(&self, text: Text) -> Result<(Tensor, Tensor), Error> {
+        self.known.get_or(text.clone(), || {
+            let (ids, mask, masked) = text;
+            let ids = Tensor::from_vec(ids, (1, self.limit), &self.here)?;
+            let mask = Tensor::from_vec(mask, (1, self.limit), &self.here)?;
+            let embeds = self.encoder.get()?.forward(&ids, masked.then_some(&mask))?;
+            Ok((embeds.to_device(&self.device)?, mask.to_device(&self.device)?))
+        })
     }
 }

@@ -5,7 +5,9 @@
 //! because later models need them. Norms, scores and softmax are computed in f32.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Embedding, Module, VarBuilder};
 use serde::Deserialize;
@@ -15,6 +17,7 @@ use crate::nn::attention::attention;
 use crate::nn::linear::Linear;
 use crate::nn::norm::rms_norm;
 use crate::nn::ops::{gelu_tanh, silu};
+use crate::weights::quantised;
 
 /// `config.json` of a T5 or UMT5 encoder.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -87,12 +90,18 @@ impl T5Config {
         Ok(())
     }
 
+    /// Whether the feed-forward has a gate.
+    #[must_use]
+    pub fn is_gated(&self) -> bool {
+        self.feed_forward_proj.starts_with("gated-")
+    }
+
     /// Parameters that every token meets: attention and feed-forward of every layer, without the vocabulary.
     #[must_use]
     pub fn token_parameters(&self) -> u64 {
         let [width, head, forward, layers, heads] =
             [self.d_model, self.d_kv, self.d_ff, self.num_layers, self.num_heads].map(|n| n as u64);
-        let matrices = if self.feed_forward_proj.starts_with("gated-") { 3 } else { 2 };
+        let matrices = if self.is_gated() { 3 } else { 2 };
         let attention = heads.saturating_mul(head).saturating_mul(width).saturating_mul(4);
         let forward = width.saturating_mul(forward).saturating_mul(matrices);
         attention.saturating_add(forward).saturating_mul(layers)
@@ -101,10 +110,36 @@ impl T5Config {
 
 /// A T5 encoder on a device.
 pub struct T5Encoder {
-    embedding: Embedding,
+    embedding: Table,
     blocks: Vec<Block>,
     norm: Norm,
     config: T5Config,
+}
+
+/// The vocabulary's vectors.
+enum Table {
+    Plain(Embedding),
+    /// In blocks of few bits, and the numbers in which they are given.
+    Quantised(Arc<QTensor>, DType),
+}
+
+impl Table {
+    fn load(config: &T5Config, vb: &VarBuilder<'_>) -> Result<Self> {
+        let shape = (config.vocab_size, config.d_model);
+        let shared = vb.contains_tensor("shared.weight");
+        let name = if shared { "shared.weight" } else { "encoder.embed_tokens.weight" };
+        if let Some(table) = quantised(vb, name, shape)? {
+            return Ok(Self::Quantised(table, vb.dtype()));
+        }
+        Ok(Self::Plain(Embedding::new(vb.get(shape, name)?, config.d_model)))
+    }
+
+    fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Plain(table) => table.forward(ids),
+            Self::Quantised(table, dtype) => table.embedding(ids)?.to_dtype(*dtype),
+        }
+    }
 }
 
 impl T5Encoder {
@@ -113,18 +148,13 @@ impl T5Encoder {
     /// # Errors
     /// When a tensor is missing or has another shape.
     pub fn load(config: &T5Config, vb: &VarBuilder<'_>) -> Result<Self> {
-        let shape = (config.vocab_size, config.d_model);
-        let table = if vb.contains_tensor("shared.weight") {
-            vb.get(shape, "shared.weight")?
-        } else {
-            vb.get(shape, "encoder.embed_tokens.weight")?
-        };
+        let embedding = Table::load(config, vb)?;
         let encoder = vb.pp("encoder");
         let blocks = (0..config.num_layers)
             .map(|index| Block::load(config, index, &encoder.pp("block").pp(index)))
             .collect::<Result<Vec<_>>>()?;
         let norm = Norm::load(config, &encoder.pp("final_layer_norm"))?;
-        Ok(Self { embedding: Embedding::new(table, config.d_model), blocks, norm, config: config.clone() })
+        Ok(Self { embedding, blocks, norm, config: config.clone() })
     }
 
     /// The last hidden state `[B, tokens, d_model]` of ids `[B, tokens]` (u32). With a mask `[B, tokens]` (1 or 0),
@@ -251,9 +281,8 @@ struct FeedForward {
 impl FeedForward {
     fn load(config: &T5Config, vb: &VarBuilder<'_>) -> Result<Self> {
         let linear = |name: &str| Linear::load(config.d_model, config.d_ff, false, vb.pp(name));
-        let gated = config.feed_forward_proj.starts_with("gated-");
         let (gate, linear) =
-            if gated { (linear("wi_0")?, Some(linear("wi_1")?)) } else { (linear("wi")?, None) };
+            if config.is_gated() { (linear("wi_0")?, Some(linear("wi_1")?)) } else { (linear("wi")?, None) };
         let activation = match config.feed_forward_proj.as_str() {
             "gated-gelu" => gelu_tanh,
             "gelu" => Tensor::gelu_erf,

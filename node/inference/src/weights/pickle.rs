@@ -7,10 +7,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use candle_core::pickle::{PthTensors, TensorInfo};
-use candle_core::{DType, Device, Shape, Tensor};
-use candle_nn::var_builder::SimpleBackend;
+use candle_core::{DType, Device, Tensor};
 
-use super::{FileTensors, WeightsError};
+use super::{FileTensors, Source, WeightsError};
 
 /// How such files end.
 pub(super) const EXTENSION: &str = "bin";
@@ -57,32 +56,11 @@ fn fault(info: &TensorInfo, length: u64) -> Option<String> {
 /// Gives tensors out of such a file.
 pub(super) struct Pickled(pub(super) PthTensors);
 
-impl SimpleBackend for Pickled {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        _: candle_nn::Init,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        match self.0.tensor_infos().get(name) {
-            Some(info) if info.layout.dims() != shape.dims() => {
-                let got = info.layout.shape().clone();
-                Err(candle_core::Error::UnexpectedShape { msg: name.to_owned(), expected: shape, got })
-            }
-            _ => self.get_unchecked(name, dtype, device),
-        }
-    }
-
-    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+impl Source for Pickled {
+    fn tensor(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         match self.0.get(name)? {
             Some(tensor) => tensor.contiguous()?.to_device(device)?.to_dtype(dtype),
             None => Err(candle_core::Error::CannotFindTensor { path: name.to_owned() }),
         }
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.0.tensor_infos().contains_key(name)
     }
 }

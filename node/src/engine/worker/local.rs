@@ -286,6 +286,7 @@ fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<Gen
             ..SecondPass::new(strength)
         }),
         initial_latents,
+        adapters: super::adapters::adapters(request)?,
         decode: DecodeOptions {
             tile: extra.decode_tile.map(|pixels| pixels as usize),
             chunk: extra.decode_chunk.map(|frames| frames as usize),
@@ -342,7 +343,7 @@ fn read_latents(path: &str) -> Result<Tensor, Failure> {
         .map_err(|error| fault(error.to_string()))
 }
 
-fn failure(error: &Error) -> Failure {
+pub(super) fn failure(error: &Error) -> Failure {
     // Another try, or another node, may have the memory, the device or the file; it has not another arithmetic.
     let (code, retryable) = match error {
         Error::OutOfMemory { .. } => ("out_of_memory", true),

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kinoflock_net::{FetchError, FetchOptions, HolderFault, MemorySink, Multiaddr, NetHandle};
+use kinoflock_net::{FetchError, FetchOptions, FileSink, HolderFault, MemorySink, Multiaddr, NetHandle};
 use kinoflock_protocol::audit::{
     AuditDifference, AuditObstacle, AuditOrder, AuditOutcome, AuditReply, AuditRequest, Opening,
     ValidAuditOrder, opened, own_steps,
@@ -17,10 +17,11 @@ use kinoflock_protocol::refusal::Reason;
 use kinoflock_protocol::rpc::{Request, Response};
 use kinoflock_protocol::seal::{SealKey, open_bytes, sealed_len};
 
+use super::super::adapters;
 use super::super::inputs::pictures;
 use super::super::jobs::wire_path;
 use super::super::unix_now;
-use crate::engine::wire::{StatePaths, WirePath};
+use crate::engine::wire::{StatePaths, WirePath, input_name};
 
 /// Longest wait for the maker's answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
@@ -54,6 +55,8 @@ pub(in super::super) struct Gathered {
     pub(super) states: StatePaths,
     pub(super) clip: WirePath,
     pub(super) initial_latents: Option<WirePath>,
+    /// The folder of adapters, where there are some.
+    pub(super) inputs: Option<WirePath>,
 }
 
 /// Why nothing can be computed: what is to be signed then.
@@ -110,7 +113,22 @@ impl Gather {
             Some(blob) => Some(self.given(blob.id, "given.safetensors").await?),
             None => None,
         };
-        Ok(Gathered { step, openings, states, clip, initial_latents })
+        let inputs = self.adapters().await?;
+        Ok(Gathered { step, openings, states, clip, initial_latents, inputs })
+    }
+
+    /// Fetches the job's adapters; gives their folder. Their sizes were checked with the order.
+    async fn adapters(&self) -> Result<Option<WirePath>, AuditOutcome> {
+        let files = adapters::files(self.valid.job.spec());
+        for (id, len) in &files {
+            let name = input_name(id);
+            let options = FetchOptions { max_len: *len, ..FetchOptions::default() };
+            let (holders, sink) = ([self.asker, self.order.maker.id], FileSink::new(self.folder.join(&name)));
+            let fetched = self.net.fetch_blob(*id, &holders, sink, options).await;
+            fetched.map_err(|error| could_not(AuditObstacle::Unreachable, format!("{name}: {error}")))?;
+        }
+        let folder = (!files.is_empty()).then(|| wire_path(&self.folder)).transpose();
+        folder.map_err(|error| could_not(AuditObstacle::Auditor, error))
     }
 
     /// Asks the maker for a step.

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use libp2p::core::ConnectedPoint;
-use libp2p::core::transport::ListenerId;
+use libp2p::core::transport::{ListenerId, PortUse};
 use libp2p::metrics::Recorder;
 use libp2p::request_response::{self, Message, OutboundFailure};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, gossipsub, identify, mdns, ping};
 
-use super::{Driver, RequestFailure, dial_error};
+use super::{Driver, RequestFailure, dial_error, own_port_in_use};
 use crate::behaviour::BehaviourEvent;
 use crate::discovery::{Advert, Ticket, is_global};
 use crate::event::NetEvent;
@@ -144,8 +144,13 @@ impl Driver {
         };
         let Some(node) = peer::node_id(&peer) else { return };
         // A dial to some address only, by a sub-behaviour, says nothing about the others.
-        let of_all = self.dialed.remove(&id).is_some();
-        if !of_all && self.connecting.contains_key(&peer) && self.dial_known(peer).is_ok() {
+        let of_all = self.dialed.remove(&id);
+        let wanted = self.connecting.contains_key(&peer);
+        if of_all.is_none() && wanted && self.dial_known(peer).is_ok() {
+            return;
+        }
+        let clashed = matches!(of_all, Some((_, PortUse::Reuse))) && own_port_in_use(error);
+        if clashed && wanted && self.dial_known_from(peer, PortUse::New).is_ok() {
             return;
         }
         for reply in self.connecting.remove(&peer).unwrap_or_default() {

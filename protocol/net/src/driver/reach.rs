@@ -124,8 +124,8 @@ impl Driver {
     }
 
     /// Sees to it that a peer is reached directly, and says so when it is. Addresses that are known are tried; a relayed
-    /// connection tries on its own.
-    pub(super) fn direct(&mut self, peer: PeerId, reply: Reply<()>) {
+    /// connection tries on its own, once, and so a new one is made if that came to nothing.
+    pub(super) fn direct(&mut self, peer: PeerId, again: bool, reply: Reply<()>) {
         if self.swarm.behaviour().streams.is_direct(&peer) {
             let _ = reply.send(());
             return;
@@ -134,11 +134,15 @@ impl Driver {
             return;
         }
         self.directing.entry(peer).or_default().push(reply);
-        let known: Vec<_> = self.book.addresses(&peer).into_iter().filter(|addr| !is_relayed(addr)).collect();
-        if !known.is_empty() {
-            let opts = DialOpts::peer_id(peer).condition(PeerCondition::NotDialing).addresses(known).build();
-            // An error means that somebody dials already, and the wait goes on.
-            let _ = self.swarm.dial(opts);
+        let (relayed, known): (Vec<_>, Vec<_>) =
+            self.book.addresses(&peer).into_iter().partition(|addr| is_relayed(addr));
+        let over_relays = if again { relayed } else { Vec::new() };
+        for (addrs, condition) in [(known, PeerCondition::NotDialing), (over_relays, PeerCondition::Always)] {
+            if !addrs.is_empty() {
+                let opts = DialOpts::peer_id(peer).condition(condition).addresses(addrs).build();
+                // An error means that somebody dials already, and the wait goes on.
+                let _ = self.swarm.dial(opts);
+            }
         }
     }
 

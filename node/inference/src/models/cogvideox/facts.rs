@@ -5,8 +5,8 @@ use std::path::Path;
 use super::config::{TransformerConfig, VaeConfig};
 use super::pipeline::{IMAGE_CLASS, NAME, SCHEDULERS, load_scheduler};
 use crate::error::Error;
-use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, read_t5};
+use crate::facts::{Attention, Facts, Figures, Part, PromptRule, usual_info};
+use crate::folder::read_t5;
 use crate::pipeline::{Defaults, FrameRule, PipelineInfo, WorkConfig, config_error};
 use crate::registry::ModelIndex;
 use crate::text::token_limit;
@@ -31,25 +31,9 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
     let text = read_t5(&folder.join("text_encoder"))?;
     let tokens = token_limit(&folder.join("tokenizer"), config.max_text_seq_length)?;
     let work = work_config(&config, &vae, tokens);
-    let own = Extras::read(folder, work.latent_channels)?.defaults;
-    let info = PipelineInfo {
-        architecture: NAME.to_owned(),
-        size_multiple: work.spatial_ratio * work.patch[2],
-        frame_rule: frame_rule(&work),
-        defaults: own.unwrap_or_else(|| defaults(&config, &work)),
-        token_limit: tokens,
-        work,
-    };
-    let figures = Figures {
-        attention: Attention::Shared,
-        single_layers: 0,
-        feed_forward_matrices: 2,
-        text_width: config.inner(),
-        text_parameters: text.token_parameters(),
-        decoder: decoder_levels(&vae),
-        vae_patch: 1,
-        staged: false,
-    };
+    let usual = defaults(&config, &work);
+    let info = PipelineInfo { frame_rule: frame_rule(&work), ..usual_info(folder, NAME, work, usual)? };
+    let figures = Figures::usual(Attention::Shared, config.inner(), &text, decoder_levels(&vae));
     let one_size = config.use_learned_positional_embeddings;
     Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual(), one_size })
 }

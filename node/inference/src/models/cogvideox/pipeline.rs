@@ -16,8 +16,9 @@ use super::config::{TransformerConfig, VaeConfig};
 use super::facts::facts;
 use super::transformer::CogVideoXTransformer;
 use super::vae::CogVideoXVae;
+use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{Extras, WEIGHTS_STEM, count_weights, open_weights};
+use crate::folder::{Extras, WEIGHTS_STEM, open_weights};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
@@ -46,6 +47,7 @@ pub struct CogVideoXPipeline {
     vae: Slot<CogVideoXVae>,
     placement: Placement,
     latent_rgb: LatentRgb,
+    places: Places,
     /// Whether clips begin with a picture.
     image: bool,
     device: Device,
@@ -65,12 +67,10 @@ impl CogVideoXPipeline {
         let turns = placement.turns();
         let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit, turns)?;
         let (from, with) = (folder.to_owned(), options.clone());
-        let transformer = Slot::new(turns, move || Ok(load_transformer(&from, &with)?.0))?;
+        let (transformer, transformer_parameters) = Slot::new(turns, move || load_transformer(&from, &with))?;
         let (from, with) = (folder.to_owned(), options.clone());
-        let vae = Slot::new(turns, move || Ok(load_vae(&from, &with, image)?.0))?;
-        let [transformer_parameters, vae_parameters] =
-            ["transformer", "vae"].map(|part| count_weights(&folder.join(part), WEIGHTS_STEM, options));
-        info.work = info.work.with_parameters([transformer_parameters?, vae_parameters?, text_parameters]);
+        let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, image))?;
+        info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
             info,
@@ -82,6 +82,7 @@ impl CogVideoXPipeline {
             vae,
             placement,
             latent_rgb,
+            places: options.places.clone(),
             image,
             device: options.device.clone(),
             dtype: options.dtype,

@@ -162,10 +162,12 @@ impl CogVideoXTransformer {
     ) -> Result<Tensor> {
         let (_, frames, _, height, width) = latents.dims5()?;
         let patch = self.config.patch();
-        let mut time = self.time.forward(&self.timesteps.embed(timesteps)?.to_dtype(self.dtype)?)?;
+        let device = latents.device();
+        let sinusoids = self.timesteps.embed(timesteps, device)?;
+        let mut time = self.time.forward(&sinusoids.to_dtype(self.dtype)?)?;
         probe("time_embedding", &time)?;
         if let Some((sinusoids, embedding)) = &self.ofs {
-            let ofs = sinusoids.embed(&Tensor::new(&[OFS], latents.device())?)?.to_dtype(self.dtype)?;
+            let ofs = sinusoids.embed(&Tensor::new(&[OFS], &Device::Cpu)?, device)?.to_dtype(self.dtype)?;
             let ofs = embedding.forward(&ofs)?;
             probe("ofs_embedding", &ofs)?;
             time = time.broadcast_add(&ofs)?;
@@ -206,7 +208,7 @@ fn load_patches(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linea
     // The reference gives the form with longer patches a bias whatever the setting says.
     let biased = config.patch_bias || config.patch_size_t.is_some();
     let bias = if biased { Some(vb.get(width, "bias")?) } else { None };
-    Linear::new(weight, bias)
+    Linear::placed(weight, bias, vb, None)
 }
 
 /// The learned table of positions, text first, `[tokens, width]`.

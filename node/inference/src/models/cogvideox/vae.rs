@@ -10,11 +10,12 @@
 mod blocks;
 mod tiles;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::config::VaeConfig;
 use crate::nn::frame_cache::FrameCache;
+use crate::nn::moments::Moments;
 use blocks::{Decoder, Encoder};
 
 /// Frames of a video in a run of the encoder.
@@ -40,26 +41,6 @@ fn channels_first(x: &Tensor) -> Result<Tensor> {
 
 fn channels_last(x: &Tensor) -> Result<Tensor> {
     x.permute((0, 2, 3, 4, 1))?.contiguous()
-}
-
-/// What an encoder says of a video: a normal distribution over latents, `(batch, channels, time, height, width)`.
-#[derive(Debug, Clone)]
-pub struct Moments {
-    /// The mean, which is also the mode.
-    pub mean: Tensor,
-    /// The logarithm of the variance, within -30 to 20.
-    pub logvar: Tensor,
-}
-
-impl Moments {
-    /// A draw: `mean + noise * exp(logvar / 2)`, in f32.
-    ///
-    /// # Errors
-    /// When `noise` has another shape or the device fails.
-    pub fn sample(&self, noise: &Tensor) -> Result<Tensor> {
-        let deviation = (self.logvar.to_dtype(DType::F32)? * 0.5)?.exp()?;
-        self.mean.to_dtype(DType::F32)? + (deviation * noise.to_dtype(DType::F32)?)?
-    }
 }
 
 /// The autoencoder.
@@ -178,11 +159,7 @@ impl CogVideoXVae {
             channels_first(&encoder.forward(&run, &mut cache, &mut trace)?)
         });
         let moments = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 2)?;
-        let channels = self.config.latent_channels;
-        Ok(Moments {
-            mean: moments.narrow(1, 0, channels)?.contiguous()?,
-            logvar: moments.narrow(1, channels, channels)?.clamp(-30f32, 20f32)?,
-        })
+        Moments::new(&moments, self.config.latent_channels)
     }
 }
 

@@ -77,7 +77,16 @@ impl TransformerConfig {
     /// # Errors
     /// When it cannot be read, or holds a value that this engine does not compute; the error names file, key and value.
     pub fn read(file: &Path) -> Result<Self, Error> {
-        let config: Self = read_json(file)?;
+        Self::of_value(file, read_json(file)?)
+    }
+
+    /// The same of what was read already.
+    ///
+    /// # Errors
+    /// As [`TransformerConfig::read`].
+    pub fn of_value(file: &Path, value: Value) -> Result<Self, Error> {
+        let config: Self =
+            serde_json::from_value(value).map_err(|error| config_error(file, "", "not readable", error))?;
         config.check(file)?;
         Ok(config)
     }

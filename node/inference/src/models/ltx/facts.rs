@@ -2,14 +2,15 @@
 
 use std::path::Path;
 
+use super::checkpoint::Checkpoint;
 use super::config::TransformerConfig;
-use super::pipeline::{DEFAULTS, LtxClass, NAME, read_vae_config};
+use super::pipeline::{DEFAULTS, LtxClass, NAME, read_scheduler, read_transformer_config, read_vae_config};
 use super::upsampler::{self, UpsamplerConfig};
 use super::vae::LtxVaeConfig;
 use crate::error::Error;
-use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, read_t5};
-use crate::pipeline::{FrameRule, PipelineInfo, WorkConfig, config_error};
+use crate::facts::{Attention, Facts, Figures, Part, PromptRule, usual_info};
+use crate::folder::{WEIGHTS_STEM, read_t5};
+use crate::pipeline::{WorkConfig, config_error};
 use crate::registry::ModelIndex;
 use crate::text::token_limit;
 
@@ -27,35 +28,32 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
     index.expect(folder, "text_encoder", &["T5EncoderModel"])?;
     index.expect(folder, "tokenizer", &["T5TokenizerFast", "T5Tokenizer"])?;
     index.expect(folder, "scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
-    load_flow_match(folder)?;
-    let config = TransformerConfig::read(&folder.join("transformer").join("config.json"))?;
+    read_scheduler(folder)?;
+    let config = read_transformer_config(folder)?;
     let vae = read_vae_config(folder)?;
     let text = read_t5(&folder.join("text_encoder"))?;
     let tokens = token_limit(&folder.join("tokenizer"), class.text_tokens())?;
     let work = work_config(&config, &vae, tokens);
-    let info = PipelineInfo {
-        architecture: NAME.to_owned(),
-        size_multiple: work.spatial_ratio * work.patch[2],
-        frame_rule: FrameRule::of_tokens(&work),
-        defaults: Extras::read(folder, work.latent_channels)?.defaults.unwrap_or(DEFAULTS),
-        token_limit: tokens,
-        work,
-    };
+    let info = usual_info(folder, NAME, work, DEFAULTS)?;
     let figures = Figures {
-        attention: Attention::Cross,
-        single_layers: 0,
-        feed_forward_matrices: 2,
-        text_width: config.cross_attention_dim,
-        text_parameters: text.token_parameters(),
-        decoder: decoder_levels(&vae),
         vae_patch: vae.patch_size,
-        staged: false,
+        ..Figures::usual(Attention::Cross, config.cross_attention_dim, &text, decoder_levels(&vae))
     };
-    let mut parts = Part::usual();
+    let mut parts = parts(folder)?;
     if UpsamplerConfig::find(folder)?.is_some() {
         parts.push(Part::with(upsampler::PART, WEIGHTS_STEM));
     }
     Ok(Facts { info, figures, prompts: PromptRule::plain(), parts, one_size: false })
+}
+
+fn parts(folder: &Path) -> Result<Vec<Part>, Error> {
+    let Some(single) = Checkpoint::find(folder)? else { return Ok(Part::usual()) };
+    let mut parts = Part::text();
+    parts.push(Part::file(single.file()));
+    if folder.join("scheduler").is_dir() {
+        parts.push(Part::plain("scheduler"));
+    }
+    Ok(parts)
 }
 
 /// Which of the reference's pipelines a folder names.

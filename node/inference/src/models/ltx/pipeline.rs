@@ -13,13 +13,16 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::checkpoint::Checkpoint;
 use super::config::TransformerConfig;
 use super::facts::{class, facts};
+use super::names::transformer_name;
 use super::transformer::LtxTransformer;
 use super::upsampler::UpsamplerConfig;
 use super::vae::{LtxVae, LtxVaeConfig};
+use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{Extras, count_weights, load_flow_match, open_weights};
+use crate::folder::{Extras, load_flow_match, open_renamed, open_weights};
 pub use crate::folder::{TEXT_STEM, WEIGHTS_STEM};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
@@ -86,6 +89,7 @@ pub struct LtxPipeline {
     vae: Slot<LtxVae>,
     placement: Placement,
     latent_rgb: LatentRgb,
+    places: Places,
     /// Of the folder's upsampler, where it has one.
     upsampler: Option<UpsamplerConfig>,
     /// Whether the VAE's files hold an encoder.
@@ -104,20 +108,16 @@ impl LtxPipeline {
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
         let mut info = facts(folder, index)?.info;
         let class = class(folder, index)?;
-        let scheduler = load_flow_match(folder)?;
+        let scheduler = read_scheduler(folder)?;
         let placement = Placement::new(folder, options)?;
         let turns = placement.turns();
         let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens(), turns)?;
         let (from, with) = (folder.to_owned(), options.clone());
-        let transformer = Slot::new(turns, move || Ok(load_transformer(&from, &with)?.0))?;
+        let (transformer, transformer_parameters) = Slot::new(turns, move || load_transformer(&from, &with))?;
         let (from, with) = (folder.to_owned(), options.clone());
-        let vae = Slot::new(turns, move || Ok(load_vae(&from, &with, false)?.0))?;
-        let [transformer_parameters, vae_parameters] =
-            ["transformer", "vae"].map(|part| count_weights(&folder.join(part), WEIGHTS_STEM, options));
-        let encodes = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?
-            .builder()
-            .contains_tensor(ENCODER_TENSOR);
-        let parameters = [transformer_parameters?, vae_parameters?, text_parameters];
+        let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, false))?;
+        let encodes = open_vae(folder, options)?.1.builder().contains_tensor(ENCODER_TENSOR);
+        let parameters = [transformer_parameters, vae_parameters, text_parameters];
         info.work = info.work.with_parameters(parameters);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
@@ -125,12 +125,13 @@ impl LtxPipeline {
             class,
             scheduler,
             text,
-            config: TransformerConfig::read(&folder.join("transformer").join("config.json"))?,
+            config: read_transformer_config(folder)?,
             vae_config: read_vae_config(folder)?,
             transformer,
             vae,
             placement,
             latent_rgb,
+            places: options.places.clone(),
             upsampler: UpsamplerConfig::find(folder)?,
             encodes,
             folder: folder.to_owned(),
@@ -197,9 +198,14 @@ impl LtxPipeline {
 /// # Errors
 /// See [`crate::load`].
 pub fn load_transformer(folder: &Path, options: &LoadOptions) -> Result<(LtxTransformer, u64), Error> {
-    let part = folder.join("transformer");
-    let config = TransformerConfig::read(&part.join("config.json"))?;
-    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let config = read_transformer_config(folder)?;
+    let weights = match Checkpoint::find(folder)? {
+        Some(single) => single.open_transformer(options)?,
+        None => {
+            let part = folder.join("transformer");
+            open_renamed(&part, WEIGHTS_STEM, options, options.dtype, &transformer_name)?
+        }
+    };
     let transformer = weights.build(|vb| LtxTransformer::load(&config, &vb))?;
     Ok((transformer, weights.parameters()))
 }
@@ -216,12 +222,36 @@ pub fn load_vae(folder: &Path, options: &LoadOptions, encoder: bool) -> Result<(
 }
 
 fn open_vae(folder: &Path, options: &LoadOptions) -> Result<(LtxVaeConfig, Weights), Error> {
-    let weights = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?;
-    Ok((read_vae_config(folder)?, weights))
+    match Checkpoint::find(folder)? {
+        Some(single) => Ok((single.vae(), single.open_vae(options)?)),
+        None => {
+            let weights = open_weights(&folder.join("vae"), WEIGHTS_STEM, options, options.dtype)?;
+            Ok((read_vae_config(folder)?, weights))
+        }
+    }
+}
+
+/// A folder's transformer configuration, checked.
+pub(super) fn read_transformer_config(folder: &Path) -> Result<TransformerConfig, Error> {
+    match Checkpoint::find(folder)? {
+        Some(single) => Ok(single.transformer()),
+        None => TransformerConfig::read(&folder.join("transformer").join("config.json")),
+    }
+}
+
+/// A folder's scheduler, checked; that of a single file where the folder has none.
+pub(super) fn read_scheduler(folder: &Path) -> Result<FlowMatchConfig, Error> {
+    match Checkpoint::find(folder)? {
+        Some(single) if !folder.join("scheduler").is_dir() => Ok(single.scheduler()),
+        _ => load_flow_match(folder),
+    }
 }
 
 /// A folder's VAE configuration, checked.
 pub(super) fn read_vae_config(folder: &Path) -> Result<LtxVaeConfig, Error> {
+    if let Some(single) = Checkpoint::find(folder)? {
+        return Ok(single.vae());
+    }
     let file = folder.join("vae").join("config.json");
     LtxVaeConfig::from_value(&read_json(&file)?)
         .map_err(|error| config_error(&file, &error.key, &error.value, &error.reason))

@@ -19,6 +19,7 @@ pub use config::{LtxVaeConfig, VaeConfigError};
 use decoder::Decoder;
 use encoder::Encoder;
 
+use crate::nn::moments::Moments;
 use crate::rng::{Stream, normal_tensor};
 use crate::tiling::{Place, Tiling};
 
@@ -91,25 +92,6 @@ pub(super) fn show(trace: &mut Option<Trace<'_>>, name: &str, x: &Tensor) -> Res
     match trace {
         Some(trace) => trace(name, &x.permute((0, 4, 1, 2, 3))?.contiguous()?),
         None => Ok(()),
-    }
-}
-
-/// What an encoder says of a video: a normal distribution over latents, `(batch, channels, time, height, width)`.
-#[derive(Debug, Clone)]
-pub struct Moments {
-    /// The mean, which is also the mode.
-    pub mean: Tensor,
-    /// The logarithm of the variance, within -30 to 20.
-    pub logvar: Tensor,
-}
-
-impl Moments {
-    /// A draw: `mean + noise * exp(logvar / 2)`.
-    ///
-    /// # Errors
-    /// When `noise` has another shape or the device fails.
-    pub fn sample(&self, noise: &Tensor) -> Result<Tensor> {
-        &self.mean + ((&self.logvar * 0.5)?.exp()? * noise)?
     }
 }
 
@@ -241,10 +223,6 @@ impl LtxVae {
             candle_core::bail!("this VAE was loaded without its encoder")
         };
         let moments = encoder.forward(video, &mut trace)?;
-        let channels = self.config.latent_channels;
-        Ok(Moments {
-            mean: moments.narrow(1, 0, channels)?,
-            logvar: moments.narrow(1, channels, channels)?.clamp(-30f32, 20f32)?,
-        })
+        Moments::new(&moments, self.config.latent_channels)
     }
 }

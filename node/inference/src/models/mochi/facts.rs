@@ -6,9 +6,9 @@ use super::config::TransformerConfig;
 use super::pipeline::{DEFAULTS, NAME, load_scheduler};
 use super::vae::MochiVaeConfig;
 use crate::error::Error;
-use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, read_t5};
-use crate::pipeline::{FrameRule, PipelineInfo, WorkConfig, config_error};
+use crate::facts::{Attention, Facts, Figures, Part, PromptRule, usual_info};
+use crate::folder::{check_agree, read_t5};
+use crate::pipeline::WorkConfig;
 use crate::registry::ModelIndex;
 use crate::text::{T5Config, token_limit};
 
@@ -31,23 +31,10 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
     check_fit(&file, &config, &vae, &text)?;
     let tokens = token_limit(&folder.join("tokenizer"), config.max_sequence_length)?;
     let work = work_config(&config, &vae, tokens);
-    let info = PipelineInfo {
-        architecture: NAME.to_owned(),
-        size_multiple: work.spatial_ratio * work.patch[2],
-        frame_rule: FrameRule { multiple: work.temporal_ratio, offset: 1 },
-        defaults: Extras::read(folder, work.latent_channels)?.defaults.unwrap_or(DEFAULTS),
-        token_limit: tokens,
-        work,
-    };
+    let info = usual_info(folder, NAME, work, DEFAULTS)?;
     let figures = Figures {
-        attention: Attention::Joint,
-        single_layers: 0,
         feed_forward_matrices: 3,
-        text_width: config.pooled_projection_dim,
-        text_parameters: text.token_parameters(),
-        decoder: decoder_levels(&vae),
-        vae_patch: 1,
-        staged: false,
+        ..Figures::usual(Attention::Joint, config.pooled_projection_dim, &text, decoder_levels(&vae))
     };
     Ok(Facts { info, figures, prompts: PromptRule::plain(), parts: Part::usual(), one_size: false })
 }
@@ -59,16 +46,16 @@ fn check_fit(
     vae: &MochiVaeConfig,
     text: &T5Config,
 ) -> Result<(), Error> {
-    let parts = [
-        ("in_channels", transformer.in_channels, vae.latent_channels, "the VAE's latents have"),
-        ("text_embed_dim", transformer.text_embed_dim, text.d_model, "the text encoder's embeddings have"),
+    let settings = [
+        ("in_channels", transformer.in_channels, vae.latent_channels, "the VAE's latents have channels:"),
+        (
+            "text_embed_dim",
+            transformer.text_embed_dim,
+            text.d_model,
+            "the text encoder's embeddings have channels:",
+        ),
     ];
-    match parts.into_iter().find(|(_, given, needed, _)| given != needed) {
-        Some((key, given, needed, who)) => {
-            Err(config_error(file, key, given, format!("{who} {needed} channels")))
-        }
-        None => Ok(()),
-    }
+    check_agree(file, &settings)
 }
 
 fn work_config(config: &TransformerConfig, vae: &MochiVaeConfig, context_tokens: usize) -> WorkConfig {

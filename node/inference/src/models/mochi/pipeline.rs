@@ -14,8 +14,9 @@ use super::config::TransformerConfig;
 use super::facts::facts;
 use super::transformer::MochiTransformer;
 use super::vae::{MochiVae, MochiVaeConfig};
+use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{Extras, WEIGHTS_STEM, count_weights, load_flow_match, open_weights};
+use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, open_weights};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
@@ -43,6 +44,7 @@ pub struct MochiPipeline {
     vae: Slot<MochiVae>,
     placement: Placement,
     latent_rgb: LatentRgb,
+    places: Places,
     device: Device,
     dtype: DType,
 }
@@ -63,15 +65,13 @@ impl MochiPipeline {
         let placement = Placement::new(folder, options)?;
         let turns = placement.turns();
         let (from, with) = (folder.to_owned(), options.clone());
-        let transformer = Slot::new(turns, move || Ok(load_transformer(&from, &with)?.0))?;
+        let (transformer, transformer_parameters) = Slot::new(turns, move || load_transformer(&from, &with))?;
         let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit, turns)?;
         let (from, with) = (folder.to_owned(), options.clone());
-        let vae = Slot::new(turns, move || Ok(load_vae(&from, &with, false)?.0))?;
-        let [transformer_parameters, vae_parameters] =
-            ["transformer", "vae"].map(|part| count_weights(&folder.join(part), WEIGHTS_STEM, options));
-        info.work = info.work.with_parameters([transformer_parameters?, vae_parameters?, text_parameters]);
+        let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, false))?;
+        info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
-        let (device, dtype) = (options.device.clone(), options.dtype);
+        let (places, device, dtype) = (options.places.clone(), options.device.clone(), options.dtype);
         Ok(Self {
             info,
             scheduler,
@@ -81,6 +81,7 @@ impl MochiPipeline {
             vae,
             placement,
             latent_rgb,
+            places,
             device,
             dtype,
         })

@@ -123,7 +123,8 @@ impl MochiTransformer {
         let dtype = self.frequencies.dtype();
         let mut video = self.patch.forward(&latents.to_dtype(dtype)?)?;
         probe("patch_embed", &video)?;
-        let embedded = self.time.forward(&self.timesteps.embed(timesteps)?.to_dtype(dtype)?)?;
+        let sinusoids = self.timesteps.embed(timesteps, latents.device())?;
+        let embedded = self.time.forward(&sinusoids.to_dtype(dtype)?)?;
         let embedded = (embedded + &text.pooled)?;
         probe("time_embed.0", &embedded)?;
         probe("time_embed.1", &text.tokens)?;
@@ -145,7 +146,7 @@ impl MochiTransformer {
 fn load_patch(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linear> {
     let (side, width) = (config.patch_size, config.inner());
     let weight = vb.get((width, config.in_channels, side, side), "weight")?.flatten_from(1)?;
-    Linear::new(weight, Some(vb.get(width, "bias")?))
+    Linear::placed(weight, Some(vb.get(width, "bias")?), vb, None)
 }
 
 /// The file's predictions have the channel last in a patch, packed tokens have it first.
@@ -156,9 +157,9 @@ fn load_out(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linear> {
     let order: Vec<u32> = (0..channels)
         .flat_map(|channel| (0..cells).map(move |cell| (cell * channels + channel) as u32))
         .collect();
-    let order = Tensor::new(order, weight.device())?;
-    let ordered = |tensor: &Tensor| tensor.contiguous()?.index_select(&order, 0);
-    Linear::new(ordered(&weight)?, Some(ordered(&bias)?))
+    let rows = Tensor::new(order.as_slice(), weight.device())?;
+    let ordered = |tensor: &Tensor| tensor.contiguous()?.index_select(&rows, 0);
+    Linear::placed(ordered(&weight)?, Some(ordered(&bias)?), vb, Some(&order))
 }
 
 struct Block {

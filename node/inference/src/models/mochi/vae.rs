@@ -17,7 +17,8 @@ use candle_nn::VarBuilder;
 pub use self::config::MochiVaeConfig;
 use self::decoder::Decoder;
 use self::encoder::Encoder;
-pub use crate::models::ltx::vae::{Moments, Trace};
+pub use crate::models::ltx::vae::Trace;
+use crate::nn::moments::Moments;
 use crate::tiling::Tiling;
 use crate::tiling::blend::BlendPlan;
 
@@ -160,10 +161,6 @@ impl MochiVae {
             );
         }
         let moments = encoder.forward(video, &mut trace)?;
-        let channels = self.config.latent_channels;
-        Ok(Moments {
-            mean: moments.narrow(1, 0, channels)?,
-            logvar: moments.narrow(1, channels, channels)?.clamp(-30f32, 20f32)?,
-        })
+        Moments::new(&moments, self.config.latent_channels)
     }
 }

@@ -1,27 +1,54 @@
-//! `config.json` of Pyramid Flow's miniFLUX transformer, and what of it this engine computes.
+//! The configuration of Pyramid Flow's transformer, whichever of its two forms it has, and what of it this engine
+//! computes.
+
+mod flux;
+mod mmdit;
 
 use std::path::Path;
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
+pub use flux::FluxConfig;
+pub use mmdit::MmditConfig;
+
 use crate::error::Error;
-use crate::folder::{check_counts, check_only, check_others};
+use crate::folder::check_others;
 use crate::pipeline::{config_error, read_json};
 
-/// The transformer's class.
-pub const CLASS: &str = "PyramidFluxTransformer";
 /// Latent cells along a side of a token; the reference has no other.
 pub const PATCH: usize = 2;
+/// Which kernel computes, and how training saves memory: no matter for what is computed.
+const NO_MATTER: &[&str] = &["use_flash_attn", "use_gradient_checkpointing", "gradient_checkpointing_ratio"];
 
-/// The transformer's configuration; what a file leaves out has the reference's default.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(default)]
+/// The forms of the transformer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// miniFLUX: blocks of two streams, then of one; positions turn queries and keys.
+    Flux,
+    /// Stable Diffusion 3's: blocks of two streams alone; places in a picture are added to its tokens, time turns queries
+    /// and keys.
+    Mmdit,
+}
+
+impl Variant {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Flux, Self::Mmdit];
+
+    /// The transformer's class.
+    #[must_use]
+    pub const fn class(self) -> &'static str {
+        match self {
+            Self::Flux => "PyramidFluxTransformer",
+            Self::Mmdit => "PyramidDiffusionMMDiT",
+        }
+    }
+}
+
+/// What the transformer is built from.
+#[derive(Debug, Clone, PartialEq)]
 pub struct TransformerConfig {
-    /// Only 1: the reference's patches of 2 x 2 cells are counted in `in_channels`.
-    pub patch_size: usize,
-    /// Channels of a token: four times those of a latent cell.
-    pub in_channels: usize,
+    /// Its form.
+    pub variant: Variant,
     /// Blocks with a text stream of their own.
     pub num_layers: usize,
     /// Blocks with text and video in one stream.
@@ -34,34 +61,12 @@ pub struct TransformerConfig {
     pub joint_attention_dim: usize,
     /// Width of the text as one vector.
     pub pooled_projection_dim: usize,
-    /// Channels of a head that time, height and width turn.
-    pub axes_dims_rope: Vec<usize>,
-    /// Only true: nothing attends to later frames.
-    pub use_temporal_causal: bool,
-    /// Only true: positions of smaller pictures are spread over the large one.
-    pub interp_condition_pos: bool,
-    /// What this engine has no name for.
-    #[serde(flatten)]
-    pub others: Map<String, Value>,
-}
-
-impl Default for TransformerConfig {
-    fn default() -> Self {
-        Self {
-            patch_size: 1,
-            in_channels: 64,
-            num_layers: 19,
-            num_single_layers: 38,
-            attention_head_dim: 64,
-            num_attention_heads: 24,
-            joint_attention_dim: 4096,
-            pooled_projection_dim: 768,
-            axes_dims_rope: vec![16, 24, 24],
-            use_temporal_causal: true,
-            interp_condition_pos: true,
-            others: Map::new(),
-        }
-    }
+    /// Channels of a latent cell.
+    pub latent_channels: usize,
+    /// Channels of a head that time, and then height and width, turn.
+    pub axes: Vec<usize>,
+    /// Rows and columns of the table of positions that are added, where there is one.
+    pub positions: Option<usize>,
 }
 
 impl TransformerConfig {
@@ -70,9 +75,16 @@ impl TransformerConfig {
     /// # Errors
     /// When it cannot be read, or holds a value that this engine does not compute; the error names file, key and value.
     pub fn read(file: &Path) -> Result<Self, Error> {
-        let config: Self = read_json(file)?;
-        config.check(file)?;
-        Ok(config)
+        let fields: Map<String, Value> = read_json(file)?;
+        let class = fields.get("_class_name").and_then(Value::as_str).unwrap_or(Variant::Flux.class());
+        match Variant::ALL.into_iter().find(|variant| variant.class() == class) {
+            Some(Variant::Flux) => FluxConfig::read(file),
+            Some(Variant::Mmdit) => MmditConfig::read(file),
+            None => {
+                let known = Variant::ALL.map(Variant::class).join(" and ");
+                Err(config_error(file, "_class_name", class, format!("known are {known}")))
+            }
+        }
     }
 
     /// Width of a token inside.
@@ -81,41 +93,21 @@ impl TransformerConfig {
         self.num_attention_heads * self.attention_head_dim
     }
 
-    /// Channels of a latent cell.
+    /// Numbers in a token's cells.
     #[must_use]
-    pub fn latent_channels(&self) -> usize {
-        self.in_channels / (PATCH * PATCH)
+    pub fn token_channels(&self) -> usize {
+        self.latent_channels * PATCH * PATCH
     }
+}
 
-    fn check(&self, file: &Path) -> Result<(), Error> {
-        /// Which kernel computes, and how training saves memory: no matter for what is computed.
-        const NO_MATTER: [&str; 3] =
-            ["use_flash_attn", "use_gradient_checkpointing", "gradient_checkpointing_ratio"];
-        let mut others = self.others.clone();
-        others.retain(|key, _| !NO_MATTER.contains(&key.as_str()));
-        check_others(file, &others, CLASS)?;
-        check_only(file, "patch_size", &self.patch_size, &1)?;
-        check_only(file, "use_temporal_causal", &self.use_temporal_causal, &true)?;
-        check_only(file, "interp_condition_pos", &self.interp_condition_pos, &true)?;
-        let counts = [
-            ("in_channels", self.in_channels),
-            ("num_layers", self.num_layers),
-            ("num_single_layers", self.num_single_layers),
-            ("attention_head_dim", self.attention_head_dim),
-            ("num_attention_heads", self.num_attention_heads),
-            ("joint_attention_dim", self.joint_attention_dim),
-            ("pooled_projection_dim", self.pooled_projection_dim),
-        ];
-        check_counts(file, &counts)?;
-        if !self.in_channels.is_multiple_of(PATCH * PATCH) {
-            return Err(config_error(file, "in_channels", self.in_channels, "it must be a multiple of 4"));
-        }
-        let axes = &self.axes_dims_rope;
-        let even = axes.iter().all(|width| width.is_multiple_of(2));
-        if axes.len() != 3 || !even || axes.iter().sum::<usize>() != self.attention_head_dim {
-            let reason = format!("three even widths of {} together are needed", self.attention_head_dim);
-            return Err(config_error(file, "axes_dims_rope", format!("{axes:?}"), reason));
-        }
-        Ok(())
-    }
+/// Checks what a file holds beside the fields that are read; what is in one of the `passed` lists is no matter.
+fn check_known(
+    file: &Path,
+    others: &Map<String, Value>,
+    passed: &[&[&str]],
+    variant: Variant,
+) -> Result<(), Error> {
+    let mut others = others.clone();
+    others.retain(|key, _| !passed.iter().any(|list| list.contains(&key.as_str())));
+    check_others(file, &others, variant.class())
 }

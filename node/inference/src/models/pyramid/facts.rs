@@ -2,25 +2,21 @@
 
 use std::path::Path;
 
-use super::config::{PATCH, TransformerConfig};
+use super::config::{PATCH, TransformerConfig, Variant};
 use super::pipeline::{
-    CLIP_FOLDER, NAME, OwnExtras, PyramidSettings, T5_FOLDER, TEXT_TOKENS, VAE_FOLDER, transformer_folder,
+    NAME, OwnExtras, PyramidSettings, TEXT_TOKENS, Usual, VAE_FOLDER, read_clip, transformer_folder,
 };
 use super::vae::PyramidVaeConfig;
 use crate::error::Error;
 use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, TEXT_STEM, WEIGHTS_STEM, read_t5};
-use crate::pipeline::{Defaults, FrameRule, PipelineInfo, WorkConfig, config_error, read_json};
+use crate::folder::{Extras, TEXT_STEM, WEIGHTS_STEM, check_agree, read_t5};
+use crate::pipeline::{Defaults, FrameRule, PipelineInfo, WorkConfig};
 use crate::text::{ClipTextConfig, T5Config, token_limit};
 
 /// Inner width of a feed-forward, in widths of a token.
 const FEED_FACTOR: usize = 4;
 /// Residual blocks in the middle of the VAE's decoder.
 const MIDDLE: usize = 2;
-/// The folder of T5's tokenizer, whose limit counts: what CLIP does not read is in T5's text.
-pub(super) const T5_TOKENIZER: &str = "tokenizer_2";
-/// The folder of CLIP's.
-pub(super) const CLIP_TOKENIZER: &str = "tokenizer";
 
 /// Reads and checks a folder's configuration.
 ///
@@ -28,37 +24,37 @@ pub(super) const CLIP_TOKENIZER: &str = "tokenizer";
 /// See [`crate::registry::facts`].
 pub fn facts(folder: &Path) -> Result<Facts, Error> {
     let own = OwnExtras::read(folder)?;
-    let (part, usual) = transformer_folder(folder, own.transformer.as_deref())?;
+    let part = transformer_folder(folder, own.transformer.as_deref())?;
     let config = TransformerConfig::read(&part.join("config.json"))?;
+    let usual = Usual::of(config.variant, &part);
+    let (settings, _) = own.settle(folder, &usual)?;
     let vae = PyramidVaeConfig::read(&folder.join(VAE_FOLDER).join("config.json"))?;
-    let t5 = read_t5(&folder.join(T5_FOLDER))?;
-    check_widths(folder, &part, (&config, &vae, &t5))?;
-    let tokens = token_limit(&folder.join(T5_TOKENIZER), TEXT_TOKENS)?;
+    let text = config.variant.t5();
+    let t5 = read_t5(&folder.join(text.encoder))?;
+    let clips = config.variant.clips().iter().map(|parts| read_clip(&folder.join(parts.encoder)));
+    let clips = clips.collect::<Result<Vec<_>, _>>()?;
+    check_widths(&part, &config, &vae, (&clips, &t5))?;
+    let tokens = token_limit(&folder.join(text.tokenizer), TEXT_TOKENS)?;
     let work = work_config(&config, &vae, tokens);
-    let defaults = Extras::read(folder, work.latent_channels)?.defaults.unwrap_or(usual);
+    let defaults = Extras::read(folder, work.latent_channels)?.defaults.unwrap_or(usual.defaults);
     let figures = Figures {
         attention: Attention::Joint,
         single_layers: config.num_single_layers,
         feed_forward_matrices: 2,
         text_width: config.inner(),
-        // CLIP, a fortieth of T5, is left out.
-        text_parameters: t5.token_parameters(),
+        text_parameters: text_parameters(config.variant, &clips, &t5),
         decoder: decoder_levels(&vae),
         vae_patch: 1,
         staged: true,
     };
     let transformer = part.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let parts = vec![
-        Part::with(transformer, WEIGHTS_STEM),
-        Part::with(VAE_FOLDER, WEIGHTS_STEM),
-        Part::with(CLIP_FOLDER, TEXT_STEM),
-        Part::with(T5_FOLDER, TEXT_STEM),
-        Part::plain(CLIP_TOKENIZER),
-        Part::plain(T5_TOKENIZER),
-    ];
-    let suffix = own.pyramid.prompt_suffix.clone();
-    let prompts = PromptRule { tokenizer: T5_TOKENIZER, clean: None, suffix };
-    Ok(Facts { info: info(&own.pyramid, work, defaults), figures, prompts, parts, one_size: false })
+    let mut parts = vec![Part::with(transformer, WEIGHTS_STEM), Part::with(VAE_FOLDER, WEIGHTS_STEM)];
+    for of_text in config.variant.clips().iter().chain([&text]) {
+        parts.extend([Part::with(of_text.encoder, TEXT_STEM), Part::plain(of_text.tokenizer)]);
+    }
+    let suffix = settings.prompt_suffix.clone();
+    let prompts = PromptRule { tokenizer: text.tokenizer, clean: None, suffix };
+    Ok(Facts { info: info(&settings, work, defaults), figures, prompts, parts, one_size: false })
 }
 
 /// What follows from the settings.
@@ -76,24 +72,30 @@ pub(super) fn info(settings: &PyramidSettings, work: WorkConfig, defaults: Defau
 
 /// What one part gives must be what the next takes.
 fn check_widths(
-    folder: &Path,
     part: &Path,
-    (config, vae, t5): (&TransformerConfig, &PyramidVaeConfig, &T5Config),
+    config: &TransformerConfig,
+    vae: &PyramidVaeConfig,
+    (clips, t5): (&[ClipTextConfig], &T5Config),
 ) -> Result<(), Error> {
-    let clip_file = folder.join(CLIP_FOLDER).join("config.json");
-    let clip: ClipTextConfig = read_json(&clip_file)?;
-    clip.check(&clip_file)?;
-    let widths = [
-        ("in_channels", config.in_channels, vae.latent_channels() * PATCH * PATCH, VAE_FOLDER),
-        ("joint_attention_dim", config.joint_attention_dim, t5.d_model, T5_FOLDER),
-        ("pooled_projection_dim", config.pooled_projection_dim, clip.hidden_size, CLIP_FOLDER),
+    let projects = config.variant.projects();
+    let vector = |clip: &ClipTextConfig| if projects { clip.projection_dim } else { clip.hidden_size };
+    let pooled = clips.iter().fold(0, |all: usize, clip| all.saturating_add(vector(clip)));
+    let cells = if config.variant == Variant::Flux { PATCH * PATCH } else { 1 };
+    let (takes, gives) = (config.latent_channels * cells, vae.latent_channels().saturating_mul(cells));
+    let settings = [
+        ("in_channels", takes, gives, "the VAE gives"),
+        ("joint_attention_dim", config.joint_attention_dim, t5.d_model, "T5 gives a width of"),
+        ("pooled_projection_dim", config.pooled_projection_dim, pooled, "CLIP gives a width of"),
     ];
-    match widths.into_iter().find(|(_, takes, gives, _)| takes != gives) {
-        Some((key, takes, gives, from)) => {
-            let file = part.join("config.json");
-            Err(config_error(file, key, takes, format!("{from} gives a width of {gives}")))
-        }
-        None => Ok(()),
+    check_agree(&part.join("config.json"), &settings)
+}
+
+/// miniFLUX's CLIP, a fortieth of T5, is left out.
+fn text_parameters(variant: Variant, clips: &[ClipTextConfig], t5: &T5Config) -> u64 {
+    let t5 = t5.token_parameters();
+    match variant {
+        Variant::Flux => t5,
+        Variant::Mmdit => clips.iter().fold(t5, |all, clip| all.saturating_add(clip.token_parameters())),
     }
 }
 

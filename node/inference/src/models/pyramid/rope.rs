@@ -1,5 +1,6 @@
-//! Pyramid Flow's rotary embedding: a head's channels are shared out to time, height and width, and every token of a
-//! clip has a place in the grid of the largest picture, whatever the size that it is given in.
+//! Pyramid Flow's rotary embedding: a head's channels are shared out to time, height and width (in the SD3 form all are
+//! time's), and every token of a clip has a place in the grid of the largest picture, whatever the size that it is given
+//! in.
 //!
 //! Text lies at the origin. A clip of half the size has its rows at 0.5, 2.5, and so on: the middle of the rows that
 //! they stand for. Angles are computed in f64 and tables kept in f32, as the reference does.
@@ -18,7 +19,7 @@ pub struct RopeTables {
 
 impl RopeTables {
     /// For `text` text tokens and then clips, each of so many frames, rows and columns of tokens; the last is the
-    /// largest. `axes` are the widths of time, height and width in a head.
+    /// largest. `axes` are the widths of time and, where they turn too, of height and width in a head.
     ///
     /// # Errors
     /// When the device has no room.
@@ -68,7 +69,7 @@ impl RopeTables {
 }
 
 /// Places of `count` rows in a grid of `whole`: torch's linear interpolation of 0, 1, 2, ..
-fn spread(count: usize, whole: usize) -> Vec<f64> {
+pub(super) fn spread(count: usize, whole: usize) -> Vec<f64> {
     let scale = whole as f32 / count as f32;
     let place = |index: usize| {
         if count == whole {

@@ -1,17 +1,20 @@
-//! Pyramid Flow's transformer (the authors' `PyramidFluxTransformer`): past latents in several sizes and the current
-//! ones in, the current ones' velocity out.
+//! Pyramid Flow's transformer (the authors' `PyramidFluxTransformer` and `PyramidDiffusionMMDiT`): past latents in several
+//! sizes and the current ones in, the current ones' velocity out.
 //!
 //! The sequence is the text, then clips of tokens from the earliest to the current. The first blocks keep text and video
-//! apart but for attention; the later ones are one stream, with attention and feed-forward side by side. What depends on
-//! the text alone is computed once per run as a [`TextContext`].
+//! apart but for attention; the later ones, which only miniFLUX has, are one stream, with attention and feed-forward side
+//! by side. The SD3 form's last block makes no text. What depends on the text alone is computed once per run as a
+//! [`TextContext`].
 
 mod attention;
+mod positions;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use self::attention::{Joint, Layout, Single};
-use super::config::{PATCH, TransformerConfig};
+use self::positions::{Positions, load_patches};
+use super::config::{PATCH, TransformerConfig, Variant};
 use super::rope::RopeTables;
 use crate::nn::embedding::{TimestepEmbedding, Timesteps};
 use crate::nn::linear::Linear;
@@ -29,6 +32,7 @@ pub struct PyramidTransformer {
     pooled: [Linear; 2],
     context: Linear,
     video: Linear,
+    positions: Option<Positions>,
     blocks: Vec<DoubleBlock>,
     single_blocks: Vec<SingleBlock>,
     norm_out: Linear,
@@ -43,6 +47,8 @@ pub struct TextContext {
     pooled: Tensor,
     /// `[B, text tokens]`, 1 where the prompt is and 0 where it is filled up.
     mask: Tensor,
+    /// Whether the mask leaves anything out: asked once, since a step does not wait to read from its device.
+    filled: bool,
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.
@@ -58,11 +64,17 @@ impl PyramidTransformer {
         let embed = vb.pp("time_text_embed");
         let text = embed.pp("text_embedder");
         let blocks = (0..config.num_layers)
-            .map(|index| DoubleBlock::load(config, &vb.pp("transformer_blocks").pp(index)))
+            .map(|index| DoubleBlock::load(config, index, &vb.pp("transformer_blocks").pp(index)))
             .collect::<Result<Vec<_>>>()?;
         let single_blocks = (0..config.num_single_layers)
             .map(|index| SingleBlock::load(config, &vb.pp("single_transformer_blocks").pp(index)))
             .collect::<Result<Vec<_>>>()?;
+        let patches = vb.pp("pos_embed");
+        let positions = config.positions.map(|side| Positions::load(side, width, &patches)).transpose()?;
+        let video = match config.variant {
+            Variant::Flux => Linear::load(config.token_channels(), width, true, vb.pp("x_embedder"))?,
+            Variant::Mmdit => load_patches(config, &patches.pp("proj"))?,
+        };
         Ok(Self {
             time: TimestepEmbedding::load(Timesteps::PIXART.channels, width, embed.pp("timestep_embedder"))?,
             pooled: [
@@ -70,11 +82,12 @@ impl PyramidTransformer {
                 Linear::load(width, width, true, text.pp("linear_2"))?,
             ],
             context: Linear::load(config.joint_attention_dim, width, true, vb.pp("context_embedder"))?,
-            video: Linear::load(config.in_channels, width, true, vb.pp("x_embedder"))?,
+            video,
+            positions,
             blocks,
             single_blocks,
             norm_out: Linear::load(width, 2 * width, true, vb.pp("norm_out").pp("linear"))?,
-            proj_out: Linear::load(width, config.in_channels, true, vb.pp("proj_out"))?,
+            proj_out: Linear::load(width, config.token_channels(), true, vb.pp("proj_out"))?,
             dtype: vb.dtype(),
             config: config.clone(),
         })
@@ -98,7 +111,8 @@ impl PyramidTransformer {
         if mask.dims() != &text.dims()[..2] {
             candle_core::bail!("a text {:?} was given a mask of shape {:?}", text.shape(), mask.shape());
         }
-        Ok(TextContext { projected, pooled: self.pooled[1].forward(&pooled)?, mask })
+        let filled = mask.min_all()?.to_scalar::<f32>()? < 1.0;
+        Ok(TextContext { projected, pooled: self.pooled[1].forward(&pooled)?, mask, filled })
     }
 
     /// The velocity `[B, C, T, H, W]` of the last of `clips`, each `[B, C, frames, height, width]`, from the earliest to
@@ -123,30 +137,38 @@ impl PyramidTransformer {
     ) -> Result<Tensor> {
         let Some(current) = clips.last() else { candle_core::bail!("a step was given no latents") };
         let grids = clips.iter().map(grid).collect::<Result<Vec<_>>>()?;
-        let text_tokens = text.projected.dim(1)?;
         let layout = self.layout(&grids, text, current.device())?;
         let tokens = clips.iter().map(pack).collect::<Result<Vec<_>>>()?;
         let mut x = self.video.forward(&Tensor::cat(&tokens, 1)?.to_dtype(self.dtype)?)?;
+        if let Some(positions) = &self.positions {
+            x = x.broadcast_add(&positions.of(&grids)?.to_dtype(self.dtype)?)?;
+        }
         let mut context = text.projected.clone();
-        let time = self.time.forward(&Timesteps::PIXART.embed(timesteps)?.to_dtype(self.dtype)?)?;
+        let sinusoids = Timesteps::PIXART.embed(timesteps, current.device())?;
+        let time = self.time.forward(&sinusoids.to_dtype(self.dtype)?)?;
         let embedded = (time + &text.pooled)?;
-        probe("x_embedder", &x)?;
+        probe(if self.positions.is_some() { "pos_embed" } else { "x_embedder" }, &x)?;
         probe("context_embedder", &context)?;
         probe("time_text_embed", &embedded)?;
         let conditioning = silu(&embedded)?;
         for (index, block) in self.blocks.iter().enumerate() {
-            (context, x) = block.forward(&context, &x, &conditioning, &layout)?;
-            probe(&format!("transformer_blocks.{index}.0"), &context)?;
+            let (words, video) = block.forward(&context, &x, &conditioning, &layout)?;
+            x = video;
             probe(&format!("transformer_blocks.{index}.1"), &x)?;
+            if let Some(words) = words {
+                probe(&format!("transformer_blocks.{index}.0"), &words)?;
+                context = words;
+            }
         }
-        let mut x = Tensor::cat(&[&context, &x], 1)?;
+        if !self.single_blocks.is_empty() {
+            x = Tensor::cat(&[&context, &x], 1)?;
+        }
         for (index, block) in self.single_blocks.iter().enumerate() {
             x = block.forward(&x, &conditioning, &layout)?;
             probe(&format!("single_transformer_blocks.{index}"), &x)?;
         }
         let length: usize = grids.last().copied().unwrap_or_default().iter().product();
         let whole = x.dim(1)?;
-        debug_assert!(whole >= text_tokens + length, "invariant: the current clip lies behind the text");
         let x = x.narrow(1, whole - length, length)?.contiguous()?;
         let [scale, shift] = parts(&self.norm_out.forward(&conditioning)?)?;
         let x = self.proj_out.forward(&Norm::layer(EPSILON).modulate(&scale, &shift).apply(&x)?)?;
@@ -156,10 +178,9 @@ impl PyramidTransformer {
     fn layout(&self, grids: &[[usize; 3]], text: &TextContext, device: &Device) -> Result<Layout> {
         let config = &self.config;
         let tokens = text.projected.dim(1)?;
-        let rope =
-            RopeTables::new(&config.axes_dims_rope, config.num_attention_heads, tokens, grids, device)?;
+        let rope = RopeTables::new(&config.axes, config.num_attention_heads, tokens, grids, device)?;
         let frames = grids.iter().flat_map(|&[frames, rows, columns]| vec![rows * columns; frames]);
-        Layout::new(rope, &text.mask, frames.collect())
+        Layout::new(rope, &text.mask, text.filled, frames.collect())
     }
 }
 
@@ -228,41 +249,68 @@ impl Stream {
     }
 }
 
+/// A block's text.
+enum Words {
+    /// Its stream, and attention's last projection.
+    Stream(Stream, Linear),
+    /// Of the SD3 form's last block: it is read by the video and not made anew; scale and shift.
+    Read(Linear),
+}
+
 /// A block with a text stream of its own.
 struct DoubleBlock {
-    context: Stream,
+    context: Words,
     video: Stream,
     attention: Joint,
 }
 
 impl DoubleBlock {
-    fn load(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Self> {
+    fn load(config: &TransformerConfig, index: usize, vb: &VarBuilder<'_>) -> Result<Self> {
         let width = config.inner();
+        let norm = vb.pp("norm1_context");
+        let reads = config.variant == Variant::Mmdit && index + 1 == config.num_layers;
+        let context = if reads {
+            Words::Read(Linear::load(width, 2 * width, true, norm.pp("linear"))?)
+        } else {
+            let out = Linear::load(width, width, true, vb.pp("attn").pp("to_add_out"))?;
+            Words::Stream(Stream::load(width, &norm, &vb.pp("ff_context"))?, out)
+        };
         Ok(Self {
-            context: Stream::load(width, &vb.pp("norm1_context"), &vb.pp("ff_context"))?,
+            context,
             video: Stream::load(width, &vb.pp("norm1"), &vb.pp("ff"))?,
             attention: Joint::load(config, &vb.pp("attn"))?,
         })
     }
 
-    /// Text and video after it.
+    /// Text, where it goes on, and video after it.
     fn forward(
         &self,
         context: &Tensor,
         video: &Tensor,
         conditioning: &Tensor,
         layout: &Layout,
-    ) -> Result<(Tensor, Tensor)> {
-        let of_context = self.context.modulation(conditioning)?;
-        let of_video = self.video.modulation(conditioning)?;
-        let normed = |x: &Tensor, m: &[Tensor; 6]| Norm::layer(EPSILON).modulate(&m[1], &m[0]).apply(x);
-        let mixed = self.attention.mix(&normed(context, &of_context)?, &normed(video, &of_video)?, layout)?;
-        let context = self.attention.context_out(&mixed.0, &of_context[2], context)?;
-        let video = self.attention.video_out(&mixed.1, &of_video[2], video)?;
-        let [_, _, _, shift, scale, gate] = &of_context;
-        let context = self.context.feed(&context, [shift, scale, gate])?;
-        let [_, _, _, shift, scale, gate] = &of_video;
-        Ok((context, self.video.feed(&video, [shift, scale, gate])?))
+    ) -> Result<(Option<Tensor>, Tensor)> {
+        let normed =
+            |x: &Tensor, scale: &Tensor, shift: &Tensor| Norm::layer(EPSILON).modulate(scale, shift).apply(x);
+        let [shift, scale, gate, feed @ ..] = self.video.modulation(conditioning)?;
+        let video_in = normed(video, &scale, &shift)?;
+        let after = |mixed: &Tensor| {
+            let video = self.attention.video_out(mixed, &gate, video)?;
+            self.video.feed(&video, feed.each_ref())
+        };
+        match &self.context {
+            Words::Read(modulation) => {
+                let [scale, shift] = parts(&modulation.forward(conditioning)?)?;
+                let mixed = self.attention.mix(&normed(context, &scale, &shift)?, &video_in, layout)?;
+                Ok((None, after(&mixed.1)?))
+            }
+            Words::Stream(stream, out) => {
+                let [shift, scale, gate, feed @ ..] = stream.modulation(conditioning)?;
+                let mixed = self.attention.mix(&normed(context, &scale, &shift)?, &video_in, layout)?;
+                let context = out.forward_gated(&mixed.0, &gate, context)?;
+                Ok((Some(stream.feed(&context, feed.each_ref())?), after(&mixed.1)?))
+            }
+        }
     }
 }
 

@@ -20,17 +20,9 @@ use decoder::Decoder;
 use encoder::Encoder;
 
 use crate::nn::frame_cache::FrameCache;
+use crate::nn::moments::Moments;
 use crate::tiling::Tiling;
 use crate::tiling::blend::BlendPlan;
-
-/// What an encoder says of a video: a normal distribution over latents, `(batch, channels, time, height, width)`.
-#[derive(Debug, Clone)]
-pub struct Moments {
-    /// The mean, which is also the mode.
-    pub mean: Tensor,
-    /// The logarithm of the variance, within -30 to 20.
-    pub logvar: Tensor,
-}
 
 /// The autoencoder.
 #[derive(Debug, Clone)]
@@ -141,12 +133,7 @@ impl PyramidVae {
             );
         }
         let moments = encoder.forward(&video.permute((0, 2, 3, 4, 1))?.contiguous()?)?;
-        let moments = channels_first(&moments)?;
-        let channels = self.config.latent_channels();
-        Ok(Moments {
-            mean: moments.narrow(1, 0, channels)?,
-            logvar: moments.narrow(1, channels, channels)?.clamp(-30f32, 20f32)?,
-        })
+        Moments::new(&channels_first(&moments)?, self.config.latent_channels())
     }
 }
 

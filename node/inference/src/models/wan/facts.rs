@@ -6,9 +6,9 @@ use super::config::{CLASS, TransformerConfig};
 use super::pipeline::{DEFAULTS, IMAGE_CLASS, NAME, SECOND, TEXT_TOKENS, WanSampler, boundary, sampler};
 use super::vae::{WanVaeConfig, config as vae_config};
 use crate::error::Error;
-use crate::facts::{Attention, Facts, Figures, Part, PromptRule};
-use crate::folder::{Extras, TEXT_STEM, WEIGHTS_STEM, read_t5};
-use crate::pipeline::{Defaults, FrameRule, PipelineInfo, WorkConfig, config_error};
+use crate::facts::{Attention, Facts, Figures, Part, PromptRule, usual_info};
+use crate::folder::{TEXT_STEM, WEIGHTS_STEM, read_t5};
+use crate::pipeline::{Defaults, WorkConfig, config_error};
 use crate::registry::ModelIndex;
 use crate::text::clean::clean;
 use crate::text::token_limit;
@@ -42,23 +42,10 @@ pub fn facts(folder: &Path, index: &ModelIndex) -> Result<Facts, Error> {
     let work = work_config(&config, &vae, tokens);
     let form = form(folder, index)?;
     let usual = if form == Form::First { FINE_DEFAULTS } else { DEFAULTS };
-    let info = PipelineInfo {
-        architecture: NAME.to_owned(),
-        size_multiple: work.spatial_ratio * work.patch[1],
-        frame_rule: FrameRule::of_tokens(&work),
-        defaults: Extras::read(folder, work.latent_channels)?.defaults.unwrap_or(usual),
-        token_limit: tokens,
-        work,
-    };
+    let info = usual_info(folder, NAME, work, usual)?;
     let figures = Figures {
-        attention: Attention::Cross,
-        single_layers: 0,
-        feed_forward_matrices: 2,
-        text_width: config.inner(),
-        text_parameters: text.token_parameters(),
-        decoder: decoder_levels(&vae),
         vae_patch: vae.patch(),
-        staged: false,
+        ..Figures::usual(Attention::Cross, config.inner(), &text, decoder_levels(&vae))
     };
     let mut parts = Part::usual();
     if second {

@@ -18,10 +18,12 @@ use serde::Deserialize;
 
 use super::config::TransformerConfig;
 use super::facts::{facts, form};
+use super::names::transformer_name;
 use super::transformer::WanTransformer;
 use super::vae::{WanVae, WanVaeConfig};
+use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, count_weights, open_weights};
+use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_renamed, open_weights};
 use crate::offload::{InTurn, Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
@@ -60,6 +62,7 @@ pub struct WanPipeline {
     placement: Placement,
     pictures: Pictures,
     latent_rgb: LatentRgb,
+    places: Places,
     device: Device,
 }
 
@@ -104,21 +107,19 @@ impl WanPipeline {
         let turns = placement.turns();
         let (pictures, more) = Pictures::load(folder, form(folder, index)?, options, turns)?;
         let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit, turns)?;
-        let transformer = transformer_slot(folder, "transformer", options, turns)?;
-        let mut parameters = count_weights(&folder.join("transformer"), WEIGHTS_STEM, options)?;
+        let (transformer, mut parameters) = transformer_slot(folder, "transformer", options, turns)?;
         let mut low_noise = None;
         if let Some(boundary) = boundary(folder, index, sampler.train_timesteps())? {
-            let transformer = transformer_slot(folder, SECOND, options, turns)?;
-            parameters += count_weights(&folder.join(SECOND), WEIGHTS_STEM, options)?;
+            let (transformer, more) = transformer_slot(folder, SECOND, options, turns)?;
+            parameters += more;
             let guidance = LowNoiseExtras::read(folder)?;
             low_noise = Some(LowNoise { transformer, boundary, guidance });
         }
         let (from, with, encodes) = (folder.to_owned(), options.clone(), pictures.encodes());
-        let vae = Slot::new(turns, move || Ok(load_vae(&from, &with, encodes)?.0))?;
-        let vae_parameters = count_weights(&folder.join("vae"), WEIGHTS_STEM, options)?;
+        let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, encodes))?;
         info.work = info.work.with_parameters([parameters, vae_parameters, text_parameters + more]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
-        let device = options.device.clone();
+        let (places, device) = (options.places.clone(), options.device.clone());
         let config = TransformerConfig::read(&folder.join("transformer").join("config.json"))?;
         Ok(Self {
             info,
@@ -131,6 +132,7 @@ impl WanPipeline {
             placement,
             pictures,
             latent_rgb,
+            places,
             device,
         })
     }
@@ -225,9 +227,9 @@ fn transformer_slot(
     name: &'static str,
     options: &LoadOptions,
     turns: &InTurn,
-) -> Result<Slot<WanTransformer>, Error> {
+) -> Result<(Slot<WanTransformer>, u64), Error> {
     let (folder, options) = (folder.to_owned(), options.clone());
-    Slot::new(turns, move || Ok(load_transformer(&folder, name, &options)?.0))
+    Slot::new(turns, move || load_transformer(&folder, name, &options))
 }
 
 /// A folder's transformer of that name, and how many parameters it has.
@@ -241,7 +243,7 @@ pub fn load_transformer(
 ) -> Result<(WanTransformer, u64), Error> {
     let part = folder.join(name);
     let config = TransformerConfig::read(&part.join("config.json"))?;
-    let weights = open_weights(&part, WEIGHTS_STEM, options, options.dtype)?;
+    let weights = open_renamed(&part, WEIGHTS_STEM, options, options.dtype, &transformer_name)?;
     let transformer = weights.build(|vb| WanTransformer::load(&config, &vb))?;
     Ok((transformer, weights.parameters()))
 }

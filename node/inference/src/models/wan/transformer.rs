@@ -5,7 +5,7 @@
 //! depends on the text alone (its projection, keys and values of every block) is computed once per run as a
 //! [`TextContext`]. The timestep's embedding and the tables that it is added to are f32 whatever the weights are.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::config::TransformerConfig;
@@ -34,6 +34,27 @@ pub struct TextContext {
     /// The projected text, `(batch, text tokens, width)`.
     pub projected: Tensor,
     blocks: Vec<KeyValue>,
+}
+
+impl TextContext {
+    /// The contexts of two texts as one batch.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn join(first: &Self, second: &Self) -> Result<Self> {
+        let cat = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 0);
+        let blocks = first.blocks.iter().zip(&second.blocks).map(|(a, b)| {
+            let image = match (&a.image, &b.image) {
+                (Some(a), Some(b)) => Some((cat(&a.0, &b.0)?, cat(&a.1, &b.1)?)),
+                _ => None,
+            };
+            Ok(KeyValue { key: cat(&a.key, &b.key)?, value: cat(&a.value, &b.value)?, image })
+        });
+        Ok(Self {
+            projected: cat(&first.projected, &second.projected)?,
+            blocks: blocks.collect::<Result<_>>()?,
+        })
+    }
 }
 
 struct KeyValue {
@@ -152,7 +173,7 @@ impl WanTransformer {
 fn load_patches(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linear> {
     let ([t, h, w], width) = (config.patch_size, config.inner());
     let weight = vb.get((width, config.in_channels, t, h, w), "weight")?;
-    Linear::new(weight.reshape((width, ()))?, Some(vb.get(width, "bias")?))
+    Linear::placed(weight.reshape((width, ()))?, Some(vb.get(width, "bias")?), vb, None)
 }
 
 /// The output layer, whose rows are a token's cells and within each its channels, in the order of packed tokens:
@@ -162,9 +183,13 @@ fn load_output(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Linear
     let (rows, width) = (channels * cells, config.inner());
     let weight = vb.get((rows, width), "weight")?.reshape((cells, channels, width))?;
     let bias = vb.get(rows, "bias")?.reshape((cells, channels))?;
-    Linear::new(
+    let order = |channel: usize| (0..cells).map(move |cell| (cell * channels + channel) as u32);
+    let order: Vec<u32> = (0..channels).flat_map(order).collect();
+    Linear::placed(
         weight.transpose(0, 1)?.contiguous()?.reshape((rows, width))?,
         Some(bias.t()?.contiguous()?.flatten_all()?),
+        vb,
+        Some(&order),
     )
 }
 
@@ -372,6 +397,7 @@ struct TimeEmbedding {
     embedding: TimestepEmbedding,
     out: Linear,
     dtype: DType,
+    device: Device,
 }
 
 impl TimeEmbedding {
@@ -383,12 +409,13 @@ impl TimeEmbedding {
             embedding: TimestepEmbedding::load(config.freq_dim, width, embedding)?,
             out: Linear::load(width, 6 * width, true, vb.pp("time_proj"))?,
             dtype: vb.dtype(),
+            device: vb.device().clone(),
         })
     }
 
     /// `(.., width)` and `(.., 6 width)`.
     fn forward(&self, timesteps: &Tensor) -> Result<(Tensor, Tensor)> {
-        let sinusoids = self.sinusoids.embed(&timesteps.flatten_all()?)?;
+        let sinusoids = self.sinusoids.embed(&timesteps.flatten_all()?, &self.device)?;
         let embedded = self.embedding.forward(&sinusoids)?.to_dtype(self.dtype)?;
         let mut shape = timesteps.dims().to_vec();
         shape.push(embedded.dim(D::Minus1)?);

@@ -21,16 +21,8 @@ pub use decoder::Watch;
 use encoder::Encoder;
 
 use crate::nn::conv3d::Conv3d;
+use crate::nn::moments::Moments;
 use crate::tiling::Tiling;
-
-/// What an encoder says of a video: a normal distribution over latents, `(batch, channels, time, height, width)`.
-#[derive(Debug, Clone)]
-pub struct Moments {
-    /// The mean, which is also the mode.
-    pub mean: Tensor,
-    /// The logarithm of the variance, within -30 to 20.
-    pub logvar: Tensor,
-}
 
 /// The autoencoder.
 #[derive(Debug, Clone)]
@@ -141,10 +133,6 @@ impl WanVae {
         }
         let x = encoder.forward(video, time)?;
         let x = quant.forward(&x)?.permute((0, 4, 1, 2, 3))?.contiguous()?;
-        let channels = self.config.z_dim;
-        Ok(Moments {
-            mean: x.narrow(1, 0, channels)?,
-            logvar: x.narrow(1, channels, channels)?.clamp(-30f32, 20f32)?,
-        })
+        Moments::new(&x, self.config.z_dim)
     }
 }

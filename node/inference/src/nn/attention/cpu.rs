@@ -7,7 +7,7 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use crate::nn::cpu::View;
+use crate::nn::cpu::{View, written};
 use crate::nn::pack::{PANEL, Source, TILE, Tile, micro};
 use crate::nn::simd::{self, simd_fn};
 
@@ -72,15 +72,13 @@ pub(super) fn attention(
             attend(&sizes, pair, block * QUERIES, q_all, &packed[pair], mask)
         })
         .collect();
-    let mut out = vec![0f32; batch * queries * heads * width];
-    for (task, part) in parts.iter().enumerate() {
-        let (pair, block) = (task / blocks, task % blocks);
-        let (b, h) = (pair / heads, pair % heads);
-        for (i, row) in part.chunks_exact(width).enumerate() {
-            let at = ((b * queries + block * QUERIES + i) * heads + h) * width;
-            out[at..at + width].copy_from_slice(row);
+    let out = written(batch * queries * heads * width, heads * width, |query, out| {
+        let (b, query) = (query / queries, query % queries);
+        for (h, out) in out.chunks_exact_mut(width).enumerate() {
+            let part = &parts[(b * heads + h) * blocks + query / QUERIES];
+            out.copy_from_slice(&part[query % QUERIES * width..][..width]);
         }
-    }
+    });
     Tensor::from_vec(out, (batch, queries, heads, width), q.device())
 }
 
@@ -212,7 +210,7 @@ simd_fn! {
         }
         let top = simd::max(row);
         if top > *maximum {
-            let factor = if *maximum == f32::NEG_INFINITY { 0.0 } else { simd::exp(*maximum - top) };
+            let factor = if *maximum == f32::NEG_INFINITY { 0.0 } else { simd::exp::<FUSED>(*maximum - top) };
             *sum *= factor;
             for x in out.iter_mut() {
                 *x *= factor;
@@ -221,7 +219,7 @@ simd_fn! {
         }
         let base = if *maximum == f32::NEG_INFINITY { 0.0 } else { *maximum };
         for x in row.iter_mut() {
-            let weight = simd::exp(*x - base);
+            let weight = simd::exp::<FUSED>(*x - base);
             *x = if *x == f32::NEG_INFINITY { 0.0 } else { weight };
         }
         *sum += simd::sum(row);

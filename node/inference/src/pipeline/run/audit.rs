@@ -42,6 +42,7 @@ pub(super) fn transition<M: VideoModel>(
     };
     let latents = checked(latents, model.latents_shape(&plan, index))?.to_device(model.device())?;
     settle(model, request)?;
+    let _beside = model.places().apply(&request.adapters)?;
     let context = model.context(request, &plan)?;
     let state = State { latents, memory: BTreeMap::new() };
     let output = model.output(request, &plan, &context, index, &state);

@@ -52,5 +52,8 @@ pub(super) fn digest(request: &GenerateRequest, course: &Course<'_>) -> Result<[
     for noise in &request.step_noise {
         hasher.update(b"step noise").update(&latents_bytes(noise)?);
     }
+    for adapter in &request.adapters {
+        hasher.update(b"adapter").update(adapter.lora.hash()).update(&adapter.scale.to_bits().to_le_bytes());
+    }
     Ok(*hasher.finalize().as_bytes())
 }

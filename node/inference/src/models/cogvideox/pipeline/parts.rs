@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::CogVideoXPipeline;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::cogvideox::transformer::Positions;
 use crate::offload::Placement;
@@ -72,6 +73,10 @@ impl VideoModel for CogVideoXPipeline {
             Phase::Decode => self.vae.give_back(),
             Phase::Load => {}
         }
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -149,7 +154,7 @@ impl VideoModel for CogVideoXPipeline {
         };
         let input = Tensor::cat(&vec![input; batch], 0)?;
         let timestep = plan.schedule.timesteps[index];
-        let timesteps = Tensor::from_vec(vec![timestep; batch], batch, &self.device)?;
+        let timesteps = Tensor::from_vec(vec![timestep; batch], batch, &Device::Cpu)?;
         let transformer = self.transformer.get()?;
         let output = transformer.forward(&input, &timesteps, &context.text, &context.positions)?;
         let output = output.to_dtype(DType::F32)?;

@@ -179,7 +179,7 @@ impl super::parts::Plan {
             LtxClass::Condition => 0.0,
         };
         Ok(Levels {
-            timesteps: self.layout.tokens(timestep, &self.volume, device)?,
+            timesteps: self.layout.tokens(timestep, &self.volume, &Device::Cpu)?,
             sigmas: self.layout.tokens(sigma, &self.volume, device)?.unsqueeze(2)?,
             changes: self.layout.tokens(change, &self.volume, device)?.unsqueeze(2)?,
         })
@@ -266,8 +266,7 @@ fn encode(
 ) -> Result<Tensor, Error> {
     let moments = encoder.encode(&given.video(count, &model.device, model.dtype)?, None)?;
     let noise = condition_noise(request, draw, moments.mean.dims(), &model.device)?;
-    let drawn = moments.sample(&noise.to_dtype(model.dtype)?)?.to_dtype(DType::F32)?;
-    Ok(encoder.normalize(&drawn)?)
+    Ok(encoder.normalize(&moments.sample(&noise)?)?)
 }
 
 /// Mixes the pieces into tokens, each as strongly as it is given.

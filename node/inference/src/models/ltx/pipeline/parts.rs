@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use super::conditions::{Given, Layout};
 use super::second;
 use super::{LtxClass, LtxPipeline, pack, unpack};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::ltx::rope::{Positions, Rope, RopeTables};
 use crate::models::ltx::transformer::TextContext;
@@ -71,6 +72,10 @@ impl VideoModel for LtxPipeline {
             Phase::Decode => self.vae.give_back(),
             Phase::Load => {}
         }
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -377,7 +382,7 @@ fn velocity(
         Some(given) => {
             (given.noised(request, plan, index, latents)?, plan.levels(index, &model.device)?.timesteps)
         }
-        None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &model.device)?),
+        None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &Device::Cpu)?),
     };
     let (input, timesteps) = (twice(&input)?, twice(&timesteps)?);
     let velocity = model.transformer.get()?.forward(&input, &timesteps, &context.text, &context.rope)?;
@@ -415,7 +420,7 @@ fn decode(
         };
         let scale = request.decode_noise_scale.unwrap_or(request.decode_timestep);
         z = ((z * (1.0 - scale))? + (noise * scale)?)?;
-        timestep = Some(Tensor::new(&[request.decode_timestep as f32], &model.device)?);
+        timestep = Some(Tensor::new(&[request.decode_timestep as f32], &Device::Cpu)?);
     }
     let noise = if given.is_empty() { Noise::Seed(request.seed) } else { Noise::Given(given) };
     let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::DType;
 
 use super::conditions::Layout;
-use super::read_vae_config;
+use super::{read_transformer_config, read_vae_config};
 use crate::error::Error;
 use crate::folder::read_t5;
 use crate::models::ltx::config::TransformerConfig;
@@ -35,7 +35,7 @@ pub(crate) fn plan(
     let info = facts(folder, index)?.info;
     let masked = class(folder, index)? == super::LtxClass::Condition || !request.conditions.is_empty();
     let text = read_t5(&folder.join("text_encoder"))?;
-    let config = TransformerConfig::read(&folder.join("transformer").join("config.json"))?;
+    let config = read_transformer_config(folder)?;
     let vae_config = read_vae_config(folder)?;
     let volume = Volume::new(&info.work, request);
     let layout = Layout::new(request, volume.cells[0], info.work.temporal_ratio);

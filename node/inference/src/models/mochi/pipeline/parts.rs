@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::MochiPipeline;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
@@ -55,6 +56,10 @@ impl VideoModel for MochiPipeline {
             Phase::Decode => self.vae.give_back(),
             Phase::Load => {}
         }
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -112,7 +117,7 @@ impl VideoModel for MochiPipeline {
         let latents = &state.latents;
         let batch = if context.guided { 2 } else { 1 };
         let input = if context.guided { Tensor::cat(&[latents, latents], 0)? } else { latents.clone() };
-        let timesteps = Tensor::from_vec(vec![plan.schedule.timesteps[index]; batch], batch, &self.device)?;
+        let timesteps = Tensor::from_vec(vec![plan.schedule.timesteps[index]; batch], batch, &Device::Cpu)?;
         let velocity = self.transformer.get()?.forward(&input, &timesteps, &context.text, &context.rope)?;
         let velocity = velocity.to_dtype(DType::F32)?;
         if !context.guided {

@@ -6,9 +6,11 @@ use candle_core::{DType, Device, Tensor};
 use super::PyramidPipeline;
 use super::resize::enlarge;
 use super::units::Plan;
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::pyramid::transformer::TextContext;
 use crate::offload::Placement;
+use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, pictures, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
@@ -22,6 +24,8 @@ const FINISHED: &str = "units";
 pub struct Context {
     text: TextContext,
     guided: bool,
+    /// The first unit, where a picture was given.
+    picture: Option<Tensor>,
 }
 
 impl VideoModel for PyramidPipeline {
@@ -42,18 +46,19 @@ impl VideoModel for PyramidPipeline {
 
     fn give_back(&self, phase: Phase) {
         match phase {
-            Phase::Text => {
-                self.text.give_back();
-                self.clip.give_back();
-            }
+            Phase::Text => self.text.give_back(),
             Phase::Step => self.transformer.give_back(),
             Phase::Decode => self.vae.give_back(),
             Phase::Load => {}
         }
     }
 
+    fn places(&self) -> &Places {
+        &self.places
+    }
+
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
-        self.text.tokens(&self.with_suffix(prompt))
+        self.text.t5.tokens(&self.with_suffix(prompt))
     }
 
     /// What is put behind a prompt counts, and not behind a negative one: [`VideoModel::plan`] checks both.
@@ -65,10 +70,14 @@ impl VideoModel for PyramidPipeline {
         request.guidance > 1.0 || request.later_guidance.is_some_and(|guidance| guidance > 1.0)
     }
 
+    fn takes(&self) -> Takes {
+        Takes::First { needed: false }
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
-        self.text.check(&self.with_suffix(&request.prompt), request.truncate_prompt)?;
+        self.text.t5.check(&self.with_suffix(&request.prompt), request.truncate_prompt)?;
         if self.is_guided(request) {
-            self.text.check(&request.negative_prompt, request.truncate_prompt)?;
+            self.text.t5.check(&request.negative_prompt, request.truncate_prompt)?;
         }
         Plan::new(self, request)
     }
@@ -85,7 +94,7 @@ impl VideoModel for PyramidPipeline {
     }
 
     fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
-        plan.noise(request, 0)
+        plan.noise(request, plan.first())
     }
 
     fn context(&self, request: &GenerateRequest, _plan: &Plan) -> Result<Context, Error> {
@@ -98,9 +107,25 @@ impl VideoModel for PyramidPipeline {
             Tensor::cat(&text.iter().map(part).collect::<Vec<_>>(), 0)
         };
         let (embeds, mask) = (joined(|text| &text.embeds)?, joined(|text| &text.mask)?);
-        self.give_back(Phase::Text);
+        self.text.give_back();
+        let picture = picture(self, request)?;
+        self.vae.give_back();
         let text = self.transformer.get()?.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
-        Ok(Context { text, guided })
+        Ok(Context { text, guided, picture })
+    }
+
+    /// A given picture is a unit that is done.
+    fn enter(
+        &self,
+        _request: &GenerateRequest,
+        _plan: &Plan,
+        context: &Context,
+        state: &mut State,
+    ) -> Result<(), Error> {
+        if let Some(picture) = &context.picture {
+            state.memory.insert(FINISHED.to_owned(), picture.clone());
+        }
+        Ok(())
     }
 
     fn output(
@@ -121,7 +146,7 @@ impl VideoModel for PyramidPipeline {
         if context.guided {
             clips = clips.iter().map(|clip| Tensor::cat(&[clip, clip], 0)).collect::<Result<_, _>>()?;
         }
-        let timesteps = Tensor::from_vec(vec![plan.timesteps[index]; batch], batch, &self.device)?;
+        let timesteps = Tensor::from_vec(vec![plan.timesteps[index]; batch], batch, &Device::Cpu)?;
         let transformer = self.transformer.get()?;
         let velocity = transformer.forward(&clips, &timesteps, &context.text)?.to_dtype(DType::F32)?;
         if !context.guided {
@@ -195,6 +220,14 @@ impl PyramidPipeline {
     fn with_suffix(&self, prompt: &str) -> String {
         format!("{prompt}{}", self.settings.prompt_suffix)
     }
+}
+
+/// The latents of a given picture, drawn from the distribution that the VAE gives, `[1, C, 1, H, W]`.
+fn picture(model: &PyramidPipeline, request: &GenerateRequest) -> Result<Option<Tensor>, Error> {
+    let Some(given) = request.conditions.first() else { return Ok(None) };
+    let moments = model.vae.get()?.encode(&given.video(1, &model.device, model.dtype)?)?;
+    let noise = condition_noise(request, 0, moments.mean.dims(), &model.device)?;
+    Ok(Some(model.normalize_first(&moments.sample(&noise)?)?))
 }
 
 /// The units before this one; a checkpoint may have lost them or hold others.

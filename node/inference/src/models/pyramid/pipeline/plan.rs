@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::DType;
 
-use super::{OwnExtras, T5_FOLDER, VAE_FOLDER, read_clip, transformer_folder};
+use super::{OwnExtras, Usual, VAE_FOLDER, read_clip, transformer_folder};
 use crate::error::Error;
 use crate::folder::read_t5;
 use crate::models::pyramid::config::{PATCH, TransformerConfig};
@@ -32,14 +32,17 @@ pub(crate) fn plan(
 ) -> Result<MemoryPlan, Error> {
     let info = facts(folder)?.info;
     let (own, work) = (OwnExtras::read(folder)?, info.work);
-    let (part, _) = transformer_folder(folder, own.transformer.as_deref())?;
+    let part = transformer_folder(folder, own.transformer.as_deref())?;
     let config = TransformerConfig::read(&part.join("config.json"))?;
+    let variant = config.variant;
+    let (settings, _) = own.settle(folder, &Usual::of(variant, &part))?;
     let vae_config = PyramidVaeConfig::read(&folder.join(VAE_FOLDER).join("config.json"))?;
-    let text = read_t5(&folder.join(T5_FOLDER))?;
-    let clip = read_clip(folder)?;
+    let text = read_t5(&folder.join(variant.t5().encoder))?;
+    let clips = variant.clips().iter().map(|parts| read_clip(&folder.join(parts.encoder)));
+    let clips = clips.collect::<Result<Vec<_>, Error>>()?;
     let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
     let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
-    let stages = own.pyramid.scheduler.stage_range.len() - 1;
+    let stages = settings.scheduler.stage_range.len() - 1;
     let guided = request.guidance > 1.0 || request.later_guidance.is_some_and(|guidance| guidance > 1.0);
     let batch = if guided { 2 } else { 1 };
     let (dtype, tokens) = (options.dtype, info.token_limit);
@@ -48,16 +51,21 @@ pub(crate) fn plan(
     let mut draft = Draft::new(options, request);
     let (encoder, _) =
         draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
-    let (second, _) =
-        draft.text_component("clip text encoder", dtype, |vb| ClipTextEncoder::load(&clip, &vb))?;
+    let load = if variant.projects() { ClipTextEncoder::load_projected } else { ClipTextEncoder::load };
+    let mut encoders = vec![encoder];
+    for clip in &clips {
+        encoders.push(draft.text_component("clip text encoder", dtype, |vb| load(clip, &vb))?.0);
+    }
     let (transformer, _) =
         draft.component("transformer", dtype, |vb| PyramidTransformer::load(&config, &vb))?;
-    let (vae, _) = draft.component("vae", dtype, |vb| PyramidVae::load_decoder(&vae_config, &vb))?;
-    draft.phase(PlanPhase::Text, &[encoder, second], |ledger| {
+    let (vae, _) = draft.component("vae", dtype, |vb| PyramidVae::load(&vae_config, &vb))?;
+    draft.phase(PlanPhase::Text, &encoders, |ledger| {
         let _start = ledger.wide(&volume);
         let each = || {
             let embeds = t5(ledger, &text, tokens, true, text_dtype(dtype));
-            clip_text(ledger, &clip, clip.max_position_embeddings, dtype);
+            for clip in &clips {
+                clip_text(ledger, clip, clip.max_position_embeddings, dtype);
+            }
             embeds
         };
         let first = each();
@@ -65,8 +73,14 @@ pub(crate) fn plan(
             cat(&[&each(), &first], 0);
         }
     });
+    if !request.conditions.is_empty() {
+        draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
+            let _held = (ledger.wide(&volume), ledger.ghost(&[batch, tokens, text.d_model], dtype));
+            encode(&vae_config, &ledger.wide(&[1, 1, request.height, request.width, 3]).to(dtype));
+        });
+    }
     draft.phase(PlanPhase::Denoise, &[transformer], |ledger| {
-        let seen = Seen::new(cells, stages, own.pyramid.frames_per_unit);
+        let seen = Seen::new(cells, stages, settings.frames_per_unit);
         denoise(ledger, &config, (&seen, volume), [batch, tokens], dtype);
     });
     draft.phase(PlanPhase::Decode, &[vae], |ledger| {
@@ -122,12 +136,12 @@ fn denoise(
     let (width, tokens) = (config.inner(), frames.iter().sum::<usize>());
     let own: usize = frames[frames.len() - seen.own..].iter().sum();
     let _finished = ledger.wide(&volume);
-    let state = ledger.wide(&[1, own, config.in_channels]);
+    let state = ledger.wide(&[1, own, config.token_channels()]);
     let context = ledger.ghost(&[batch, words, config.joint_attention_dim], dtype);
     let text = context.linear(width);
     drop(context);
-    let clips = ledger.wide(&[batch, tokens, config.in_channels]);
-    let pairs = config.axes_dims_rope.iter().sum::<usize>() / 2;
+    let clips = ledger.wide(&[batch, tokens, config.token_channels()]);
+    let pairs = config.axes.iter().sum::<usize>() / 2;
     let all = words + tokens;
     let heads = config.num_attention_heads;
     let _rope = {
@@ -139,7 +153,8 @@ fn denoise(
     let mut x = {
         let packed = clips.same();
         let joined = if frames.len() > seen.own { packed.same() } else { packed.clone() };
-        joined.to(dtype).linear(width)
+        let x = joined.to(dtype).linear(width);
+        if config.positions.is_some() { x.same() } else { x }
     };
     let layout = Layout { words, frames: &frames };
     let mut text = text;
@@ -152,7 +167,7 @@ fn denoise(
         y = single_block(config, &y, &layout);
     }
     let last = y.narrow(1, own).solid();
-    let out = { last.norm() }.linear(config.in_channels);
+    let out = { last.norm() }.linear(config.token_channels());
     let velocity = out.same().to(DType::F32);
     drop((x, y, text, last, out));
     if batch > 1 {
@@ -314,4 +329,30 @@ fn resnet(x: &Ghost, output: usize, conv: &mut impl FnMut(&Ghost, usize) -> Ghos
     let normed = inner.group_norm();
     let _shortcut = if x.dim(4) == output { x.clone() } else { x.cube(output, 1) };
     conv(&normed, output)
+}
+
+/// A picture `(1, 1, height, width, 3)` to its moments.
+fn encode(config: &PyramidVaeConfig, picture: &Ghost) {
+    let widths = &config.encoder_block_out_channels;
+    let mut conv = |x: &Ghost, output: usize| x.cube(output, 3);
+    let mut x = { picture.same() }.cube(widths[0], 3);
+    for (index, &width) in widths.iter().enumerate() {
+        for _ in 0..config.encoder_layers_per_block[index] {
+            x = resnet(&x, width, &mut conv);
+        }
+        if config.encoder_spatial_down_sample[index] {
+            x = x.conv(width, [3; 3], [1, x.dim(2).div_ceil(2), x.dim(3).div_ceil(2)]);
+        }
+        if config.encoder_temporal_down_sample[index] {
+            x = x.cube(width, 3);
+        }
+    }
+    let last = x.dim(4);
+    x = {
+        let x = resnet(&x, last, &mut conv);
+        let attended = attend(&x);
+        resnet(&attended, last, &mut conv)
+    };
+    let moments = { x.group_norm() }.cube(2 * config.encoder_out_channels, 3);
+    let _quantised = moments.same().same();
 }

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use super::resize::shrink;
 use super::{PyramidPipeline, PyramidSettings};
 use crate::error::Error;
+use crate::models::pyramid::config::PATCH;
 use crate::pipeline::GenerateRequest;
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::PyramidSchedule;
@@ -21,6 +22,8 @@ pub struct Plan {
     cells: [usize; 3],
     channels: usize,
     stages: usize,
+    /// The first unit that is made: 1 where a picture is the first.
+    first: usize,
     frames_per_unit: usize,
     block_factors: (f64, f64),
     entries: Vec<(f64, f64)>,
@@ -52,18 +55,21 @@ impl Plan {
             cells,
             channels: work.latent_channels,
             stages,
+            first: usize::from(!request.conditions.is_empty()),
             frames_per_unit: settings.frames_per_unit,
             block_factors: model.schedule.block_factors(),
             entries: model.schedule.stages().iter().map(|stage| stage.entry()).collect(),
         };
+        plan.check_sizes(model, request)?;
         let [first, later] = steps(request, stages)?;
         let sum = |steps: &[usize]| steps.iter().fold(0, |all: usize, &steps| all.saturating_add(steps));
-        let all = sum(&first).saturating_add((plan.units() - 1).saturating_mul(sum(&later)));
+        let of_first = if plan.first == 0 { sum(&first) } else { 0 };
+        let all = of_first.saturating_add((plan.units() - 1).saturating_mul(sum(&later)));
         if all > MAX_STEPS {
             let rule = "all stages of all units together may have at most 100000";
             return Err(Error::Number { field: "steps", given: all as f64, rule });
         }
-        for unit in 0..plan.units() {
+        for unit in plan.first..plan.units() {
             plan.add_unit(&model.schedule, unit, if unit == 0 { &first } else { &later });
         }
         plan.sigmas.push(0.0);
@@ -81,6 +87,26 @@ impl Plan {
                 self.places.push(Place { unit, stage, sigma, change, ends_stage: step + 1 == steps });
             }
         }
+    }
+
+    /// What a model's positions reach to, and that something is left to be made.
+    fn check_sizes(&self, model: &PyramidPipeline, request: &GenerateRequest) -> Result<(), Error> {
+        let side = model.transformer.config().positions.unwrap_or(usize::MAX);
+        let sides = [("height", request.height, self.cells[1]), ("width", request.width, self.cells[2])];
+        if let Some((field, given, _)) = sides.into_iter().find(|(_, _, cells)| cells / PATCH > side) {
+            let rule = "the model has no positions for so large a picture";
+            return Err(Error::Number { field, given: given as f64, rule });
+        }
+        if self.first == self.units() {
+            let rule = "the picture that is given is the whole clip: ask for more frames";
+            return Err(Error::Number { field: "frames", given: request.frames as f64, rule });
+        }
+        Ok(())
+    }
+
+    /// The first unit that is made.
+    pub(super) fn first(&self) -> usize {
+        self.first
     }
 
     pub(super) fn units(&self) -> usize {
@@ -149,7 +175,7 @@ impl Plan {
 
     /// Which of the request's draws a stage's block noise is.
     fn draw(&self, unit: usize, stage: usize) -> usize {
-        unit * (self.stages - 1) + stage - 1
+        (unit - self.first) * (self.stages - 1) + stage - 1
     }
 
     /// Noise that is correlated within each block of 2 x 2, on the CPU.
@@ -174,11 +200,11 @@ impl Plan {
             fits("initial_latents", given, self.whole_shape())?;
         }
         let given = &request.step_noise;
-        if !given.is_empty() && given.len() != self.units() * (self.stages - 1) {
-            let rule = "every stage of every unit but its first needs one";
+        if !given.is_empty() && given.len() != (self.units() - self.first) * (self.stages - 1) {
+            let rule = "every stage but the first of every unit that is made needs one";
             return Err(Error::Number { field: "step_noise", given: given.len() as f64, rule });
         }
-        for unit in 0..self.units() {
+        for unit in self.first..self.units() {
             for stage in 1..self.stages {
                 if let Some(noise) = given.get(self.draw(unit, stage)) {
                     fits("step_noise", noise, self.shape(unit, stage))?;

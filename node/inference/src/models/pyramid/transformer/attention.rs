@@ -8,14 +8,12 @@
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::models::pyramid::config::TransformerConfig;
+use crate::models::pyramid::config::{TransformerConfig, Variant};
 use crate::models::pyramid::rope::RopeTables;
 use crate::nn::attention::attention;
 use crate::nn::linear::Linear;
 use crate::nn::norm::rms_norm;
 
-/// Epsilon of the norms of query and key.
-const QK_EPSILON: f64 = 1e-6;
 /// What is added to a score that does not count.
 const HIDDEN: f64 = f32::MIN as f64;
 
@@ -37,10 +35,9 @@ struct Masks {
 }
 
 impl Layout {
-    /// `mask` is `[B, text]`, 1 or 0; `frames` are the tokens of each frame.
-    pub(super) fn new(rope: RopeTables, mask: &Tensor, frames: Vec<usize>) -> Result<Self> {
+    /// `mask` is `[B, text]`, 1 or 0, with a 0 somewhere where it is `filled`; `frames` are the tokens of each frame.
+    pub(super) fn new(rope: RopeTables, mask: &Tensor, filled: bool, frames: Vec<usize>) -> Result<Self> {
         let (batch, text) = mask.dims2()?;
-        let filled = mask.min_all()?.to_scalar::<f32>()? < 1.0;
         let masks = filled
             .then(|| {
                 let tokens: usize = frames.iter().sum();
@@ -97,6 +94,8 @@ struct Projections {
     value: Linear,
     norm_query: Tensor,
     norm_key: Tensor,
+    /// Of the norms of query and key.
+    epsilon: f64,
     heads: usize,
     head: usize,
 }
@@ -114,6 +113,10 @@ impl Projections {
             value: linear(names[2])?,
             norm_query: norm(names[3])?,
             norm_key: norm(names[4])?,
+            epsilon: match config.variant {
+                Variant::Flux => 1e-6,
+                Variant::Mmdit => 1e-5,
+            },
             heads: config.num_attention_heads,
             head,
         })
@@ -123,8 +126,8 @@ impl Projections {
         let (batch, tokens, _) = x.dims3()?;
         let split = |x: Tensor| x.reshape((batch, tokens, self.heads, self.head));
         Ok([
-            rms_norm(&split(self.query.forward(x)?)?, Some(&self.norm_query), QK_EPSILON)?,
-            rms_norm(&split(self.key.forward(x)?)?, Some(&self.norm_key), QK_EPSILON)?,
+            rms_norm(&split(self.query.forward(x)?)?, Some(&self.norm_query), self.epsilon)?,
+            rms_norm(&split(self.key.forward(x)?)?, Some(&self.norm_key), self.epsilon)?,
             split(self.value.forward(x)?)?,
         ])
     }
@@ -134,18 +137,20 @@ impl Projections {
 pub(super) struct Joint {
     context: Projections,
     video: Projections,
-    context_out: Linear,
     video_out: Linear,
 }
 
 impl Joint {
     pub(super) fn load(config: &TransformerConfig, vb: &VarBuilder<'_>) -> Result<Self> {
         let width = config.inner();
-        let added = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"];
+        let norms = match config.variant {
+            Variant::Flux => ["norm_added_q", "norm_added_k"],
+            Variant::Mmdit => ["norm_add_q", "norm_add_k"],
+        };
+        let added = ["add_q_proj", "add_k_proj", "add_v_proj", norms[0], norms[1]];
         Ok(Self {
             context: Projections::load(config, vb, added)?,
             video: Projections::load(config, vb, OWN)?,
-            context_out: Linear::load(width, width, true, vb.pp("to_add_out"))?,
             video_out: Linear::load(width, width, true, vb.pp("to_out").pp(0))?,
         })
     }
@@ -157,10 +162,6 @@ impl Joint {
         let mixed = layout.mix(&joined(0)?, &joined(1)?, &joined(2)?)?;
         let (text, whole) = (layout.text, mixed.dim(1)?);
         Ok((mixed.narrow(1, 0, text)?.contiguous()?, mixed.narrow(1, text, whole - text)?.contiguous()?))
-    }
-
-    pub(super) fn context_out(&self, mixed: &Tensor, gate: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        self.context_out.forward_gated(mixed, gate, residual)
     }
 
     pub(super) fn video_out(&self, mixed: &Tensor, gate: &Tensor, residual: &Tensor) -> Result<Tensor> {

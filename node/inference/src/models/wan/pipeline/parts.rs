@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::pictures::{self, Pictures};
 use super::{WanPipeline, WanSchedule};
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::wan::rope::RopeTables;
 use crate::models::wan::transformer::{TextContext, WanTransformer};
@@ -12,7 +13,7 @@ use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, pictures as shown, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
-use crate::sampler::guidance::{guide, rescale};
+use crate::sampler::guidance::{Passes, guide, rescale};
 use crate::text::clean::clean;
 use crate::tiling::Tiling;
 
@@ -32,6 +33,7 @@ pub struct Context {
     /// For the second.
     low: Option<Texts>,
     rope: RopeTables,
+    passes: Passes,
     /// The latents of the pictures, in the form in which the model takes them.
     pictures: Option<Tensor>,
 }
@@ -41,6 +43,8 @@ struct Texts {
     positive: TextContext,
     /// Where there is guidance.
     negative: Option<TextContext>,
+    /// Negative and positive as one batch, where they go together.
+    both: Option<TextContext>,
 }
 
 impl VideoModel for WanPipeline {
@@ -82,6 +86,10 @@ impl VideoModel for WanPipeline {
             low.transformer.get()?;
         }
         Ok(())
+    }
+
+    fn places(&self) -> &Places {
+        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -130,11 +138,15 @@ impl VideoModel for WanPipeline {
         self.pictures.give_back();
         let pictures = pictures::latents(self, request)?;
         self.vae.give_back();
+        let passes = Passes::new(request.guidance_passes, &self.device);
         let texts = |transformer: &Slot<WanTransformer>| -> Result<Texts, Error> {
             let transformer = transformer.get()?;
             let context = |text: &Tensor| transformer.text_context(text, states.as_ref());
             let negative = negative.as_ref().map(context).transpose()?;
-            Ok(Texts { positive: context(&positive)?, negative })
+            let positive = context(&positive)?;
+            let both = negative.as_ref().filter(|_| passes.is_together());
+            let both = both.map(|negative| TextContext::join(negative, &positive)).transpose()?;
+            Ok(Texts { positive, negative, both })
         };
         let timesteps = plan.schedule.course().timesteps;
         let any = |low: bool| timesteps.iter().any(|&timestep| self.is_low(timestep) == low);
@@ -149,6 +161,7 @@ impl VideoModel for WanPipeline {
             low,
             rope: RopeTables::new(&self.config, grid, &self.device)?,
             pictures,
+            passes,
         })
     }
 
@@ -173,22 +186,26 @@ impl VideoModel for WanPipeline {
             texts.as_ref().expect("invariant: a context has the texts of every transformer of its plan");
         let patch = self.info.work.patch;
         let (latents, timestep) = match &context.pictures {
-            None => (state.latents.clone(), Tensor::new(&[[timestep]], &self.device)?),
+            None => (state.latents.clone(), Tensor::new(&[[timestep]], &Device::Cpu)?),
             Some(first) if plan.first => {
                 (pictures::with_first(&state.latents, first)?, self.timesteps_after_first(plan, timestep)?)
             }
             Some(channels) => {
-                (Tensor::cat(&[&state.latents, channels], 1)?, Tensor::new(&[[timestep]], &self.device)?)
+                (Tensor::cat(&[&state.latents, channels], 1)?, Tensor::new(&[[timestep]], &Device::Cpu)?)
             }
         };
         let latents = pack(&latents, patch)?;
         let velocity = |text: &TextContext| -> Result<Tensor, Error> {
-            let velocity = transformer.forward(&latents, &timestep, text, &context.rope)?;
+            let batch = text.projected.dim(0)?;
+            let each = |tensor: &Tensor| Tensor::cat(&vec![tensor; batch], 0);
+            let velocity = transformer.forward(&each(&latents)?, &each(&timestep)?, text, &context.rope)?;
             Ok(unpack(&velocity.to_dtype(DType::F32)?, plan.cells, patch)?)
         };
-        let positive = velocity(&texts.positive)?;
-        let Some(negative) = &texts.negative else { return Ok(positive) };
-        let guided = guide(&velocity(negative)?, &positive, guidance)?;
+        let Some(negative) = &texts.negative else { return velocity(&texts.positive) };
+        let both = || velocity(texts.both.as_ref().expect("invariant: texts that go together are joined"));
+        let [negative, positive] =
+            context.passes.predict(both, |entry| velocity([negative, &texts.positive][entry]))?;
+        let guided = guide(&negative, &positive, guidance)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }
@@ -253,7 +270,7 @@ impl WanPipeline {
         let [frames, rows, columns] = std::array::from_fn(|axis| plan.cells[axis] / patch[axis]);
         let (first, all) = (rows * columns, frames * rows * columns);
         let values = (0..all).map(|token| if token < first { 0.0 } else { timestep }).collect::<Vec<_>>();
-        Ok(Tensor::from_vec(values, (1, all), &self.device)?)
+        Ok(Tensor::from_vec(values, (1, all), &Device::Cpu)?)
     }
 }
 

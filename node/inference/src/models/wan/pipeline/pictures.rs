@@ -6,13 +6,12 @@ use candle_core::{DType, Tensor};
 
 use super::WanPipeline;
 use crate::error::Error;
-use crate::folder::{TEXT_STEM, count_weights};
 use crate::models::wan::config::TransformerConfig;
 use crate::models::wan::facts::Form;
 use crate::offload::{InTurn, Slot};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::{GenerateRequest, LoadOptions};
-use crate::vision::{ClipVisionEncoder, PART, Preprocessor, load_vision, read_vision};
+use crate::vision::{ClipVisionEncoder, Preprocessor, load_vision, read_vision};
 
 /// How a model takes pictures.
 pub(super) enum Pictures {
@@ -48,9 +47,9 @@ impl Pictures {
             Form::Channels => (Self::Channels(None), 0),
             Form::Clip => {
                 let (_, preprocessor) = read_vision(folder)?;
-                let parameters = count_weights(&folder.join(PART), TEXT_STEM, options)?;
                 let (from, with) = (folder.to_owned(), options.clone());
-                let encoder = Slot::new(turns, move || Ok(load_vision(&from, &with)?.0))?;
+                let read = move || load_vision(&from, &with).map(|(encoder, _, count)| (encoder, count));
+                let (encoder, parameters) = Slot::new(turns, read)?;
                 (Self::Channels(Some(Box::new(Clip { encoder, preprocessor }))), parameters)
             }
         })

@@ -1,0 +1,65 @@
+//! What is computed once instead of twice: the text's embeddings, and guidance's predictions as one batch.
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+
+use kinoflock_inference::sampler::guidance::GuidancePasses;
+use kinoflock_inference::text::PromptEncoder;
+use kinoflock_inference::{GenerateRequest, LoadOptions, Pipeline, Silent, load};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name).join("pipeline")
+}
+
+fn request(pipeline: &dyn Pipeline) -> GenerateRequest {
+    let info = pipeline.info();
+    let mut request = GenerateRequest::new("a red dog", &info.defaults);
+    let side = 2 * info.size_multiple.max(16);
+    (request.width, request.height, request.frames, request.steps) =
+        (side, side, info.frame_rule.nearest(5), 2);
+    request.negative_prompt = "cold fog".to_owned();
+    request.guidance = 4.0;
+    request.decode.skip = true;
+    request
+}
+
+#[test]
+fn a_prompt_is_encoded_once_however_often_it_is_asked_for() {
+    let (encoder, _) = PromptEncoder::load(&golden("wan2.1"), &LoadOptions::default(), 24).unwrap();
+    let (first, mask) = encoder.encode("a red dog", false, true).unwrap();
+    let (again, same_mask) = encoder.encode("a red dog", false, true).unwrap();
+    assert_eq!(encoder.encodings(), 1);
+    assert_eq!(
+        first.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+        again.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    );
+    assert_eq!(mask.to_vec2::<u8>().unwrap(), same_mask.to_vec2::<u8>().unwrap());
+    // Another text, and the same one read otherwise.
+    encoder.encode("cold fog", false, true).unwrap();
+    encoder.encode("a red dog", false, false).unwrap();
+    assert_eq!(encoder.encodings(), 3);
+    for _ in 0..3 {
+        encoder.encode("a red dog", false, true).unwrap();
+        encoder.encode("cold fog", false, true).unwrap();
+    }
+    assert_eq!(encoder.encodings(), 3);
+}
+
+#[test]
+fn guidance_in_one_batch_gives_what_two_passes_give() {
+    for name in ["wan2.1", "wan2.2-a14b", "wan2.2-ti2v-5b"] {
+        let mut pipeline = load(&golden(name), &LoadOptions::default()).unwrap();
+        let request = request(pipeline.as_ref());
+        let mut run = |guidance_passes| {
+            let request = GenerateRequest { guidance_passes, ..request.clone() };
+            pipeline.generate(&request, &mut Silent).unwrap()
+        };
+        let (together, apart) = (run(GuidancePasses::Together), run(GuidancePasses::Apart));
+        // On the CPU a row's sums do not depend on the rows beside it.
+        assert_eq!(together.step_hashes, apart.step_hashes, "{name}");
+        assert_eq!(run(GuidancePasses::Auto).step_hashes, apart.step_hashes, "{name}");
+        let unguided = GenerateRequest { guidance: 1.0, ..request.clone() };
+        let unguided = pipeline.generate(&unguided, &mut Silent).unwrap();
+        assert_ne!(unguided.step_hashes, apart.step_hashes, "{name}: guidance changes something");
+    }
+}

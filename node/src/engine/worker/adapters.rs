@@ -1,0 +1,32 @@
+//! The adapters of a run, read from the job's inputs. They come from strangers, and are read here, in the worker's process,
+//! within bounds.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kinoflock_inference::{Adapter, Error, Lora};
+
+use crate::engine::wire::{AdapterUse, Failure, RunRequest, input_name};
+
+/// Greatest file of an adapter that is read, bytes (8 GiB); the operator's limit is the daemon's matter.
+const MAX_ADAPTER: u64 = 8 << 30;
+
+/// The adapters, in the order in which they are asked for.
+pub(super) fn adapters(request: &RunRequest) -> Result<Vec<Adapter>, Failure> {
+    let extra = &request.extra;
+    let Some(folder) = &extra.inputs else {
+        let order = || Failure::new("worker_order", "adapters without a folder of inputs", false);
+        return if extra.adapters.is_empty() { Ok(Vec::new()) } else { Err(order()) };
+    };
+    extra.adapters.iter().map(|used| read(Path::new(folder.as_str()), used)).collect()
+}
+
+fn read(folder: &Path, used: &AdapterUse) -> Result<Adapter, Failure> {
+    let lora = Lora::read(&folder.join(input_name(&used.weights)), &used.weights.short(), MAX_ADAPTER)
+        .map_err(|error| super::local::failure(&Error::from(error)))?;
+    let ignored = lora.ignored().len();
+    if ignored > 0 {
+        super::say(&format!("{ignored} tensors of an adapter are passed over, as the reference does"));
+    }
+    Ok(Adapter { lora: Arc::new(lora), scale: used.scale })
+}

@@ -7,6 +7,7 @@ use kinoflock_protocol::codec::{List, Text, TooLong};
 use kinoflock_protocol::job::{Adapter, Audience, Keyframe, Op, OpValue, Returns, Share};
 use kinoflock_protocol::limits::{MAX_ADAPTERS, MAX_NAME, MAX_OPS};
 use kinoflock_protocol::model::{ModelManifest, RuleError};
+use kinoflock_protocol::ops;
 use kinoflock_protocol::{ClipId, JobShape, JobSpec, Micro, Millis, ModelId, Nonce, Prompt, UnixMillis};
 
 /// Checkpoints of a job with many steps.
@@ -37,6 +38,9 @@ pub struct Ask {
     pub ops: Vec<(String, OpValue)>,
     /// Latents to begin from: bytes of a safetensors file.
     pub initial_latents: Option<Vec<u8>>,
+    /// Their channels, latent frames, rows and columns, where they are a volume: the clip is then of that size, if
+    /// nothing else is said.
+    pub volume: Option<[usize; 4]>,
     /// What frames are to show.
     pub pictures: Pictures,
     /// Adapters on top of the model, in order. Their weights are in the store.
@@ -239,10 +243,12 @@ impl Ask {
     ) -> Result<JobSpec, AskError> {
         self.check()?;
         let (rules, defaults) = (&manifest.rules, &manifest.defaults);
-        let (width, height) = self.size.unwrap_or((defaults.width, defaults.height));
+        let own = self.volume_size(manifest);
+        let usual = own.map_or((defaults.width, defaults.height), |(_, size)| size);
+        let (width, height) = self.size.unwrap_or(usual);
         let fps = self.fps.unwrap_or(defaults.fps);
         let frames = match self.length {
-            None => defaults.frames,
+            None => own.map_or(defaults.frames, |(frames, _)| frames),
             Some(Length::Frames(frames)) => frames,
             Some(Length::Seconds(seconds)) => {
                 let nearest = rules.nearest_frames(frames_of(seconds, fps));
@@ -250,8 +256,8 @@ impl Ask {
             }
         };
         rules.check(frames, width, height)?;
-        let guidance = self.guidance.unwrap_or(defaults.guidance);
-        let steps = self.steps.unwrap_or(defaults.steps);
+        let guidance = self.guidance.unwrap_or_else(|| self.usual_guidance(defaults.guidance));
+        let steps = self.steps.unwrap_or_else(|| self.usual_steps(defaults.steps));
         let shape = JobShape { frames, width, height, steps, guided: guidance != Micro::ONE };
         let words = prompt("prompt", &self.prompt)?;
         let mut spec = JobSpec::generate(model, words, nonce, UnixMillis::default(), shape);
@@ -263,11 +269,12 @@ impl Ask {
         spec.adapters = self.adapters()?;
         self.pictures.enter(&mut spec)?;
         spec.returns = Returns {
-            latents: self.latents,
+            latents: self.latents || self.brings_back(),
             previews: self.previews,
             // Steps that pictures reach into cannot be looked at alone.
             step_root: self.audit_share > 0
                 && manifest.work.counts_by_steps()
+                && !self.reaches_in()
                 && self.pictures.files().next().is_none(),
             checkpoint_every: self.checkpoint_every.unwrap_or_else(|| checkpoint_every(steps)),
         };
@@ -282,6 +289,54 @@ impl Ask {
     fn adapters(&self) -> Result<List<Adapter, MAX_ADAPTERS>, AskError> {
         let too_many = |TooLong { limit, given, .. }| AskError::TooManyAdapters { limit, given };
         List::new(self.adapters.clone()).map_err(too_many)
+    }
+
+    /// The operation of this name, if it is asked for.
+    fn op(&self, name: &str) -> Option<&OpValue> {
+        self.ops.iter().find(|(given, _)| given == name).map(|(_, value)| value)
+    }
+
+    /// Whether the run is reached into, so that its steps do not follow from each other.
+    fn reaches_in(&self) -> bool {
+        self.ops.iter().any(|(name, value)| ops::reaches_in(name, value))
+    }
+
+    /// Whether more latents than the final ones come back, which come in one file with these.
+    fn brings_back(&self) -> bool {
+        self.op("latents.return_steps").is_some()
+            || self.op("latents.return_noise") == Some(&OpValue::Flag(true))
+    }
+
+    /// Frames and size of a clip of the given latents.
+    fn volume_size(&self, manifest: &ModelManifest) -> Option<(u32, (u32, u32))> {
+        let [channels, frames, rows, columns] = self.volume?.map(|count| u32::try_from(count).ok());
+        let work = &manifest.work;
+        if channels? != work.transformer.channels {
+            return None;
+        }
+        let frames = (frames?.checked_sub(1)?).checked_mul(work.vae.temporal)?.checked_add(1)?;
+        let side = |cells: Option<u32>| cells?.checked_mul(work.vae.spatial);
+        Some((frames, (side(columns)?, side(rows)?)))
+    }
+
+    /// A job's work is counted by its guidance: where it follows a curve, by the curve's greatest point.
+    fn usual_guidance(&self, default: Micro) -> Micro {
+        match self.op("guidance.curve") {
+            Some(OpValue::Numbers(points)) => points.iter().copied().max().unwrap_or(default),
+            Some(OpValue::Number(point)) => *point,
+            Some(OpValue::Whole(point)) => Micro(point.saturating_mul(Micro::ONE.0)),
+            _ => default,
+        }
+    }
+
+    /// As many steps as timesteps; one where nothing is computed.
+    fn usual_steps(&self, default: u32) -> u32 {
+        match (self.op("decode_only"), self.op("timesteps")) {
+            (Some(OpValue::Flag(true)), _) => 1,
+            (_, Some(OpValue::Numbers(timesteps))) => timesteps.len() as u32,
+            (_, Some(OpValue::Number(_) | OpValue::Whole(_))) => 1,
+            _ => default,
+        }
     }
 
     fn ops(&self) -> Result<List<Op, MAX_OPS>, AskError> {

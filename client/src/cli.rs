@@ -16,11 +16,14 @@ mod forget;
 mod generate;
 mod jobs;
 mod keys;
+mod latents;
 mod list;
 mod many;
 mod nodes;
+mod ops;
 mod survey;
 mod ticket;
+mod touch;
 
 pub use args::Cli;
 use args::Command;
@@ -83,6 +86,11 @@ async fn with_context(command: Command, context: &Context<'_>) -> Result<(), Fai
         Command::Join { ticket } => nodes::join(&ticket, context).await,
         Command::Ticket => ticket::ticket(context),
         Command::Adapter { command } => adapter::run(command, context),
+        Command::Latents { command } => latents::run(command, context).await,
+        Command::Ops => {
+            ops::run(context);
+            Ok(())
+        }
         Command::List { command } => list::run(command, context).await,
         Command::Key { command } => keys::run(command, context),
         Command::Completions { .. } => Ok(()),

@@ -17,6 +17,8 @@ pub mod cli;
 pub mod config;
 pub mod fetch;
 pub mod keys;
+#[cfg(feature = "cli")]
+pub mod latents;
 pub mod local;
 #[cfg(feature = "cli")]
 pub mod output;

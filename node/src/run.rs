@@ -59,6 +59,7 @@ mod jobs;
 mod lists;
 mod look;
 mod operator;
+mod ops;
 mod peers;
 mod prompts;
 mod refuse;

@@ -193,6 +193,7 @@ fn job(prompt: &str) -> hook::HookJob<'_> {
         class: ask.class,
         wanted: ask.wanted,
         prompt,
+        second_prompt: None,
         negative_prompt: "",
     }
 }

@@ -46,6 +46,7 @@ pub mod limits;
 pub mod list;
 pub mod model;
 pub mod names;
+pub mod ops;
 pub mod order;
 pub mod progress;
 pub mod query;

@@ -171,7 +171,8 @@ impl Engine for TestEngine {
         let samplers = (0..=request.steps).map(sampler);
         let commitment = Commitment { conditioning: key, samplers: samplers.collect() };
         let steps_done = request.steps - first;
-        Ok(Made { frames, latents, latents_shape, state_hashes, commitment, steps_done })
+        let kept = BTreeMap::new();
+        Ok(Made { frames, latents, latents_shape, kept, state_hashes, commitment, steps_done })
     }
 
     fn audit(&mut self, audit: &AuditRun, context: &mut Context<'_>) -> Result<AuditReport, Failure> {
@@ -216,6 +217,7 @@ impl TestEngine {
             steps_done: 0,
             sigmas: (0..=request.steps).map(|step| 1.0 - step as f32 / request.steps as f32).collect(),
             memory: BTreeMap::new(),
+            kept: BTreeMap::new(),
             latents: step_latents(&key, 0).map_err(|error| fault(&error))?,
             request_digest: key,
             step_hashes: Vec::new(),

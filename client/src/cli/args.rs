@@ -9,6 +9,8 @@ use kinoflock_protocol::Micro;
 use kinoflock_protocol::job::{OpValue, Share};
 
 pub(super) use self::adapter::{AdapterCommand, Add};
+use super::latents::LatentsCommand;
+use super::touch::Touch;
 
 /// Make videos from words on other people's machines, without a company in the middle.
 #[derive(Debug, Parser)]
@@ -172,6 +174,14 @@ pub enum Command {
         #[command(subcommand)]
         command: AdapterCommand,
     },
+    /// Latents: look at them, mix them, walk between seeds and prompts, decode them
+    Latents {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: LatentsCommand,
+    },
+    /// The operations that a job may ask for with --set, and what each does
+    Ops,
     /// Signed lists of nodes and models: those of others that you go by, and your own
     List {
         /// What to do with them.
@@ -294,6 +304,20 @@ const NOT_WITH_BATCH: &[&str] = &[
     "variations",
     "dry_run",
     "detach",
+    "guidance_curve",
+    "mix_prompt",
+    "mix_seed",
+    "mix_weight",
+    "skip_layers",
+    "repeat_layers",
+    "permute_channels",
+    "scale_channels",
+    "shift_channels",
+    "channels_after",
+    "return_noise",
+    "return_steps",
+    "start_step",
+    "strength",
 ];
 
 /// A clip from words.
@@ -341,8 +365,8 @@ pub struct Generate {
     /// Image that a frame shows, such as 24=door.png; frames count from 0
     #[arg(long, value_name = "FRAME=FILE", value_parser = keyframe, conflicts_with = "detach")]
     pub keyframe: Vec<(u32, PathBuf)>,
-    /// Latents to begin from instead of noise: a safetensors file
-    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
+    /// Latents to begin from instead of noise: a safetensors file, or a clip of yours whose latents came with it
+    #[arg(long, value_name = "FILE|CLIP", conflicts_with = "detach")]
     pub init_latents: Option<PathBuf>,
     /// Clip of yours to go on from: the new one begins with its last frames, as many as the model can take or as
     /// --set extend_frames=N says
@@ -352,11 +376,12 @@ pub struct Generate {
     /// adapter add, such as fog.safetensors@0.8. Several times for several; any number, also below 0 [default weight: 1]
     #[arg(long, value_name = "FILE|ID@WEIGHT", conflicts_with = "detach")]
     pub lora: Vec<String>,
-    /// A further operation by name: timesteps, decode_timestep, decode_noise_scale, decode_tile, decode_chunk,
-    /// truncate_prompt, extend_frames, picture_noise_scale, denoise_strength, upsample_adain, upsample_tone_map, and
-    /// whatever the node knows; one that does not know it says so
+    /// A further operation by name; kinoflock ops lists them. A node that does not know one says so
     #[arg(long, value_name = "K=V", value_parser = operation)]
     pub set: Vec<(String, OpValue)>,
+    /// What happens inside the run.
+    #[command(flatten)]
+    pub touch: Touch,
     /// Which node is to make it.
     #[command(flatten)]
     pub at: Where,
@@ -441,11 +466,11 @@ fn share(text: &str) -> Result<Share, String> {
     }
 }
 
-fn number(text: &str) -> Result<Micro, String> {
+pub(super) fn number(text: &str) -> Result<Micro, String> {
     text.parse::<Micro>().map_err(|error| error.to_string())
 }
 
-fn size(text: &str) -> Result<(u32, u32), String> {
+pub(super) fn size(text: &str) -> Result<(u32, u32), String> {
     let parse = |side: &str| side.trim().parse::<u32>().ok();
     let sides = text.split_once(['x', 'X', '×']).and_then(|(w, h)| parse(w).zip(parse(h)));
     sides.ok_or_else(|| "a size is width x height in pixels, such as 768x512".to_owned())
@@ -459,7 +484,7 @@ fn keyframe(text: &str) -> Result<(u32, PathBuf), String> {
 }
 
 /// `K=V`: true and false, whole numbers, numbers, lists of numbers with commas; everything else is text.
-fn operation(text: &str) -> Result<(String, OpValue), String> {
+pub(super) fn operation(text: &str) -> Result<(String, OpValue), String> {
     let (key, value) = text.split_once('=').ok_or("an operation is NAME=VALUE")?;
     if key.is_empty() {
         return Err("an operation is NAME=VALUE, the name is missing".to_owned());

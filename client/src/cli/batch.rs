@@ -59,6 +59,20 @@ const KEYS: &[&str] = &[
     "output",
     "with-prompt",
     "bare",
+    "guidance-curve",
+    "mix-prompt",
+    "mix-seed",
+    "mix-weight",
+    "skip-layers",
+    "repeat-layers",
+    "permute-channels",
+    "scale-channels",
+    "shift-channels",
+    "channels-after",
+    "return-noise",
+    "return-steps",
+    "start-step",
+    "strength",
 ];
 
 /// A line that can become a job.
@@ -326,6 +340,18 @@ mod tests {
         assert!(args.require_terms && !args.latents);
         assert_eq!(args.set[0].0, "decode_tile");
         assert_eq!(args.save.output.as_deref(), Some(Path::new("a.mp4")));
+    }
+
+    #[test]
+    fn a_line_may_say_what_happens_inside_the_run() {
+        for name in crate::cli::touch::NAMES {
+            assert!(KEYS.contains(&name.replace('_', "-").as_str()), "{name}");
+        }
+        let text =
+            "{\"prompt\": \"x\", \"guidance_curve\": [8, -1.5], \"return_noise\": true, \"return_steps\": 3}";
+        let touch = &parsed(text).unwrap()[0].args.touch;
+        assert_eq!(touch.guidance_curve.iter().map(ToString::to_string).collect::<Vec<_>>(), ["8", "-1.5"]);
+        assert!(touch.return_noise && touch.return_steps == [3]);
     }
 
     #[test]

@@ -7,18 +7,17 @@ use kinoflock_protocol::limits::MAX_PROMPT;
 use kinoflock_protocol::{ClipId, Envelope, JobId, ValidJob};
 use serde::Serialize;
 
-use super::args::{Generate, Save};
+use super::args::{Generate, Save, Where};
 use super::context::Context;
 use super::failure::Failure;
-use super::{adapter, audit, batch, follow, many, survey};
+use super::{adapter, audit, batch, follow, latents, many, survey};
 use crate::ask::{Ask, Length, Pictures};
+use crate::latents::{Latents, MAX_FILE as MAX_LATENTS};
 use crate::provenance::{self, Statement};
 use crate::session::{Client, Delivered};
 use crate::store::JobRecord;
 use crate::ticket::Way;
 
-/// Greatest file of latents that is read, in bytes (1 GiB).
-const MAX_LATENTS: u64 = 1 << 30;
 /// Greatest image that is read, in bytes (64 MiB).
 const MAX_IMAGE: u64 = 64 << 20;
 /// How a PNG and a JPEG begin.
@@ -51,6 +50,9 @@ pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Fai
     if let Some(count) = args.variations {
         return many::variations(count, ask, &args, context).await;
     }
+    if !args.dry_run && !args.detach {
+        return one(ask, &args.at, args.timeout, &args.save, context).await;
+    }
     let client = context.client().await?;
     let (ways, pinned) = context.ways(&client, &args.at)?;
     let ask = Ask { pinned, ..ask };
@@ -58,17 +60,27 @@ pub(super) async fn run(args: Generate, context: &Context<'_>) -> Result<(), Fai
         return survey::run(&ask, &ways, context, &client).await;
     }
     let record = submit(&ask, &ways, context, &client).await?;
-    if args.detach {
-        context
-            .out
-            .words(&format!("handed over; fetch the clip with: kinoflock wait {}", record.job.short()));
-        context.out.line(&record.job.to_string());
-        context.out.record(&Handed { event: "detached", job: record.job });
-        client.stop().await;
-        return Ok(());
-    }
-    let delivered = follow::job(context, &client, record.job, &ways, args.timeout).await?;
-    let saved = save(&delivered, &client, &args.save, context).map(drop);
+    context.out.words(&format!("handed over; fetch the clip with: kinoflock wait {}", record.job.short()));
+    context.out.line(&record.job.to_string());
+    context.out.record(&Handed { event: "detached", job: record.job });
+    client.stop().await;
+    Ok(())
+}
+
+/// One job from its order to its saved clip.
+pub(super) async fn one(
+    ask: Ask,
+    at: &Where,
+    timeout: Option<u64>,
+    place: &Save,
+    context: &Context<'_>,
+) -> Result<(), Failure> {
+    let client = context.client().await?;
+    let (ways, pinned) = context.ways(&client, at)?;
+    let ask = Ask { pinned, ..ask };
+    let record = submit(&ask, &ways, context, &client).await?;
+    let delivered = follow::job(context, &client, record.job, &ways, timeout).await?;
+    let saved = save(&delivered, &client, place, context).map(drop);
     audit::after(&client, &delivered.record.job, context).await;
     client.stop().await;
     saved
@@ -209,7 +221,10 @@ pub(super) fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure
         (None, None) => return Err(Failure::usage("a prompt is missing")),
     };
     let length = args.frames.map(Length::Frames).or(args.seconds.map(Length::Seconds));
-    let initial_latents = args.init_latents.as_deref().map(read_latents).transpose()?;
+    let given = args.init_latents.as_deref().map(Path::to_string_lossy);
+    let initial_latents = given.map(|given| latents::read(&given, context)).transpose()?;
+    let volume = initial_latents.as_deref().and_then(|bytes| Latents::parse(bytes).ok()?.volume());
+    let ops = args.set.iter().cloned().chain(args.touch.ops()?).collect();
     let pictures = pictures(args, context)?;
     Ok(Ask {
         model: args.model.clone().or_else(|| context.config.model.clone()),
@@ -221,8 +236,9 @@ pub(super) fn ask(args: &Generate, context: &Context<'_>) -> Result<Ask, Failure
         fps: args.fps,
         steps: args.steps,
         guidance: args.guidance,
-        ops: args.set.clone(),
+        ops,
         initial_latents,
+        volume,
         pictures,
         adapters: adapter::asked(&args.lora, context)?,
         latents: args.latents,
@@ -274,7 +290,7 @@ fn read_prompt(path: &Path) -> Result<String, Failure> {
     Ok(text.to_owned())
 }
 
-fn read_latents(path: &Path) -> Result<Vec<u8>, Failure> {
+pub(super) fn read_latents(path: &Path) -> Result<Vec<u8>, Failure> {
     read_file(path, "latents", MAX_LATENTS)
 }
 

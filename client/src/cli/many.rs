@@ -21,7 +21,7 @@ use crate::store::{BatchKey, JobRecord};
 use crate::ticket::Way;
 
 /// Seeds that are drawn are below this, so that a person can type one again.
-const READABLE_SEEDS: u64 = 1 << 32;
+pub(super) const READABLE_SEEDS: u64 = 1 << 32;
 
 /// One of the jobs.
 pub(super) struct Task {

@@ -20,6 +20,8 @@ pub enum Label {
     Seed(String),
     /// The line with this number of a batch.
     Line(usize),
+    /// The clip with this number of a walk, from 0.
+    Clip(usize),
 }
 
 impl std::fmt::Display for Label {
@@ -27,6 +29,7 @@ impl std::fmt::Display for Label {
         match self {
             Self::Seed(seed) => write!(f, "seed {seed}"),
             Self::Line(line) => write!(f, "line {line}"),
+            Self::Clip(clip) => write!(f, "clip {clip}"),
         }
     }
 }
@@ -125,7 +128,7 @@ impl Many<'_> {
             {
                 let seed = match &self.labels[index] {
                     Label::Seed(_) => String::new(),
-                    Label::Line(_) => format!(", seed {seed}"),
+                    Label::Line(_) | Label::Clip(_) => format!(", seed {seed}"),
                 };
                 // They could read the prompt too: who they are is told every time.
                 let watched = match custodians.join(" and ") {

@@ -86,6 +86,14 @@ pub enum Error {
         /// What it needs.
         rule: &'static str,
     },
+    /// An operation that this request or model cannot have.
+    #[error("{op}: {reason}")]
+    Operation {
+        /// Its name in a job.
+        op: &'static str,
+        /// The limit and what was given.
+        reason: String,
+    },
     /// A checkpoint that belongs to another request or cannot be read.
     #[error("checkpoint cannot be resumed: {reason}")]
     Checkpoint {
@@ -157,10 +165,9 @@ pub enum Error {
         /// One-based step.
         step: usize,
     },
-    /// One step cannot be looked at alone: the sampler's step is no multiple of the model's output.
-    #[error(
-        "a step of {architecture} cannot be audited: its sampler's steps are not a change along the model's output"
-    )]
+    /// One step cannot be looked at alone: it is no multiple of the model's output, by the sampler's rule or by what the
+    /// request does inside the run.
+    #[error("a step of {architecture} cannot be audited: it is not a change along the model's output alone")]
     NotAuditable {
         /// The model's architecture.
         architecture: String,
@@ -203,6 +210,7 @@ impl Error {
             Self::LatentShape { .. } => "latent_shape",
             Self::Image { .. } => "image",
             Self::SecondPass { .. } => "second_pass",
+            Self::Operation { .. } => "operation",
             Self::Checkpoint { .. } => "checkpoint",
             Self::Cancelled { .. } => "cancelled",
             Self::UnknownArchitecture { .. } => "unknown_architecture",

@@ -36,6 +36,6 @@ pub use crate::facts::Facts;
 pub use crate::frames::RgbFrames;
 pub use crate::pipeline::{
     Checkpoint, Condition, DecodeOptions, Defaults, FrameRule, GenerateRequest, Generated, LoadOptions,
-    Observer, Phase, Pipeline, PipelineInfo, SecondPass, Silent, StepEvent, WorkConfig, open_device,
+    Observer, Phase, Pipeline, PipelineInfo, SecondPass, Silent, StepEvent, Touch, WorkConfig, open_device,
 };
 pub use crate::registry::load;

@@ -20,6 +20,7 @@ pub mod norm;
 pub mod ops;
 pub(crate) mod pack;
 pub mod rope;
+pub mod route;
 pub mod shuffle;
 pub(crate) mod simd;
 

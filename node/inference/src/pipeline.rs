@@ -9,7 +9,9 @@
 pub mod conditions;
 pub mod latents;
 pub mod run;
+pub mod touch;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
@@ -23,6 +25,7 @@ use crate::offload::Offload;
 pub use crate::sampler::checkpoint::Checkpoint;
 use crate::sampler::guidance::GuidancePasses;
 pub use conditions::Condition;
+pub use touch::Touch;
 
 /// How a model is loaded.
 #[derive(Debug, Clone)]
@@ -296,6 +299,8 @@ pub struct GenerateRequest {
     pub guidance_passes: GuidancePasses,
     /// What changes the model's layers for this run, in this order.
     pub adapters: Vec<Adapter>,
+    /// What is changed inside the run.
+    pub touch: Touch,
     /// How to decode.
     pub decode: DecodeOptions,
     /// The noise level that a timestep-conditioned decoder is told, 0 to 1.
@@ -342,6 +347,7 @@ impl GenerateRequest {
             step_noise: Vec::new(),
             guidance_passes: GuidancePasses::Auto,
             adapters: Vec::new(),
+            touch: Touch::default(),
             decode: DecodeOptions::default(),
             decode_timestep: 0.05,
             decode_noise_scale: Some(0.025),
@@ -372,6 +378,17 @@ impl SecondPass {
     #[must_use]
     pub fn new(strength: f64) -> Self {
         Self { strength, noise: None, adain: 0.0, tone_map: 0.0 }
+    }
+
+    /// How many of a schedule's steps, the last ones, are run.
+    pub(crate) fn steps_of(&self, steps: usize) -> Result<usize, Error> {
+        let kept = ((steps as f64 * self.strength) as usize).min(steps);
+        if kept == 0 {
+            let (given, rule) =
+                (self.strength, "of so few steps no whole one is left: ask for more of either");
+            return Err(Error::Number { field: "denoise_strength", given, rule });
+        }
+        Ok(kept)
     }
 }
 
@@ -448,10 +465,13 @@ pub struct Generated {
     pub latents: Tensor,
     /// blake3 of the latents before the first step.
     pub start_hash: [u8; 32],
-    /// blake3 of the latents after each step, from the first on, those before a resume included.
+    /// blake3 of the latents after each step, from the first on, those before a resume included; for steps before a start
+    /// within the schedule that of the latents there.
     pub step_hashes: Vec<[u8; 32]>,
     /// Steps computed in this run, without those before a resume.
     pub steps_done: usize,
+    /// What was asked for beside the final latents, by the names of [`touch`], f32, on the CPU.
+    pub kept: BTreeMap<String, Tensor>,
 }
 
 /// Reads a JSON file into a value.

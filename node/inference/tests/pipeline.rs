@@ -380,5 +380,5 @@ fn a_second_pass_that_cannot_be_made_is_refused_with_the_reason() {
     let text =
         refused("ltx-video-0.9.5", finished(2, 6), SecondPass { adain: f64::INFINITY, ..half.clone() });
     assert!(text.contains("upsample_adain is inf"), "{text}");
-    assert!(refused("wan2.1", None, half).contains("wan makes no second pass"));
+    assert!(refused("pyramid-flow-miniflux", None, half).contains("pyramid-flow makes no second pass"));
 }

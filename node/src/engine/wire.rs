@@ -25,13 +25,15 @@ use serde::{Deserialize, Serialize};
 
 pub use self::adapter::AdapterUse;
 pub use self::audit::{AuditReport, AuditRun, Hash, StatePaths};
+pub use self::touch::{Mixed, Numbers, Places, Touch};
 
 mod adapter;
 mod audit;
+mod touch;
 
 /// The version of these messages. Both sides are of one release, or the daemon says that they are not.
 pub const WIRE_VERSION: u32 = 5;
-/// Greatest message, bytes: a prompt twice, or a preview, with room.
+/// Greatest message, bytes: three prompts and the numbers of every operation, or a preview, with room.
 pub const MAX_FRAME: usize = 128 * 1024;
 /// Greatest path, bytes of UTF-8.
 pub const MAX_PATH: usize = 4096;
@@ -271,6 +273,8 @@ pub struct Extra {
     pub upsample_tone_map: Option<f64>,
     /// How much noise is put on fully given latents at each step.
     pub picture_noise_scale: Option<f64>,
+    /// What is changed inside the run.
+    pub touch: Touch,
 }
 
 /// A picture that a frame is to show.

@@ -10,7 +10,7 @@
 //! [`main`] is what `kinoflockd worker` runs: [`serve`] with the engine that has the models. Another [`Engine`] makes
 //! another worker program with the same manners.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::Read;
 use std::panic::AssertUnwindSafe;
@@ -35,6 +35,7 @@ mod adapters;
 pub mod local;
 mod output;
 mod pictures;
+mod touch;
 
 /// Orders that wait for the main thread. The daemon gives one at a time; cancels do not wait.
 const MAX_ORDERS: usize = 4;
@@ -104,6 +105,8 @@ pub struct Made {
     pub latents: Vec<f32>,
     /// Their shape.
     pub latents_shape: Vec<usize>,
+    /// What comes back beside them, with its shape.
+    pub kept: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
     /// blake3 of the latents before the first step and after each, those before a checkpoint included.
     pub state_hashes: Vec<[u8; 32]>,
     /// What the run commits to beside them.
@@ -209,7 +212,7 @@ impl Context<'_> {
     pub fn state(&mut self, index: usize, shape: &[usize], values: &[f32]) {
         let Some(folder) = &self.request.output.states else { return };
         let path = Path::new(folder.as_str()).join(wire::state_name(index));
-        let written = output::latents_file(values, shape).and_then(|bytes| {
+        let written = output::latents_file(&[(output::LATENTS, shape, values)]).and_then(|bytes| {
             std::fs::create_dir_all(folder.as_str())
                 .and_then(|()| std::fs::write(&path, bytes))
                 .map_err(|error| Failure::new("write", &error.to_string(), true))

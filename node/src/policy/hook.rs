@@ -36,6 +36,8 @@ struct Facts<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    second_prompt: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     negative_prompt: Option<&'a str>,
 }
 
@@ -52,6 +54,8 @@ pub struct HookJob<'a> {
     pub wanted: Wanted,
     /// Its prompt.
     pub prompt: &'a str,
+    /// A second prompt that is mixed into it.
+    pub second_prompt: Option<&'a str>,
     /// Its negative prompt.
     pub negative_prompt: &'a str,
 }
@@ -121,6 +125,7 @@ fn facts(hook: &HookConfig, job: &HookJob<'_>) -> Vec<u8> {
         steps: job.wanted.shape.steps,
         work_units: job.wanted.work.0.to_string(),
         prompt: hook.sees_prompt.then_some(job.prompt),
+        second_prompt: job.second_prompt.filter(|_| hook.sees_prompt),
         negative_prompt: hook.sees_prompt.then_some(job.negative_prompt),
     };
     serde_json::to_vec(&facts).expect("invariant: the facts serialise")

@@ -26,8 +26,8 @@ use kinoflock_protocol::work::{JobShape, work};
 
 use self::gather::{Gather, Gathered, Missed};
 use super::jobs::{load_request, plain_run, remove_folder};
-use super::refuse::{invalid, unserved, unsupported};
-use super::{Daemon, Note, adapters, finish, jobs, unix_now};
+use super::refuse::{invalid, unserved};
+use super::{Daemon, Note, adapters, finish, ops, unix_now};
 use crate::admin::report::AuditsReport;
 use crate::engine::wire::{AuditReport, Failure, RunRequest};
 use crate::policy::{Ask, Usage, Wanted};
@@ -161,7 +161,7 @@ impl Daemon {
         if self.passed(&spec.model).is_none() {
             return Err(unserved(&spec.model));
         }
-        jobs::extra(spec).map_err(|name| unsupported(&name, "ask another node"))?;
+        ops::extra(spec).map_err(|fault| fault.refusal())?;
         adapters::check_job(self.config.policy.adapter_bytes, spec)?;
         let wanted = self.wanted(&spec.model, spec.shape())?;
         let policy = self.scheduler.policy();

@@ -8,6 +8,7 @@ use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::envelope::Envelope;
 use kinoflock_protocol::id::{BlobId, ClipId, JobId, Keypair, NetworkId, ReceiptId};
+use kinoflock_protocol::ops::reaching_in;
 use kinoflock_protocol::progress::JobEvent;
 use kinoflock_protocol::receipt::Receipt;
 use kinoflock_protocol::units::UnixMillis;
@@ -103,7 +104,9 @@ impl Daemon {
         let clip = blob(&report.clip);
         let began_at = live.checkpoints.began_at;
         let done = began_at + report.steps_done;
-        let steps = if model.manifest.work.counts_by_steps() { done } else { spec.steps };
+        // Where a run begins within its steps, or computes none, the job is told by what was asked for.
+        let is_whole = model.manifest.work.counts_by_steps() && reaching_in(spec).is_none();
+        let steps = if is_whole { done } else { spec.steps };
         let receipt = Receipt {
             job: report.job,
             requester: live.job.requester(),
@@ -163,7 +166,7 @@ impl Daemon {
                     self.phase_took(phase, seconds);
                 }
                 let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
-                let compute = took.compute() + self.saved_seconds(&job, &finished.report);
+                let compute = self.compute_seconds(&job, &finished.report);
                 let measured = Measured { load: seconds(took.load), compute: seconds(compute) };
                 if let Some((live, record)) = self.live.get(&job).zip(self.queue.find(&job).ok().flatten()) {
                     let (valid, submitter) = (live.job.clone(), live.submitter);
@@ -185,10 +188,21 @@ impl Daemon {
 }
 
 impl Daemon {
-    /// What the steps before a checkpoint would have taken here: measured speed is of whole jobs.
-    fn saved_seconds(&self, job: &JobId, report: &DoneReport) -> f64 {
-        let began_at = self.live.get(job).map_or(0, |live| live.checkpoints.began_at);
-        report.timings.steps * f64::from(began_at) / f64::from(report.steps_done.max(1))
+    /// What the whole job takes here, with the steps before a checkpoint or a start within the run: measured speed is of
+    /// whole jobs. 0 for a job that tells nothing of others: it computes no step, or other blocks than the model's.
+    fn compute_seconds(&self, job: &JobId, report: &DoneReport) -> f64 {
+        let Some(live) = self.live.get(job) else { return report.timings.compute() };
+        let spec = live.job.spec();
+        let is_other = |name: &str| matches!(name, "decode_only" | "layers.skip" | "layers.repeat");
+        if spec.ops.iter().any(|op| is_other(op.name.as_str())) {
+            return 0.0;
+        }
+        let before = match reaching_in(spec) {
+            Some(_) => spec.steps.saturating_sub(report.steps_done),
+            None => live.checkpoints.began_at,
+        };
+        let saved = report.timings.steps * f64::from(before) / f64::from(report.steps_done.max(1));
+        report.timings.compute() + saved
     }
 }
 

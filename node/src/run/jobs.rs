@@ -6,15 +6,12 @@ use kinoflock_protocol::Millis;
 use kinoflock_protocol::clip::BlobRef;
 use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::id::JobId;
-use kinoflock_protocol::job::{JobSpec, OpValue};
+use kinoflock_protocol::job::JobSpec;
 use kinoflock_protocol::progress::JobEvent;
-use kinoflock_protocol::units::Micro;
 
 use super::{Daemon, Note, unix_now};
 use crate::engine::supervisor::EngineEvent;
-use crate::engine::wire::{
-    Extra, Failure, LoadRequest, Output, Phase, Picture, RunRequest, StepReport, WirePath,
-};
+use crate::engine::wire::{Failure, LoadRequest, Output, Phase, Picture, RunRequest, StepReport, WirePath};
 use crate::models::Model;
 use crate::queue::{End, QueueError};
 use crate::scheduler::{Cause, DeviceId, Event, Outcome};
@@ -28,21 +25,6 @@ const END_TRIES: u32 = 720;
 const END_PAUSE: Duration = Duration::from_secs(5);
 /// Part of a job's thousandths that its steps are; the rest is decoding and encoding.
 const STEPS_SHARE: u64 = 900;
-
-/// The named operations that [`extra`] knows.
-pub(super) const OPERATIONS: [&str; 11] = [
-    "timesteps",
-    "decode_timestep",
-    "decode_noise_scale",
-    "decode_tile",
-    "decode_chunk",
-    "truncate_prompt",
-    "extend_frames",
-    "picture_noise_scale",
-    "denoise_strength",
-    "upsample_adain",
-    "upsample_tone_map",
-];
 
 impl Daemon {
     pub(super) fn handle_event(&mut self, event: Event) {
@@ -298,7 +280,7 @@ pub(super) fn plain_run(job: JobId, model: LoadRequest, spec: &JobSpec) -> Resul
         fps: spec.fps.to_f64(),
         steps: spec.steps,
         guidance: spec.guidance.to_f64(),
-        extra: extra(spec).map_err(|name| format!("operation {name} is not known here"))?,
+        extra: super::ops::extra(spec).map_err(|fault| fault.to_string())?,
         output: Output { clip: WirePath::default(), latents: None, checkpoint: None, states: None },
         checkpoint_every: 0,
         preview_every: 0,
@@ -346,59 +328,5 @@ pub(super) fn remove_folder(folder: &std::path::Path) -> std::io::Result<()> {
     match std::fs::remove_dir_all(folder) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
-    }
-}
-
-/// What a job's named operations and lesser numbers mean to a worker.
-///
-/// # Errors
-/// The name of the first operation that is not known here, or whose value is of the wrong kind.
-pub(super) fn extra(spec: &JobSpec) -> Result<Extra, String> {
-    let rescale = spec.guidance_rescale;
-    let mut extra =
-        Extra { guidance_rescale: (rescale != Micro::ZERO).then(|| rescale.to_f64()), ..Extra::default() };
-    for op in spec.ops.iter() {
-        match (op.name.as_str(), &op.value) {
-            ("timesteps", OpValue::Numbers(numbers)) => {
-                extra.timesteps = Some(List::first_of(numbers.iter().map(|number| number.to_f64())));
-            }
-            ("decode_timestep", value) => {
-                extra.decode_timestep = Some(number(value).ok_or("decode_timestep")?)
-            }
-            ("decode_noise_scale", value) => {
-                extra.decode_noise_scale = Some(number(value).ok_or("decode_noise_scale")?)
-            }
-            ("decode_tile", value) => extra.decode_tile = Some(whole(value).ok_or("decode_tile")?),
-            ("decode_chunk", value) => extra.decode_chunk = Some(whole(value).ok_or("decode_chunk")?),
-            ("extend_frames", value) => extra.extend_frames = Some(whole(value).ok_or("extend_frames")?),
-            ("denoise_strength", value) => {
-                extra.denoise_strength = Some(number(value).ok_or("denoise_strength")?)
-            }
-            ("upsample_adain", value) => extra.upsample_adain = Some(number(value).ok_or("upsample_adain")?),
-            ("upsample_tone_map", value) => {
-                extra.upsample_tone_map = Some(number(value).ok_or("upsample_tone_map")?)
-            }
-            ("picture_noise_scale", value) => {
-                extra.picture_noise_scale = Some(number(value).ok_or("picture_noise_scale")?)
-            }
-            ("truncate_prompt", OpValue::Flag(flag)) => extra.truncate_prompt = *flag,
-            (name, _) => return Err(name.to_owned()),
-        }
-    }
-    Ok(extra)
-}
-
-fn number(value: &OpValue) -> Option<f64> {
-    match value {
-        OpValue::Number(number) => Some(number.to_f64()),
-        OpValue::Whole(whole) => Some(*whole as f64),
-        _ => None,
-    }
-}
-
-fn whole(value: &OpValue) -> Option<u32> {
-    match value {
-        OpValue::Whole(whole) => u32::try_from(*whole).ok(),
-        _ => None,
     }
 }

@@ -39,15 +39,23 @@ impl Prompts {
         Self(models.values().filter_map(read).collect())
     }
 
-    /// Checks prompt and, where it is used, negative prompt of a job for this model.
-    pub(super) fn check(&self, model: &Model, spec: &JobSpec) -> Result<(), Box<Refusal>> {
+    /// Checks a job's prompt, the second one that is mixed into it, and, where it is used, the negative prompt.
+    pub(super) fn check(
+        &self,
+        model: &Model,
+        spec: &JobSpec,
+        second: Option<&str>,
+        follows_curve: bool,
+    ) -> Result<(), Box<Refusal>> {
         let Some(counter) = self.0.get(&model.id) else { return Ok(()) };
         let limit = model.manifest.rules.max_prompt_tokens;
-        let guided = spec.guidance > Micro::ONE;
-        let negative = guided.then_some((NEGATIVE, &spec.negative_prompt));
-        for (what, text) in [Some(("prompt", &spec.prompt)), negative].into_iter().flatten() {
+        let guided = spec.guidance > Micro::ONE || follows_curve;
+        let negative = guided.then_some((NEGATIVE, spec.negative_prompt.as_str()));
+        let second = second.map(|second| ("prompt.mix", second));
+        let all = [Some(("prompt", spec.prompt.as_str())), second, negative];
+        for (what, text) in all.into_iter().flatten() {
             let encoded = counter
-                .encode(text.as_str(), what == NEGATIVE, limit as usize)
+                .encode(text, what == NEGATIVE, limit as usize)
                 .map_err(|error| Box::new(Refusal::new(Reason::Invalid, what).given(error)))?;
             if let Some(cut) = encoded.cut_text {
                 return Err(Box::new(too_long(what, encoded.tokens, limit, &cut)));

@@ -25,7 +25,7 @@ use kinoflock_protocol::work::{JobShape, work};
 use super::adapters::{check_adapters, check_inputs, check_job};
 use super::checkpoints::{Kept, check_states};
 use super::refuse::{invalid, job_refusal, order_refusal, unserved, unsupported};
-use super::{Daemon, LiveJob, Note, Rejected, ip_of, jobs, unix_now};
+use super::{Daemon, LiveJob, Note, Rejected, ip_of, ops, unix_now};
 use crate::clips::OwnerClass;
 use crate::policy::{Wanted, hook};
 use crate::queue::{End, JobRecord, StoredState};
@@ -46,6 +46,8 @@ pub(super) struct Ordered {
     order_envelope: Envelope,
     origin: Origin,
     wanted: Wanted,
+    /// A second prompt, mixed into the job's.
+    second_prompt: Option<String>,
     submitter: NodeId,
     mirrored: Option<Box<MirroredInputs>>,
 }
@@ -225,16 +227,26 @@ impl Daemon {
         let model = self.models.get(&spec.model).ok_or_else(|| unserved(&spec.model))?;
         check_states(order.order(), spec, &model.manifest.work)?;
         check_job(self.config.policy.adapter_bytes, spec)?;
-        let extra = jobs::extra(spec).map_err(|name| {
-            unsupported(&name, &format!("known for --set are {}", jobs::OPERATIONS.join(", ")))
-        })?;
+        let extra = ops::extra(spec).map_err(|fault| fault.refusal())?;
+        ops::check(spec, &extra, &model.manifest.work)?;
         let wanted = self.wanted(&spec.model, spec.shape())?;
-        if !extra.truncate_prompt {
-            self.prompts.check(model, spec)?;
+        let second = extra.touch.prompt.as_ref().map(|second| second.with.to_string());
+        if !extra.truncate_prompt && !extra.touch.decode_only {
+            self.prompts.check(model, spec, second.as_deref(), !extra.touch.guidance.is_empty())?;
         }
         let origin = self.origin(job.requester(), addr);
         let mirrored = None;
-        Ok(Ordered { job, job_envelope, order, order_envelope, origin, wanted, submitter, mirrored })
+        Ok(Ordered {
+            job,
+            job_envelope,
+            order,
+            order_envelope,
+            origin,
+            wanted,
+            second_prompt: second,
+            submitter,
+            mirrored,
+        })
     }
 
     /// Asks the operator's hook, where there is one, and admits the job.
@@ -250,6 +262,7 @@ impl Daemon {
                 class: ordered.origin.class,
                 wanted: ordered.wanted,
                 prompt: spec.prompt.as_str(),
+                second_prompt: ordered.second_prompt.as_deref(),
                 negative_prompt: spec.negative_prompt.as_str(),
             };
             let verdict = hook::run(&hook, &asked).await;

@@ -84,7 +84,7 @@ impl DeviceMode {
 pub struct Measured {
     /// Time to load the model; zero if it was loaded.
     pub load: Duration,
-    /// Time from loaded to finished.
+    /// Time from loaded to finished; zero if it tells nothing of other jobs.
     pub compute: Duration,
 }
 
@@ -223,8 +223,10 @@ impl Device {
         if !measured.load.is_zero() {
             speed.load = Some(blend(speed.load, measured.load.as_secs_f64()));
         }
-        let overhead = took.saturating_sub(measured.load + measured.compute);
-        speed.overhead = Some(blend(speed.overhead, overhead.as_secs_f64()));
+        if seconds > 0.0 {
+            let overhead = took.saturating_sub(measured.load + measured.compute);
+            speed.overhead = Some(blend(speed.overhead, overhead.as_secs_f64()));
+        }
     }
 }
 

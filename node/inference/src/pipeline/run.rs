@@ -9,6 +9,7 @@ mod audit;
 mod check;
 mod colours;
 mod digest;
+mod entry;
 mod parts;
 
 use std::collections::BTreeMap;
@@ -29,6 +30,7 @@ use crate::error::Error;
 use crate::frames::RgbFrames;
 use crate::offload::Placement;
 use crate::pipeline::latents::LatentRgb;
+use crate::pipeline::touch::{NOISE, memory_prefix, step_name};
 use crate::sampler::checkpoint::latents_bytes;
 
 /// The points that a run goes through.
@@ -57,6 +59,22 @@ pub struct State {
     pub latents: Tensor,
     /// What the sampler remembers of earlier steps, f32, on the model's device.
     pub memory: BTreeMap<String, Tensor>,
+}
+
+impl State {
+    /// What the sampler remembers under a name, in the latents' shape; it may come from outside.
+    ///
+    /// # Errors
+    /// [`Error::LatentShape`] where it has another one.
+    pub fn remembered(&self, name: &str) -> Result<Option<&Tensor>, Error> {
+        match self.memory.get(name) {
+            Some(tensor) if tensor.dims() != self.latents.dims() => {
+                let (given, needed) = (tensor.dims().to_vec(), self.latents.dims().to_vec());
+                Err(Error::LatentShape { what: "what the sampler remembers", given, needed })
+            }
+            found => Ok(found),
+        }
+    }
 }
 
 /// The parts of a video model from which a run is made, in the order in which they are used.
@@ -107,7 +125,7 @@ pub trait VideoModel: Send {
 
     /// Whether the negative prompt is used.
     fn is_guided(&self, request: &GenerateRequest) -> bool {
-        request.guidance > 1.0
+        request.is_guided()
     }
 
     /// Which pictures are taken beside the prompt.
@@ -117,7 +135,29 @@ pub trait VideoModel: Send {
 
     /// Whether a run may go on from finished latents.
     fn makes_second_pass(&self) -> bool {
+        self.hides()
+    }
+
+    /// Whether such a run begins within the schedule, with what [`VideoModel::hide`] makes; else the model sees to it
+    /// itself.
+    fn hides(&self) -> bool {
         false
+    }
+
+    /// Clean latents as they are before step `index`, with this noise over them; for the straight flow of most models
+    /// `(1 - sigma) clean + sigma noise`.
+    ///
+    /// # Errors
+    /// When the shapes differ.
+    fn hide(
+        &self,
+        plan: &Self::Plan,
+        index: usize,
+        clean: &Tensor,
+        noise: &Tensor,
+    ) -> candle_core::Result<Tensor> {
+        let sigma = f64::from(self.course(plan).sigmas[index]);
+        (noise * sigma)? + (clean * (1.0 - sigma))?
     }
 
     /// The schedule and the sizes of a request that has passed every other check.
@@ -137,6 +177,19 @@ pub trait VideoModel: Send {
     /// # Errors
     /// [`Error::LatentShape`] for given latents of another shape.
     fn begin(&self, request: &GenerateRequest, plan: &Self::Plan) -> Result<Tensor, Error>;
+
+    /// The noise of the whole run, as [`GenerateRequest::initial_latents`] takes it.
+    ///
+    /// # Errors
+    /// As [`VideoModel::begin`].
+    fn noise(&self, request: &GenerateRequest, plan: &Self::Plan) -> Result<Tensor, Error> {
+        self.begin(request, plan)
+    }
+
+    /// The dimension that holds the channels, in the latents' shape as the model keeps them.
+    fn channel_axis(&self) -> usize {
+        1
+    }
 
     /// Encodes text and pictures and computes what stays the same over all steps.
     ///
@@ -242,7 +295,7 @@ impl<M: VideoModel> Pipeline for M {
     }
 
     fn start(&self, request: &GenerateRequest) -> Result<Tensor, Error> {
-        self.begin(request, &check::check(self, request)?)
+        Ok(entry::begin(self, request, &check::check(self, request)?)?.0)
     }
 
     fn transition(
@@ -267,6 +320,9 @@ fn generate<M: VideoModel>(
 ) -> Result<Generated, Error> {
     let plan = check::check(model, request)?;
     let request = &settle(model, request)?;
+    if request.touch.decode_only.is_some() {
+        return entry::decoded(model, request, &plan, observer);
+    }
     let course = model.course(&plan);
     let _beside = model.places().apply(&request.adapters)?;
     let mut run = Run::begin(model, request, &plan)?;
@@ -294,24 +350,15 @@ fn generate<M: VideoModel>(
     }
     drop(context);
     model.give_back(Phase::Step);
-    let latents = model.volume(&plan, &run.state.latents)?;
-    let frames = if request.decode.skip {
-        RgbFrames { width: request.width, height: request.height, count: 0, data: Vec::new() }
-    } else {
-        observer.phase(Phase::Decode);
-        if observer.cancelled() {
-            return Err(Error::Cancelled { steps_done: steps, steps });
-        }
-        let video = model.decode(request, &latents, observer).map_err(|error| match error {
-            Error::Cancelled { .. } => Error::Cancelled { steps_done: steps, steps },
-            other => during(other, "decoding"),
-        });
-        model.give_back(Phase::Decode);
-        RgbFrames::from_unit(&video?)?
-    };
+    let latents = entry::finished(model, request, model.volume(&plan, &run.state.latents)?)?;
+    let frames = entry::frames(model, request, &latents, steps, observer)?;
     let latents = latents.to_device(&Device::Cpu)?;
-    let start_hash = *blake3::hash(&latents_bytes(&model.begin(request, &plan)?)?).as_bytes();
-    Ok(Generated { frames, latents, start_hash, step_hashes: run.hashes, steps_done: steps - first })
+    let start_hash = *blake3::hash(&latents_bytes(&entry::begin(model, request, &plan)?.0)?).as_bytes();
+    let Run { hashes: step_hashes, mut kept, .. } = run;
+    if request.touch.keep.noise {
+        kept.insert(NOISE.to_owned(), model.noise(request, &plan)?);
+    }
+    Ok(Generated { frames, latents, start_hash, step_hashes, steps_done: steps - first, kept })
 }
 
 /// Decides how a run's components are placed and in which pieces it is decoded, and empties what it begins without.
@@ -341,6 +388,8 @@ struct Run<'a, M: VideoModel> {
     hashes: Vec<[u8; 32]>,
     digest: [u8; 32],
     history: Vec<u8>,
+    /// Steps' latents that come back.
+    kept: BTreeMap<String, Tensor>,
     /// Colours of previews, where they had to be learnt.
     colours: Option<LatentRgb>,
 }
@@ -349,19 +398,32 @@ impl<'a, M: VideoModel> Run<'a, M> {
     fn begin(model: &'a M, request: &'a GenerateRequest, plan: &'a M::Plan) -> Result<Self, Error> {
         let course = model.course(plan);
         let digest = digest(request, &course)?;
-        let (state, done, hashes, history) = match &request.resume {
-            Some(checkpoint) => (
-                resumed(model, checkpoint, plan, digest)?,
-                checkpoint.steps_done,
-                checkpoint.step_hashes.clone(),
-                checkpoint.history.clone(),
-            ),
-            None => {
-                let latents = model.begin(request, plan)?.to_device(model.device())?;
-                (State { latents, memory: BTreeMap::new() }, 0, Vec::new(), Vec::new())
-            }
+        let colours = None;
+        if let Some(checkpoint) = &request.resume {
+            let state = resumed(model, checkpoint, plan, digest)?;
+            let (done, hashes) = (checkpoint.steps_done, checkpoint.step_hashes.clone());
+            let (history, kept) = (checkpoint.history.clone(), checkpoint.kept.clone());
+            return Ok(Self {
+                model,
+                request,
+                plan,
+                course,
+                state,
+                done,
+                hashes,
+                digest,
+                history,
+                kept,
+                colours,
+            });
+        }
+        let (state, done) = entry::state(model, request, plan)?;
+        let hashes = match done {
+            0 => Vec::new(),
+            _ => vec![*blake3::hash(&latents_bytes(&state.latents)?).as_bytes(); done],
         };
-        Ok(Self { model, request, plan, course, state, done, hashes, digest, history, colours: None })
+        let (history, kept) = (Vec::new(), BTreeMap::new());
+        Ok(Self { model, request, plan, course, state, done, hashes, digest, history, kept, colours })
     }
 
     /// Goes one step and gives the clean latents that the model predicted before it.
@@ -373,7 +435,25 @@ impl<'a, M: VideoModel> Run<'a, M> {
         let output = model.output(request, plan, context, self.done, &self.state)?;
         let predicted = model.advance(request, plan, context, self.done, &mut self.state, &output)?;
         self.done += 1;
+        let channels = &request.touch.channels;
+        if channels.is_due(Some(self.done)) {
+            let count = model.facts().work.latent_channels;
+            self.state.latents = channels.apply(&self.state.latents, model.channel_axis(), count)?;
+        }
+        if request.touch.keep.steps.contains(&self.done) {
+            self.keep()?;
+        }
         Ok(predicted)
+    }
+
+    /// Takes the state along as something that comes back.
+    fn keep(&mut self) -> Result<(), Error> {
+        let home = |tensor: &Tensor| tensor.to_device(&Device::Cpu);
+        self.kept.insert(step_name(self.done), home(&self.state.latents)?);
+        for (name, tensor) in &self.state.memory {
+            self.kept.insert(format!("{}{name}", memory_prefix(self.done)), home(tensor)?);
+        }
+        Ok(())
     }
 
     /// Hashes the latents and tells the observer.
@@ -429,6 +509,7 @@ impl<'a, M: VideoModel> Run<'a, M> {
             sigmas: self.course.sigmas.to_vec(),
             latents: home(&self.state.latents)?,
             memory: memory.collect::<candle_core::Result<_>>()?,
+            kept: self.kept.clone(),
             request_digest: self.digest,
             step_hashes: self.hashes.clone(),
             history: self.history.clone(),

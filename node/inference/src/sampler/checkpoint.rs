@@ -1,8 +1,8 @@
 //! The state between two steps, as a tensor and as bytes, so that a run goes on elsewhere bit for bit.
 //!
 //! The bytes are one safetensors file: tensor `latents` (f32), a tensor `memory.NAME` (f32) for each thing that the
-//! sampler remembers of earlier steps, and in its metadata the steps done, the sigmas, the request's digest and the
-//! hashes of the steps before.
+//! sampler remembers of earlier steps, a tensor `kept.NAME` (f32) for each that comes back beside the final latents, and
+//! in its metadata the steps done, the sigmas, the request's digest and the hashes of the steps before.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -18,6 +18,8 @@ pub const MAX_HISTORY: usize = 16 * 1024;
 
 /// The most tensors that a sampler remembers.
 pub const MAX_MEMORY: usize = 64;
+/// The most tensors that come back beside the final latents.
+pub const MAX_KEPT: usize = 4096;
 
 /// Where a run can be taken up again.
 #[derive(Debug, Clone)]
@@ -30,6 +32,8 @@ pub struct Checkpoint {
     pub latents: Tensor,
     /// What the sampler remembers of earlier steps, f32, on the CPU; empty for one that looks at the latents alone.
     pub memory: BTreeMap<String, Tensor>,
+    /// Latents of steps that are done, and what the sampler remembered then, where they are to come back.
+    pub kept: BTreeMap<String, Tensor>,
     /// blake3 of everything in the request that the result depends on.
     pub request_digest: [u8; 32],
     /// blake3 of the latents after each step that is done.
@@ -47,6 +51,7 @@ impl Checkpoint {
     pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
         let mut tensors = vec![(LATENTS.to_owned(), &self.latents)];
         tensors.extend(self.memory.iter().map(|(name, tensor)| (format!("{MEMORY}{name}"), tensor)));
+        tensors.extend(self.kept.iter().map(|(name, tensor)| (format!("{KEPT}{name}"), tensor)));
         let bytes = tensors.iter().map(|(_, tensor)| latents_bytes(tensor)).collect::<Result<Vec<_>, _>>()?;
         let views = tensors.iter().zip(&bytes).map(|((name, tensor), bytes)| {
             let view = TensorView::new(Dtype::F32, tensor.dims().to_vec(), bytes).map_err(unreadable)?;
@@ -88,28 +93,29 @@ impl Checkpoint {
         }
         let tensors = SafeTensors::deserialize(bytes).map_err(unreadable)?;
         let latents = tensor_of(&tensors.tensor(LATENTS).map_err(unreadable)?)?;
-        if tensors.len() > 1 + MAX_MEMORY {
-            return Err(fault(&format!(
-                "it holds {} tensors, the limit is {}",
-                tensors.len(),
-                1 + MAX_MEMORY
-            )));
-        }
-        let mut memory = BTreeMap::new();
+        let (mut memory, mut kept) = (BTreeMap::new(), BTreeMap::new());
         for (name, view) in tensors.tensors() {
             if let Some(name) = name.strip_prefix(MEMORY) {
                 memory.insert(name.to_owned(), tensor_of(&view)?);
+            } else if let Some(name) = name.strip_prefix(KEPT) {
+                kept.insert(name.to_owned(), tensor_of(&view)?);
+            }
+        }
+        for (given, limit) in [(memory.len(), MAX_MEMORY), (kept.len(), MAX_KEPT)] {
+            if given > limit {
+                return Err(fault(&format!("it holds {given} tensors of a sort, the limit is {limit}")));
             }
         }
         let history = bytes_of_hex(field("history")?)?;
         let request_digest = from_hex(field("request")?)?;
-        Ok(Self { steps_done, sigmas, latents, memory, request_digest, step_hashes, history })
+        Ok(Self { steps_done, sigmas, latents, memory, kept, request_digest, step_hashes, history })
     }
 }
 
 const FORMAT: &str = "kinoflock-checkpoint-1";
 const LATENTS: &str = "latents";
 const MEMORY: &str = "memory.";
+const KEPT: &str = "kept.";
 
 fn tensor_of(view: &TensorView<'_>) -> Result<Tensor, Error> {
     if view.dtype() != Dtype::F32 {
@@ -176,6 +182,7 @@ mod tests {
                 "x0".to_owned(),
                 Tensor::new(&[[0.1f32], [-7.0]], &Device::Cpu).unwrap(),
             )]),
+            kept: BTreeMap::from([("step_1".to_owned(), Tensor::new(&[4.5f32], &Device::Cpu).unwrap())]),
             request_digest: [7; 32],
             step_hashes: vec![[9; 32]],
             history: vec![0, 17, 255],
@@ -191,6 +198,7 @@ mod tests {
         assert_eq!(back.memory.keys().collect::<Vec<_>>(), ["x0"]);
         let values = |state: &Checkpoint| state.memory["x0"].to_vec2::<f32>().unwrap();
         assert_eq!(values(&back), values(&sample()));
+        assert_eq!(back.kept["step_1"].to_vec1::<f32>().unwrap(), [4.5]);
         assert_eq!((back.steps_done, back.request_digest, back.step_hashes), (1, [7; 32], vec![[9; 32]]));
         assert_eq!(back.history, [0, 17, 255]);
     }

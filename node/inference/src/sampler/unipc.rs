@@ -30,6 +30,8 @@ pub struct UniPc {
     bh1: bool,
     lower_order_final: bool,
     disable_corrector: Vec<usize>,
+    /// The step before which nothing lies.
+    first: usize,
 }
 
 /// What a step needs of the steps before.
@@ -92,7 +94,14 @@ impl UniPc {
             bh1: config.solver_type == "bh1",
             lower_order_final: config.lower_order_final,
             disable_corrector: config.disable_corrector.clone(),
+            first: 0,
         })
+    }
+
+    /// The same points, of a run that begins at step `first` with nothing behind it.
+    #[must_use]
+    pub fn fresh_at(self, first: usize) -> Self {
+        Self { first, ..self }
     }
 
     /// Steps of the run.
@@ -113,8 +122,8 @@ impl UniPc {
         sample: &Tensor,
         output: &Tensor,
     ) -> Result<Tensor> {
-        let held = index.min(self.order);
-        if state.clean.len() != held || state.last_sample.is_some() != (index > 0) {
+        let held = index.saturating_sub(self.first).min(self.order);
+        if state.clean.len() != held || state.last_sample.is_some() != (index > self.first) {
             candle_core::bail!("step {index} was given a state of {} clean samples", state.clean.len());
         }
         let clean = (sample - (output * f64::from(self.sigmas[index]))?)?;
@@ -139,7 +148,7 @@ impl UniPc {
         let left = self.steps() - index;
         let falls = self.lower_order_final || (left == 1 && self.sigmas[index + 1] == 0.0);
         let most = if falls { self.order.min(left) } else { self.order };
-        most.min(index + 1)
+        most.min((index + 1).saturating_sub(self.first).max(1))
     }
 
     /// UniP: from the newest clean sample and those before it to the sample at the next point.

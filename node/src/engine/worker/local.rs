@@ -1,5 +1,6 @@
 //! The engine with the models: `kinoflock_inference` on this machine's device. One model is loaded at a time.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use kinoflock_inference::audit::frames_deviation;
@@ -13,7 +14,7 @@ use kinoflock_inference::{
 };
 use kinoflock_protocol::id::{BlobId, ModelId};
 
-use super::output::LATENTS;
+use super::touch::read_latents;
 use super::{Context, Engine, LoadedModel, Made, Stop};
 use crate::engine::wire::{
     AuditReport, AuditRun, Failure, Hash, LoadRequest, Name, OpenRequest, Phase, RunRequest, StatePaths,
@@ -259,10 +260,7 @@ fn planned(request: &RunRequest, facts: &Facts) -> GenerateRequest {
 fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<GenerateRequest, Failure> {
     let extra = &request.extra;
     let base = GenerateRequest::new(request.prompt.as_str(), &pipeline.info().defaults);
-    let initial_latents = match &extra.initial_latents {
-        Some(path) => Some(read_latents(path)?),
-        None => None,
-    };
+    let (touch, initial_latents) = super::touch::read(extra)?;
     let resume = match &extra.resume {
         Some(path) => Some(Checkpoint::from_bytes(&read_state(path)?).map_err(|error| failure(&error))?),
         None => None,
@@ -287,6 +285,7 @@ fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<Gen
         }),
         initial_latents,
         adapters: super::adapters::adapters(request)?,
+        touch,
         decode: DecodeOptions {
             tile: extra.decode_tile.map(|pixels| pixels as usize),
             chunk: extra.decode_chunk.map(|frames| frames as usize),
@@ -307,11 +306,18 @@ fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<Gen
 }
 
 fn made(generated: Generated, commitment: Commitment) -> Result<Made, Failure> {
-    let values = generated.latents.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
-    let latents = values.map_err(|error| failure(&Error::from(error)))?;
+    let values = |tensor: &Tensor| {
+        let values = tensor.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
+        values.map_err(|error| failure(&Error::from(error)))
+    };
+    let mut kept = BTreeMap::new();
+    for (name, tensor) in &generated.kept {
+        kept.insert(name.clone(), (tensor.dims().to_vec(), values(tensor)?));
+    }
     Ok(Made {
         latents_shape: generated.latents.dims().to_vec(),
-        latents,
+        latents: values(&generated.latents)?,
+        kept,
         frames: generated.frames,
         state_hashes: [&[generated.start_hash], generated.step_hashes.as_slice()].concat(),
         commitment,
@@ -328,19 +334,6 @@ pub(super) fn read_state(path: &str) -> Result<Vec<u8>, Failure> {
         return Err(Failure::new("input_too_large", &text, false));
     }
     std::fs::read(path).map_err(fault)
-}
-
-fn read_latents(path: &str) -> Result<Tensor, Failure> {
-    let fault =
-        |reason: String| Failure::new("initial_latents", &format!("initial latents: {reason}"), false);
-    let bytes = read_state(path)?;
-    let tensors = safetensors::SafeTensors::deserialize(&bytes).map_err(|error| fault(error.to_string()))?;
-    let view = tensors.tensor(LATENTS).map_err(|_| fault(format!("the file has no tensor {LATENTS:?}")))?;
-    if view.dtype() != safetensors::Dtype::F32 {
-        return Err(fault(format!("the tensor is {:?}, F32 is needed", view.dtype())));
-    }
-    Tensor::from_raw_buffer(view.data(), DType::F32, view.shape(), &Device::Cpu)
-        .map_err(|error| fault(error.to_string()))
 }
 
 pub(super) fn failure(error: &Error) -> Failure {

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::Path;
 
 use kinoflock_inference::RgbFrames;
+use kinoflock_inference::pipeline::touch::FINAL;
 use kinoflock_protocol::id::BlobId;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -28,9 +29,7 @@ pub(super) fn finish(made: &Made, context: &mut Context<'_>) -> Result<DoneRepor
         .map_err(|error| Failure::new(error.code(), &error.to_string(), false))?;
     let clip = write(Path::new(request.output.clip.as_str()), &clip)?;
     let latents = match &request.output.latents {
-        Some(path) => {
-            Some(write(Path::new(path.as_str()), &latents_file(&made.latents, &made.latents_shape)?)?)
-        }
+        Some(path) => Some(write(Path::new(path.as_str()), &latents_file(&tensors(made))?)?),
         None => None,
     };
     let steps = wire::StepRecord::new(&made.state_hashes, &made.commitment);
@@ -92,14 +91,28 @@ fn not_written(error: &std::io::Error, bytes: usize) -> Failure {
     }
 }
 
-/// One safetensors file with the tensor `latents`, f32. Byte for byte the same for the same values.
-pub(super) fn latents_file(values: &[f32], shape: &[usize]) -> Result<Vec<u8>, Failure> {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+/// A tensor's name, shape and values.
+type Named<'a> = (&'a str, &'a [usize], &'a [f32]);
+
+/// The final latents alone as `latents`; or, beside what else comes back, as `final`.
+fn tensors(made: &Made) -> Vec<Named<'_>> {
+    let name = if made.kept.is_empty() { LATENTS } else { FINAL };
+    let kept = made.kept.iter().map(|(name, (shape, values))| (name.as_str(), &shape[..], &values[..]));
+    kept.chain([(name, &made.latents_shape[..], &made.latents[..])]).collect()
+}
+
+/// One safetensors file of f32 tensors. Byte for byte the same for the same values.
+pub(super) fn latents_file(tensors: &[Named<'_>]) -> Result<Vec<u8>, Failure> {
     let fault = |error: safetensors::SafeTensorError| Failure::new("latents", &error.to_string(), false);
-    let view = TensorView::new(Dtype::F32, shape.to_vec(), &bytes).map_err(fault)?;
+    let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let data: Vec<Vec<u8>> = tensors.iter().map(|(_, _, values)| bytes(values)).collect();
+    let mut views = Vec::with_capacity(tensors.len());
+    for ((name, shape, _), data) in tensors.iter().zip(&data) {
+        views.push((*name, TensorView::new(Dtype::F32, shape.to_vec(), data).map_err(fault)?));
+    }
     // One entry only: the order of several is not fixed.
     let metadata = HashMap::from([("format".to_owned(), "kinoflock-latents-1".to_owned())]);
-    safetensors::serialize([(LATENTS, view)], Some(metadata)).map_err(fault)
+    safetensors::serialize(views, Some(metadata)).map_err(fault)
 }
 
 /// Whether every pixel of every frame has the same colour.

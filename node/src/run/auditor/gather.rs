@@ -13,6 +13,7 @@ use kinoflock_protocol::audit::{
 use kinoflock_protocol::codec::Text;
 use kinoflock_protocol::envelope::Envelope;
 use kinoflock_protocol::id::{BlobId, Keypair, NetworkId, NodeId, Nonce};
+use kinoflock_protocol::ops::reaching_in;
 use kinoflock_protocol::refusal::Reason;
 use kinoflock_protocol::rpc::{Request, Response};
 use kinoflock_protocol::seal::{SealKey, open_bytes, sealed_len};
@@ -69,6 +70,10 @@ pub(in super::super) struct Missed {
 impl Gather {
     /// Draws a step and fetches what is needed to look at it.
     pub(super) async fn run(self) -> Result<Gathered, Missed> {
+        if let Some(op) = reaching_in(self.valid.job.spec()) {
+            let why = format!("the steps of a run with {op} do not follow from each other");
+            return Err(Missed { step: 0, outcome: could_not(AuditObstacle::Auditor, why) });
+        }
         if pictures(self.valid.job.spec()).next().is_some() {
             let why = "the steps of a clip from pictures are no change along the model's output alone";
             return Err(Missed { step: 0, outcome: could_not(AuditObstacle::Auditor, why) });

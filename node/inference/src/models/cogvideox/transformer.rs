@@ -15,6 +15,7 @@ use crate::nn::linear::Linear;
 use crate::nn::norm::Norm;
 use crate::nn::ops::silu;
 use crate::nn::rope::rotate_pairs;
+use crate::nn::route::Route;
 use crate::pipeline::latents::{pack, unpack};
 
 /// Epsilon of the norms of query and key.
@@ -41,13 +42,15 @@ pub struct CogVideoXTransformer {
     dtype: DType,
 }
 
-/// Where tokens lie.
+/// Where tokens lie, and their way.
 #[derive(Debug, Clone, Default)]
 pub struct Positions {
     /// Added to the sequence of text and video, `[tokens, width]`.
     pub added: Option<Tensor>,
     /// Turns query and key of that sequence.
     pub rotary: Option<RopeTables>,
+    /// Which blocks are computed how often.
+    pub route: Route,
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.
@@ -184,7 +187,9 @@ impl CogVideoXTransformer {
         probe("patch_embed", &Tensor::cat(&[&text, &video], 1)?)?;
         let time = silu(&time)?;
         for (index, block) in self.blocks.iter().enumerate() {
-            (video, text) = block.forward(&video, &text, &time, rope)?;
+            for _ in 0..positions.route.times(index) {
+                (video, text) = block.forward(&video, &text, &time, rope)?;
+            }
             probe(&format!("transformer_blocks.{index}.0"), &video)?;
             probe(&format!("transformer_blocks.{index}.1"), &text)?;
         }

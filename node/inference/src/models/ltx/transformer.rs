@@ -14,6 +14,7 @@ use crate::nn::embedding::PixArtTimestepEmbedding;
 use crate::nn::linear::Linear;
 use crate::nn::norm::{Norm, rms_norm};
 use crate::nn::ops::silu;
+use crate::nn::route::Route;
 
 /// What cross-attention adds where the text is filled up.
 const MASKED: f64 = -10_000.0;
@@ -41,6 +42,8 @@ pub struct TextContext {
     pub projected: Tensor,
     blocks: Vec<KeyValue>,
     bias: Option<Tensor>,
+    /// Which blocks are computed how often.
+    pub route: Route,
 }
 
 struct KeyValue {
@@ -106,7 +109,7 @@ impl LtxTransformer {
                 bias.to_dtype(self.dtype)?.reshape((batch, 1, 1, tokens))
             })
             .transpose()?;
-        Ok(TextContext { projected, blocks, bias })
+        Ok(TextContext { projected, blocks, bias, route: Route::default() })
     }
 
     /// The prediction `[B, tokens, out channels]` for packed latents `[B, tokens, in channels]`; timesteps (0 to 1000)
@@ -146,7 +149,9 @@ impl LtxTransformer {
         let width = self.config.inner();
         let modulation = modulation.reshape((batch, (), 6, width))?;
         for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, &modulation, &text.blocks[index], text.bias.as_ref(), rope)?;
+            for _ in 0..text.route.times(index) {
+                x = block.forward(&x, &modulation, &text.blocks[index], text.bias.as_ref(), rope)?;
+            }
             probe(&format!("transformer_blocks.{index}"), &x)?;
         }
         let table = self.scale_shift_table.reshape((1, 1, 2, width))?;

@@ -131,7 +131,9 @@ impl MochiTransformer {
         let signal = silu(&embedded)?;
         let mut words = text.tokens.clone();
         for (index, block) in self.blocks.iter().enumerate() {
-            (video, words) = block.forward(&video, &words, &signal, text, rope)?;
+            for _ in 0..text.route.times(index) {
+                (video, words) = block.forward(&video, &words, &signal, text, rope)?;
+            }
             probe(&format!("transformer_blocks.{index}.0"), &video)?;
             probe(&format!("transformer_blocks.{index}.1"), &words)?;
         }

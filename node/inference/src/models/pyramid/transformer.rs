@@ -20,6 +20,7 @@ use crate::nn::embedding::{TimestepEmbedding, Timesteps};
 use crate::nn::linear::Linear;
 use crate::nn::norm::Norm;
 use crate::nn::ops::silu;
+use crate::nn::route::Route;
 
 /// Epsilon of every layer norm.
 const EPSILON: f64 = 1e-6;
@@ -49,6 +50,8 @@ pub struct TextContext {
     mask: Tensor,
     /// Whether the mask leaves anything out: asked once, since a step does not wait to read from its device.
     filled: bool,
+    /// Which blocks are computed how often; those of one stream are counted on behind those of two.
+    pub route: Route,
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.
@@ -112,7 +115,8 @@ impl PyramidTransformer {
             candle_core::bail!("a text {:?} was given a mask of shape {:?}", text.shape(), mask.shape());
         }
         let filled = mask.min_all()?.to_scalar::<f32>()? < 1.0;
-        Ok(TextContext { projected, pooled: self.pooled[1].forward(&pooled)?, mask, filled })
+        let (pooled, route) = (self.pooled[1].forward(&pooled)?, Route::default());
+        Ok(TextContext { projected, pooled, mask, filled, route })
     }
 
     /// The velocity `[B, C, T, H, W]` of the last of `clips`, each `[B, C, frames, height, width]`, from the earliest to
@@ -152,19 +156,26 @@ impl PyramidTransformer {
         probe("time_text_embed", &embedded)?;
         let conditioning = silu(&embedded)?;
         for (index, block) in self.blocks.iter().enumerate() {
-            let (words, video) = block.forward(&context, &x, &conditioning, &layout)?;
-            x = video;
+            let mut told = false;
+            for _ in 0..text.route.times(index) {
+                let (words, video) = block.forward(&context, &x, &conditioning, &layout)?;
+                x = video;
+                if let Some(words) = words {
+                    (context, told) = (words, true);
+                }
+            }
             probe(&format!("transformer_blocks.{index}.1"), &x)?;
-            if let Some(words) = words {
-                probe(&format!("transformer_blocks.{index}.0"), &words)?;
-                context = words;
+            if told {
+                probe(&format!("transformer_blocks.{index}.0"), &context)?;
             }
         }
         if !self.single_blocks.is_empty() {
             x = Tensor::cat(&[&context, &x], 1)?;
         }
         for (index, block) in self.single_blocks.iter().enumerate() {
-            x = block.forward(&x, &conditioning, &layout)?;
+            for _ in 0..text.route.times(self.blocks.len() + index) {
+                x = block.forward(&x, &conditioning, &layout)?;
+            }
             probe(&format!("single_transformer_blocks.{index}"), &x)?;
         }
         let length: usize = grids.last().copied().unwrap_or_default().iter().product();

@@ -15,6 +15,7 @@ use crate::nn::embedding::{TimestepEmbedding, Timesteps};
 use crate::nn::linear::Linear;
 use crate::nn::norm::{Norm, layer_norm, rms_norm};
 use crate::nn::ops::silu;
+use crate::nn::route::Route;
 
 /// The transformer on a device.
 pub struct WanTransformer {
@@ -34,10 +35,12 @@ pub struct TextContext {
     /// The projected text, `(batch, text tokens, width)`.
     pub projected: Tensor,
     blocks: Vec<KeyValue>,
+    /// Which blocks are computed how often.
+    pub route: Route,
 }
 
 impl TextContext {
-    /// The contexts of two texts as one batch.
+    /// The contexts of two texts as one batch, which goes the first one's way through the blocks.
     ///
     /// # Errors
     /// When the device has no room.
@@ -53,6 +56,7 @@ impl TextContext {
         Ok(Self {
             projected: cat(&first.projected, &second.projected)?,
             blocks: blocks.collect::<Result<_>>()?,
+            route: first.route.clone(),
         })
     }
 }
@@ -120,7 +124,7 @@ impl WanTransformer {
         let projected = self.text[1].forward(&inner)?;
         let key_value = |block: &Block| block.cross.key_value(&projected, pictures.as_ref());
         let blocks = self.blocks.iter().map(key_value).collect::<Result<Vec<_>>>()?;
-        Ok(TextContext { projected, blocks })
+        Ok(TextContext { projected, blocks, route: Route::default() })
     }
 
     /// The prediction for packed latents `(batch, tokens, channels x cells)`, in the same form; timesteps (0 to 1000) are
@@ -159,7 +163,9 @@ impl WanTransformer {
         probe("condition_embedder.2", &text.projected)?;
         let modulation = modulation.to_dtype(DType::F32)?.reshape((batch, (), 6, width))?;
         for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, &modulation, &text.blocks[index], rope)?;
+            for _ in 0..text.route.times(index) {
+                x = block.forward(&x, &modulation, &text.blocks[index], rope)?;
+            }
             probe(&format!("blocks.{index}"), &x)?;
         }
         let values = embedded.to_dtype(DType::F32)?.reshape((batch, (), 1, width))?;

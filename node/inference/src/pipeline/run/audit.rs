@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::check::check;
 use super::digest::digest;
-use super::{State, VideoModel, settle};
+use super::{State, VideoModel, entry, settle};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
@@ -37,7 +37,10 @@ pub(super) fn transition<M: VideoModel>(
         let rule = "it must be below the number of steps";
         return Err(Error::Number { field: "audited step", given: index as f64, rule });
     }
-    let Some(change) = model.change(&plan, index) else {
+    let touch = &request.touch;
+    let is_within = touch.start.is_some() || touch.decode_only.is_some() || request.second_pass.is_some();
+    let is_alone = !is_within && !touch.channels.is_due(Some(index + 1));
+    let Some(change) = model.change(&plan, index).filter(|_| is_alone) else {
         return Err(Error::NotAuditable { architecture: model.facts().architecture.clone() });
     };
     let latents = checked(latents, model.latents_shape(&plan, index))?.to_device(model.device())?;
@@ -58,7 +61,7 @@ pub(super) fn frames<M: VideoModel>(
 ) -> Result<RgbFrames, Error> {
     let plan = check(model, request)?;
     let latents = checked(latents, model.latents_shape(&plan, model.course(&plan).steps()))?;
-    let volume = model.volume(&plan, &latents)?;
+    let volume = entry::finished(model, request, model.volume(&plan, &latents)?)?;
     let request = &settle(model, request)?;
     let video = model.decode(request, &volume, &Silent);
     model.give_back(Phase::Decode);

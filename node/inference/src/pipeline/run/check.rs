@@ -2,7 +2,7 @@
 
 use super::VideoModel;
 use crate::error::Error;
-use crate::pipeline::{GenerateRequest, PipelineInfo, conditions};
+use crate::pipeline::{GenerateRequest, PipelineInfo, conditions, touch};
 use crate::sampler::checkpoint::MAX_STEPS;
 use crate::text::PromptTokenizer;
 
@@ -14,12 +14,19 @@ pub(super) fn check<M: VideoModel>(model: &M, request: &GenerateRequest) -> Resu
     }
     check_numbers(request)?;
     check_second_pass(model, request)?;
-    conditions::check(&model.facts().architecture, model.takes(), request)?;
-    let negative = model.is_guided(request).then_some(&request.negative_prompt);
-    for prompt in [Some(&request.prompt), negative].into_iter().flatten() {
-        model.prompt_fits(prompt, request.truncate_prompt)?;
+    // Where nothing is computed, neither words nor pictures are looked at.
+    if request.touch.decode_only.is_none() {
+        conditions::check(&model.facts().architecture, model.takes(), request)?;
+        let negative = model.is_guided(request).then_some(&request.negative_prompt);
+        let second = request.touch.prompt.as_ref().map(|second| &second.prompt);
+        for prompt in [Some(&request.prompt), second, negative].into_iter().flatten() {
+            model.prompt_fits(prompt, request.truncate_prompt)?;
+        }
     }
-    model.plan(request)
+    let plan = model.plan(request)?;
+    let shape = |done: usize| model.latents_shape(&plan, done);
+    touch::check(request, &model.facts().work, model.course(&plan).steps(), &shape)?;
+    Ok(plan)
 }
 
 /// Refuses a prompt of more than `limit` tokens, with the end mark, unless it may be cut.
@@ -64,9 +71,15 @@ fn check_size(multiple: usize, side: &'static str, given: usize) -> Result<(), E
 
 fn check_second_pass<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<(), Error> {
     let Some(second) = &request.second_pass else { return Ok(()) };
+    let fault = |rule| Err(Error::SecondPass { architecture: model.facts().architecture.clone(), rule });
     if !model.makes_second_pass() {
-        let rule = "makes no second pass from given latents";
-        return Err(Error::SecondPass { architecture: model.facts().architecture.clone(), rule });
+        return fault("makes no second pass from given latents");
+    }
+    if request.initial_latents.is_none() {
+        return fault("makes a second pass from given latents, and none were given");
+    }
+    if model.hides() && (second.adain != 0.0 || second.tone_map != 0.0) {
+        return fault("makes no latents larger, so that upsample_adain and upsample_tone_map say nothing");
     }
     if !(second.strength > 0.0 && second.strength <= 1.0) {
         let (given, rule) = (second.strength, "it must be above 0 and at most 1");

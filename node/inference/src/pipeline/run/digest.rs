@@ -2,7 +2,7 @@
 
 use super::Course;
 use crate::error::Error;
-use crate::pipeline::GenerateRequest;
+use crate::pipeline::{GenerateRequest, touch};
 use crate::sampler::checkpoint::latents_bytes;
 
 /// blake3 of everything that the latents depend on, the model aside.
@@ -55,5 +55,6 @@ pub(super) fn digest(request: &GenerateRequest, course: &Course<'_>) -> Result<[
     for adapter in &request.adapters {
         hasher.update(b"adapter").update(adapter.lora.hash()).update(&adapter.scale.to_bits().to_le_bytes());
     }
+    touch::digest(&request.touch, &mut hasher)?;
     Ok(*hasher.finalize().as_bytes())
 }

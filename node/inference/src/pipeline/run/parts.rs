@@ -1,10 +1,9 @@
 //! What the parts of several models have in common.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use crate::error::Error;
-use crate::pipeline::{GenerateRequest, Observer};
-use crate::rng::{Stream, normal_tensor};
+use crate::pipeline::{GenerateRequest, Observer, touch};
 
 /// The latents that a run begins with: noise from the seed as a volume `[1, C, F, H, W]`, or the request's, given as
 /// that volume or in the model's own shape. `own` brings a volume into that shape.
@@ -18,10 +17,7 @@ pub fn initial(
     own: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
 ) -> Result<Tensor, Error> {
     match &request.initial_latents {
-        None => {
-            let noise = normal_tensor(request.seed, Stream::Initial, volume, &Device::Cpu)?;
-            Ok(own(&noise)?)
-        }
+        None => Ok(own(&touch::noise(request, volume)?)?),
         Some(given) if given.dims() == own_shape => Ok(given.to_dtype(DType::F32)?.contiguous()?),
         Some(given) if given.dims() == volume => Ok(own(&given.to_dtype(DType::F32)?)?),
         Some(given) => {

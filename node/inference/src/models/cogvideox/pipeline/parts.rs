@@ -10,7 +10,7 @@ use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{DiffusionSampler, DiffusionSchedule};
@@ -91,6 +91,16 @@ impl VideoModel for CogVideoXPipeline {
         if self.image { Takes::First { needed: true } } else { Takes::NOTHING }
     }
 
+    fn hides(&self) -> bool {
+        true
+    }
+
+    /// `sqrt(1 - sigma^2) clean + sigma noise`.
+    fn hide(&self, plan: &Plan, index: usize, clean: &Tensor, noise: &Tensor) -> candle_core::Result<Tensor> {
+        let sigma = f64::from(plan.schedule.sigmas[index]);
+        (noise * sigma)? + (clean * (1.0 - sigma * sigma).max(0.0).sqrt())?
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
         if let Some(timesteps) = &request.timesteps {
             let given = timesteps.len() as f64;
@@ -125,17 +135,23 @@ impl VideoModel for CogVideoXPipeline {
         initial(request, &plan.volume(), &plan.shape(), |noise| noise.transpose(1, 2)?.contiguous())
     }
 
+    fn channel_axis(&self) -> usize {
+        2
+    }
+
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
-        let mut text = self.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
+        let mut text = touch::prompt(request, encode)?;
         if self.is_guided(request) {
-            let negative = self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?;
+            let negative = encode(&request.negative_prompt)?;
             text = Tensor::cat(&[negative, text], 0)?;
         }
         self.text.give_back();
         let image = image_latents(self, request, plan)?;
         self.vae.give_back();
         let transformer = self.transformer.get()?;
-        let positions = transformer.positions(plan.cells, text.dim(1)?, &self.device)?;
+        let mut positions = transformer.positions(plan.cells, text.dim(1)?, &self.device)?;
+        positions.route = request.touch.route.clone();
         Ok(Context { text: transformer.project_text(&text)?, positions, image })
     }
 
@@ -162,7 +178,9 @@ impl VideoModel for CogVideoXPipeline {
             return Ok(output);
         }
         let (negative, positive) = (output.narrow(0, 0, 1)?, output.narrow(0, 1, 1)?);
-        let guided = guide(&negative, &positive, guidance(request, f64::from(timestep)))?;
+        let plain = guidance(request, f64::from(timestep));
+        let scale = request.guidance_at(index, plan.schedule.steps(), plain);
+        let guided = guide(&negative, &positive, scale)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }
@@ -183,7 +201,7 @@ impl VideoModel for CogVideoXPipeline {
             DiffusionSampler::Ddim => schedule.ddim(index, &state.latents, output)?,
             DiffusionSampler::Dpm => {
                 let noise = step_noise(request, plan, index)?.to_device(&self.device)?;
-                let earlier = state.memory.get(EARLIER);
+                let earlier = state.remembered(EARLIER)?;
                 schedule.dpm(index, &state.latents, output, earlier, &noise)?
             }
         };

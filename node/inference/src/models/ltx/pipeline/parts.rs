@@ -14,7 +14,7 @@ use crate::offload::Placement;
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, Volume};
 use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
@@ -143,6 +143,10 @@ impl VideoModel for LtxPipeline {
             Some(before) => Ok(Tensor::cat(&[pack(&before, volume.patch)?, own], 1)?),
             None => Ok(own),
         }
+    }
+
+    fn channel_axis(&self) -> usize {
+        2
     }
 
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
@@ -312,7 +316,7 @@ impl Context {
         let guided = model.is_guided(request);
         let masked = plan.class == LtxClass::Condition;
         let encode = |prompt: &str| model.text.encode(prompt, request.truncate_prompt, masked);
-        let (mut text, mut mask) = encode(&request.prompt)?;
+        let (mut text, mut mask) = touch::prompt(request, encode)?;
         if guided {
             let (negative, its_mask) = encode(&request.negative_prompt)?;
             text = Tensor::cat(&[negative, text], 0)?;
@@ -324,7 +328,8 @@ impl Context {
             false => Some(Given::new(model, request, &plan.layout, &plan.volume)?),
         };
         let clean = second::clean(model, request, &plan.volume)?;
-        let text = model.transformer.get()?.text_context(&text, Some(&mask))?;
+        let mut text = model.transformer.get()?.text_context(&text, Some(&mask))?;
+        text.route = request.touch.route.clone();
         Ok(Self { text, rope: rope(model, request, plan)?, guided, given, clean })
     }
 }
@@ -391,7 +396,8 @@ fn velocity(
         return Ok(velocity);
     }
     let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-    let guided = guide(&negative, &positive, request.guidance)?;
+    let scale = request.guidance_at(index, plan.schedule.steps(), request.guidance);
+    let guided = guide(&negative, &positive, scale)?;
     if request.guidance_rescale > 0.0 {
         return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
     }

@@ -17,10 +17,7 @@ pub(super) fn check(model: &LtxPipeline, request: &GenerateRequest, volume: &Vol
     if request.second_pass.is_none() {
         return Ok(());
     }
-    let Some(given) = &request.initial_latents else {
-        let rule = "makes a second pass from given latents, and none were given";
-        return Err(Error::SecondPass { architecture: model.info.architecture.clone(), rule });
-    };
+    let Some(given) = &request.initial_latents else { return Ok(()) };
     let whole = [volume.shape(), volume.packed_shape()];
     if whole.iter().any(|shape| given.dims() == shape) || is_small(model, given, volume) {
         return Ok(());
@@ -44,12 +41,7 @@ fn is_small(model: &LtxPipeline, given: &Tensor, volume: &Volume) -> bool {
 pub(super) fn part(schedule: Schedule, request: &GenerateRequest) -> Result<Schedule, Error> {
     let Some(second) = &request.second_pass else { return Ok(schedule) };
     let steps = schedule.steps();
-    let kept = ((steps as f64 * second.strength) as usize).min(steps);
-    if kept == 0 {
-        let (given, rule) = (second.strength, "of so few steps no whole one is left: ask for more of either");
-        return Err(Error::Number { field: "denoise_strength", given, rule });
-    }
-    Ok(schedule.without_first(steps - kept))
+    Ok(schedule.without_first(steps - second.steps_of(steps)?))
 }
 
 /// The normalised latents that a second pass goes on from, packed, f32 on the model's device.

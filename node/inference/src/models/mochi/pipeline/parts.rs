@@ -10,7 +10,7 @@ use crate::models::mochi::transformer::TextContext;
 use crate::offload::Placement;
 use crate::pipeline::latents::{LatentRgb, Volume, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{Schedule, ScheduleRequest, linear_quadratic};
 use crate::tiling::Tiling;
@@ -70,6 +70,10 @@ impl VideoModel for MochiPipeline {
         self.text.check(prompt, truncate)
     }
 
+    fn hides(&self) -> bool {
+        true
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
         let schedule = schedule(self, request)?;
         let level = |&sigma: &f32| if self.scheduler.invert_sigmas { 1.0 - sigma } else { sigma };
@@ -91,18 +95,23 @@ impl VideoModel for MochiPipeline {
         initial(request, &volume.shape(), &volume.packed_shape(), |noise| pack(noise, volume.patch))
     }
 
+    fn channel_axis(&self) -> usize {
+        2
+    }
+
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
         let guided = self.is_guided(request);
-        let (mut text, mut mask) = self.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
+        let (mut text, mut mask) = touch::prompt(request, encode)?;
         if guided {
-            let (negative, its_mask) =
-                self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?;
+            let (negative, its_mask) = encode(&request.negative_prompt)?;
             text = Tensor::cat(&[negative, text], 0)?;
             mask = Tensor::cat(&[its_mask, mask], 0)?;
         }
         self.text.give_back();
         let transformer = self.transformer.get()?;
-        let text = transformer.text_context(&text, &mask)?;
+        let mut text = transformer.text_context(&text, &mask)?;
+        text.route = request.touch.route.clone();
         Ok(Context { text, rope: transformer.rope(plan.volume.grid())?, guided })
     }
 
@@ -124,7 +133,8 @@ impl VideoModel for MochiPipeline {
             return Ok(velocity);
         }
         let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-        let guided = guide(&negative, &positive, request.guidance)?;
+        let scale = request.guidance_at(index, plan.schedule.steps(), request.guidance);
+        let guided = guide(&negative, &positive, scale)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }

@@ -6,6 +6,7 @@ use candle_nn::VarBuilder;
 use crate::models::mochi::config::POOL_HEADS;
 use crate::nn::attention::attention;
 use crate::nn::linear::Linear;
+use crate::nn::route::Route;
 
 /// Text that is ready for every step.
 pub struct TextContext {
@@ -14,6 +15,8 @@ pub struct TextContext {
     /// The narrow stream before the first block, `[B, text tokens, text width]`.
     pub tokens: Tensor,
     counting: Vec<Counting>,
+    /// Which blocks are computed how often.
+    pub route: Route,
 }
 
 /// Which of a sample's tokens count.
@@ -35,6 +38,7 @@ impl TextContext {
             pooled: pooler.forward(text, &rows)?,
             tokens: caption.forward(text)?,
             counting: rows.iter().map(|row| Counting::of(row, text.device())).collect::<Result<_>>()?,
+            route: Route::default(),
         })
     }
 

@@ -13,7 +13,7 @@ use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, pictures, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
 use crate::tiling::Tiling;
 
@@ -67,7 +67,8 @@ impl VideoModel for PyramidPipeline {
     }
 
     fn is_guided(&self, request: &GenerateRequest) -> bool {
-        request.guidance > 1.0 || request.later_guidance.is_some_and(|guidance| guidance > 1.0)
+        let later = request.later_guidance.is_some_and(|guidance| guidance > 1.0);
+        request.is_guided() || (later && request.touch.guidance.is_empty())
     }
 
     fn takes(&self) -> Takes {
@@ -75,9 +76,14 @@ impl VideoModel for PyramidPipeline {
     }
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
-        self.text.t5.check(&self.with_suffix(&request.prompt), request.truncate_prompt)?;
-        if self.is_guided(request) {
-            self.text.t5.check(&request.negative_prompt, request.truncate_prompt)?;
+        if request.touch.decode_only.is_none() {
+            let second = request.touch.prompt.as_ref().map(|second| &second.prompt);
+            for prompt in [Some(&request.prompt), second].into_iter().flatten() {
+                self.text.t5.check(&self.with_suffix(prompt), request.truncate_prompt)?;
+            }
+            if self.is_guided(request) {
+                self.text.t5.check(&request.negative_prompt, request.truncate_prompt)?;
+            }
         }
         Plan::new(self, request)
     }
@@ -97,9 +103,14 @@ impl VideoModel for PyramidPipeline {
         plan.noise(request, plan.first())
     }
 
+    fn noise(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
+        plan.whole_noise(request)
+    }
+
     fn context(&self, request: &GenerateRequest, _plan: &Plan) -> Result<Context, Error> {
         let guided = self.is_guided(request);
-        let mut text = vec![self.encode_prompt(&self.with_suffix(&request.prompt), request.truncate_prompt)?];
+        let encode = |prompt: &str| self.encode_prompt(&self.with_suffix(prompt), request.truncate_prompt);
+        let mut text = vec![touch::prompt(request, encode)?];
         if guided {
             text.insert(0, self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?);
         }
@@ -110,7 +121,9 @@ impl VideoModel for PyramidPipeline {
         self.text.give_back();
         let picture = picture(self, request)?;
         self.vae.give_back();
-        let text = self.transformer.get()?.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
+        let pooled = joined(|text| &text.pooled)?;
+        let mut text = self.transformer.get()?.text_context(&embeds, &mask, &pooled)?;
+        text.route = request.touch.route.clone();
         Ok(Context { text, guided, picture })
     }
 
@@ -153,7 +166,9 @@ impl VideoModel for PyramidPipeline {
             return Ok(velocity);
         }
         let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-        let guided = guide(&negative, &positive, self.settings.guidance(request, place.unit))?;
+        let plain = self.settings.guidance(request, place.unit);
+        let scale = request.guidance_at(index, plan.places.len(), plain);
+        let guided = guide(&negative, &positive, scale)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }

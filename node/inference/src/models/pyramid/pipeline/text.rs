@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::models::pyramid::config::Variant;
 use crate::offload::{InTurn, Slot};
 use crate::pipeline::LoadOptions;
+use crate::pipeline::touch::{Embeds, Way, mix};
 use crate::text::{ClipTextConfig, ClipTextEncoder, PromptEncoder, PromptTokenizer};
 
 /// The text as the transformer reads it.
@@ -19,6 +20,14 @@ pub struct PromptEmbeds {
     pub mask: Tensor,
     /// CLIP's, `[1, width]`.
     pub pooled: Tensor,
+}
+
+impl Embeds for PromptEmbeds {
+    fn mixed(&self, other: &Self, weight: f64, way: Way) -> candle_core::Result<Self> {
+        let words = |embeds: &Self| (embeds.embeds.clone(), embeds.mask.clone());
+        let (embeds, mask) = words(self).mixed(&words(other), weight, way)?;
+        Ok(Self { embeds, mask, pooled: mix(&self.pooled, &other.pooled, weight, way)? })
+    }
 }
 
 /// All text encoders of a model.

@@ -7,7 +7,7 @@ use super::resize::shrink;
 use super::{PyramidPipeline, PyramidSettings};
 use crate::error::Error;
 use crate::models::pyramid::config::PATCH;
-use crate::pipeline::GenerateRequest;
+use crate::pipeline::{GenerateRequest, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::PyramidSchedule;
 use crate::sampler::checkpoint::MAX_STEPS;
@@ -143,12 +143,17 @@ impl Plan {
         }
     }
 
+    /// The clip's noise, on the CPU.
+    pub(super) fn whole_noise(&self, request: &GenerateRequest) -> Result<Tensor, Error> {
+        match &request.initial_latents {
+            None => Ok(touch::noise(request, &self.whole_shape())?),
+            Some(given) => Ok(given.to_dtype(DType::F32)?.to_device(&Device::Cpu)?),
+        }
+    }
+
     /// What a unit begins with, on the CPU: its part of the clip's noise, made small with its spread kept.
     pub(super) fn noise(&self, request: &GenerateRequest, unit: usize) -> Result<Tensor, Error> {
-        let whole = match &request.initial_latents {
-            None => normal_tensor(request.seed, Stream::Initial, self.whole_shape(), &Device::Cpu)?,
-            Some(given) => given.to_dtype(DType::F32)?.to_device(&Device::Cpu)?,
-        };
+        let whole = self.whole_noise(request)?;
         let (start, length) = self.frames(unit);
         let mut noise = whole.narrow(2, start, length)?.contiguous()?;
         for _ in 1..self.stages {

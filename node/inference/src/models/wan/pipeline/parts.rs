@@ -12,7 +12,7 @@ use crate::offload::{Placement, Slot};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, pictures as shown, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::sampler::guidance::{Passes, guide, rescale};
 use crate::text::clean::clean;
 use crate::tiling::Tiling;
@@ -104,6 +104,10 @@ impl VideoModel for WanPipeline {
         self.pictures.takes(&self.config)
     }
 
+    fn hides(&self) -> bool {
+        true
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
         let work = &self.info.work;
         let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
@@ -128,9 +132,10 @@ impl VideoModel for WanPipeline {
     }
 
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
-        let positive = self.encode_prompt(&request.prompt, request.truncate_prompt)?;
+        let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
+        let positive = touch::prompt(request, encode)?;
         let negative = match self.is_guided(request) {
-            true => Some(self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?),
+            true => Some(encode(&request.negative_prompt)?),
             false => None,
         };
         self.text.give_back();
@@ -141,7 +146,11 @@ impl VideoModel for WanPipeline {
         let passes = Passes::new(request.guidance_passes, &self.device);
         let texts = |transformer: &Slot<WanTransformer>| -> Result<Texts, Error> {
             let transformer = transformer.get()?;
-            let context = |text: &Tensor| transformer.text_context(text, states.as_ref());
+            let context = |text: &Tensor| -> Result<TextContext, Error> {
+                let mut context = transformer.text_context(text, states.as_ref())?;
+                context.route = request.touch.route.clone();
+                Ok(context)
+            };
             let negative = negative.as_ref().map(context).transpose()?;
             let positive = context(&positive)?;
             let both = negative.as_ref().filter(|_| passes.is_together());
@@ -173,7 +182,8 @@ impl VideoModel for WanPipeline {
         index: usize,
         state: &State,
     ) -> Result<Tensor, Error> {
-        let timestep = plan.schedule.course().timesteps[index];
+        let course = plan.schedule.course();
+        let timestep = course.timesteps[index];
         let low = self.low_noise.as_ref().filter(|_| self.is_low(timestep));
         let (transformer, texts, guidance) = match low {
             Some(low) => {
@@ -205,7 +215,8 @@ impl VideoModel for WanPipeline {
         let both = || velocity(texts.both.as_ref().expect("invariant: texts that go together are joined"));
         let [negative, positive] =
             context.passes.predict(both, |entry| velocity([negative, &texts.positive][entry]))?;
-        let guided = guide(&negative, &positive, guidance)?;
+        let scale = request.guidance_at(index, course.steps(), guidance);
+        let guided = guide(&negative, &positive, scale)?;
         if request.guidance_rescale > 0.0 {
             return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
         }

@@ -93,7 +93,9 @@ impl WanSampler {
                     config.lower_order_final,
                     config.disable_corrector
                 );
-                WanSchedule::UniPc(UniPc::new(config, request.steps)?, rule)
+                let unipc = UniPc::new(config, request.steps)?;
+                let fresh = request.fresh_at(unipc.steps())?;
+                WanSchedule::UniPc(unipc.fresh_at(fresh), rule)
             }
             Self::Euler(config) => {
                 let points = match given {
@@ -140,6 +142,9 @@ impl WanSchedule {
             Self::UniPc(unipc, _) => {
                 let fault =
                     || Error::Checkpoint { reason: "its sampler's memory is of another form".to_owned() };
+                for name in state.memory.keys() {
+                    state.remembered(name)?;
+                }
                 let mut memory = UniPcState::from_memory(&state.memory).ok_or_else(fault)?;
                 let next = unipc.step(&mut memory, index, &state.latents, output)?;
                 state.memory = memory.into_memory();

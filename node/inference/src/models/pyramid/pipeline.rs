@@ -52,6 +52,7 @@ pub struct PyramidPipeline {
     settings: PyramidSettings,
     schedule: PyramidSchedule,
     text: Text,
+    config: TransformerConfig,
     transformer: Slot<PyramidTransformer>,
     vae: Slot<PyramidVae>,
     placement: Placement,
@@ -70,7 +71,8 @@ impl PyramidPipeline {
         let mut info = facts(folder)?.info;
         let own = OwnExtras::read(folder)?;
         let part = transformer_folder(folder, own.transformer.as_deref())?;
-        let variant = TransformerConfig::read(&part.join("config.json"))?.variant;
+        let config = TransformerConfig::read(&part.join("config.json"))?;
+        let variant = config.variant;
         let (settings, schedule) = own.settle(folder, &Usual::of(variant, &part))?;
         let placement = Placement::new(folder, options)?;
         let turns = placement.turns();
@@ -86,6 +88,7 @@ impl PyramidPipeline {
             settings,
             schedule,
             text,
+            config,
             transformer,
             vae,
             placement,

@@ -1,7 +1,7 @@
 //! Components that are in memory only while they are needed.
 //!
-//! A pipeline keeps each of its large components in a [`Slot`]. Where everything fits, a slot is filled when the model is
-//! loaded and stays so. Where it does not, a run goes through its components in turn: each is read when its phase begins
+//! A pipeline keeps each of its large components in a [`Slot`]. Each is read when the model is loaded. Where everything
+//! fits, it stays. Where it does not, a run goes through its components in turn: each is read when its phase begins
 //! and given back when that is over. What is computed is the same, bit for bit; the price is reading the weights anew for
 //! every clip.
 
@@ -53,8 +53,8 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// For a model folder. Where there is a limit, components are loaded at once only if they fit beside the model's
-    /// smallest clip.
+    /// For a model folder. Where there is a limit, components stay loaded from the beginning only if they fit beside the
+    /// model's smallest clip.
     ///
     /// # Errors
     /// As [`MemoryPlan::new`].

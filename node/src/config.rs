@@ -19,12 +19,12 @@ use kinoflock_protocol::id::{CollectiveId, RequesterId};
 use kinoflock_protocol::list::ListName;
 
 pub use self::address::{AddressError, ListenAddress};
-pub use self::device::{DeviceConfig, DeviceKind, Dtype, Limits};
+pub use self::device::{DeviceConfig, DeviceKind, Dtype, Limits, Offloading};
 pub use self::file::FileConfig;
 pub use self::overrides::ConfigOverrides;
 pub use self::paths::{Environment, Folders, Scope};
 pub use self::template::{render, template};
-pub use self::units::{ByteSize, Ceiling, Span, UnitError};
+pub use self::units::{ByteSize, Ceiling, MemoryLimit, Span, UnitError};
 
 mod address;
 mod device;

@@ -8,6 +8,7 @@ pub mod disk;
 pub mod engine;
 pub mod holdings;
 pub mod identity;
+pub mod memory;
 pub mod models;
 pub mod policy;
 pub mod queue;

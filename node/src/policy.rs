@@ -19,6 +19,7 @@ use kinoflock_protocol::work::{JobShape, Work};
 
 pub use self::rule::{Rule, rule_of};
 use crate::config::{HookConfig, Limits, PolicyConfig, Serve};
+use crate::memory::DeviceSet;
 
 pub mod hook;
 mod rule;
@@ -46,6 +47,8 @@ pub struct Wanted {
     pub shape: JobShape,
     /// What it costs, as everybody computes it.
     pub work: Work,
+    /// Devices here whose memory it does not fit.
+    pub unfit: DeviceSet,
 }
 
 /// Who asks for what.

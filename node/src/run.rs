@@ -200,6 +200,7 @@ struct Daemon {
     models: BTreeMap<ModelId, Arc<Model>>,
     archive: archive::Archive,
     prompts: prompts::Prompts,
+    memories: crate::memory::Memories,
     self_tests: crate::models::selftest::Results,
     devices: BTreeMap<DeviceId, Device>,
     live: BTreeMap<JobId, LiveJob>,

@@ -239,7 +239,7 @@ impl Scheduler {
             limits: setup.limits,
             fairness: Fairness::new(setup.policy.public_share()),
             policy: setup.policy,
-            devices: ids.zip(setup.devices.into_iter().map(Device::new)).collect(),
+            devices: ids.zip(setup.devices).map(|(id, device)| (id, Device::new(id, device))).collect(),
             leases: Leases::new(setup.secret),
             jobs: Jobs::default(),
             events: VecDeque::new(),

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use kinoflock_node::config::{
-    Config, ConfigError, ConfigOverrides, DeviceKind, Dtype, Environment, FileConfig, Folders, Scope, docs,
-    load, render, template,
+    ByteSize, Config, ConfigError, ConfigOverrides, DeviceKind, Dtype, Environment, FileConfig, Folders,
+    MemoryLimit, Offloading, Scope, docs, load, render, template,
 };
 use tempfile::TempDir;
 
@@ -193,14 +193,17 @@ fn devices_have_their_own_models_limits_and_workers() {
     let config = Setup::new()
         .file(
             "[engine]\nworker = \"/opt/w\"\nworker_args = [\"a\"]\n\
-             [[device]]\nkind = \"cuda:1\"\nname = \"big\"\ndtype = \"bf16\"\nmemory_limit = \"20 GiB\"\n\
+             [[device]]\nkind = \"cuda:1\"\nname = \"big\"\ndtype = \"bf16\"\nmemory_limit = \"20 GiB\"\noffload = \"text-cpu\"\n\
              models = [\"ltx\"]\nmax_frames = 121\nworker = \"/opt/cuda\"\n\
              [[device]]\nthreads = 2\n",
         )
         .load()
         .unwrap();
     let [big, cpu] = config.devices.as_slice() else { panic!("two devices") };
-    assert_eq!((big.kind, big.dtype, big.memory_limit), (DeviceKind::Cuda(1), Dtype::Bf16, Some(20 << 30)));
+    assert_eq!((big.kind, big.dtype), (DeviceKind::Cuda(1), Dtype::Bf16));
+    assert_eq!(big.memory_limit, MemoryLimit::At(ByteSize::gib(20)));
+    assert_eq!((big.offload, cpu.offload), (Offloading::TextCpu, Offloading::Auto));
+    assert_eq!(cpu.memory_limit, MemoryLimit::Auto);
     assert_eq!((big.limits.frames, big.limits.width), (Some(121), None));
     assert_eq!(big.worker.as_deref(), Some(Path::new("/opt/cuda")));
     assert_eq!(big.worker_args, ["worker"]);

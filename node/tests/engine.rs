@@ -196,6 +196,8 @@ fn an_orphan_exits_within_two_seconds_even_in_the_middle_of_a_step() {
         merge_adapters: false,
         threads: 0,
         memory_limit: 0,
+        memory: 0,
+        offload: Name::truncated("auto"),
     };
     wire::write_message(&mut stdin, &ToWorker::Open(open)).unwrap();
     let mut job = request(folder.path());

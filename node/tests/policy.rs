@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kinoflock_node::config::{HookConfig, Limits, PolicyConfig, Serve};
+use kinoflock_node::memory::DeviceSet;
 use kinoflock_node::policy::{Ask, Class, Policy, Rule, Usage, Wanted, hook, rule_of};
 use kinoflock_protocol::id::{CollectiveId, JobId, ModelId, RequesterId};
 use kinoflock_protocol::refusal::Reason;
@@ -22,7 +23,11 @@ fn requester(number: u8) -> RequesterId {
 
 fn ask(class: Class) -> Ask {
     let shape = JobShape { frames: 100, width: 512, height: 320, steps: 30, guided: true };
-    Ask { requester: requester(1), class, wanted: Wanted { model: model(1), shape, work: Work(5_000_000) } }
+    Ask {
+        requester: requester(1),
+        class,
+        wanted: Wanted { model: model(1), shape, work: Work(5_000_000), unfit: DeviceSet::NONE },
+    }
 }
 
 fn serve() -> Serve {

@@ -314,7 +314,7 @@ impl Sim {
     }
 
     fn needs(&self, job: usize) -> Needs {
-        let Wanted { model, shape, work } = self.jobs[job].wanted;
+        let Wanted { model, shape, work, .. } = self.jobs[job].wanted;
         Needs { model, shape, work, input_bytes: 0, require_terms: false }
     }
 

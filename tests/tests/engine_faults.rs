@@ -232,7 +232,7 @@ async fn another_version_or_another_program_is_named_as_such() {
         (
             ["--wire-version", "9"],
             "worker_version",
-            "speaks version 9 of the engine's language, this daemon speaks 4",
+            "speaks version 9 of the engine's language, this daemon speaks 5",
         ),
         (["--babble", "1"], "not_a_worker", "no kinoflock worker"),
         (["--refuse-device", "1"], "device", "cuda:7"),

@@ -115,6 +115,20 @@ fn a_prompt_that_is_too_long_is_refused_at_once_with_its_tokens_and_what_would_b
 }
 
 #[test]
+fn a_clip_beyond_a_nodes_memory_is_refused_with_the_bytes_needed_and_the_bytes_there_are() {
+    let mut sandbox = Sandbox::new();
+    sandbox.add(&Worker::test(&[]), "[[device]]\nmemory_limit = \"1 GiB\"\n");
+    let (node, client) = (&sandbox.nodes[0], sandbox.client("artist"));
+    let ticket = node.ticket();
+    let text = fails(&generate(&client, &["--node", &ticket, "--size", "1024x1024", "--frames", "65"]), 6);
+    says(&text, &["device.memory_limit", " bytes is beyond the limit of 1073741824 bytes"]);
+    says(&text, &["ask another node, or for a smaller or shorter clip"]);
+    nothing_happened(&client, node);
+    client.must(["generate", PROMPT, "--node", &ticket, "-o", "clip.mp4"]);
+    invariants::delivered(&client.path("clip.mp4"), node);
+}
+
+#[test]
 fn when_nobody_takes_a_job_every_node_says_why() {
     let mut sandbox = Sandbox::new();
     sandbox.add(&Worker::test(&[]), "[node]\nname = \"resting\"\n");

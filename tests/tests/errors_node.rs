@@ -106,6 +106,24 @@ fn unknown_keys_and_values_of_the_configuration_are_named_with_what_is_known() {
 }
 
 #[test]
+fn a_memory_plan_is_printed_and_what_it_cannot_be_made_for_is_named() {
+    let folders = Folders::new();
+    let text = folders.run(&["model", "show", "motif", "--plan", "--size", "256x128", "--frames", "33"]);
+    says(&text, &["motif: 256x128, 33 frames", "text encoder", "transformer", "vae", "at most"]);
+    says(&text, &["on cpu in f32", "offload auto: all loaded, it needs ", " and fits into "]);
+    let json = folders.run(&["model", "show", "motif", "--plan", "--json"]);
+    let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let device = &value["devices"][0];
+    assert!(device["in_turn"].as_u64().unwrap() < device["loaded"].as_u64().unwrap(), "{json}");
+    let wrong = |arguments: &[&str]| refusal(&mut folders.kinoflockd("", arguments));
+    says(&wrong(&["model", "show", "motif", "--plan", "--size", "65x64"]), &["width 65", "multiple of 32"]);
+    says(&wrong(&["model", "show", "motif", "--plan", "--size", "big"]), &["--size big", "768x512"]);
+    let text_cpu = "[[device]]\noffload = \"text-cpu\"\n";
+    let refused = refusal(&mut folders.kinoflockd(text_cpu, &["model", "show", "motif", "--plan"]));
+    says(&refused, &["device.offload: 'text-cpu' cannot be used", "there already"]);
+}
+
+#[test]
 fn a_key_that_is_open_closed_or_damaged_is_refused_and_left_alone() {
     let folders = Folders::new();
     let node = folders.run(&["init", "--if-missing"]);

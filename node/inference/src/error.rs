@@ -148,6 +148,17 @@ pub enum Error {
         /// What the device said.
         detail: String,
     },
+    /// A request that needs more memory than it may have.
+    #[error(
+        "this clip needs {needed} bytes of memory, {available} may be had: ask for fewer frames, a smaller size, or a \
+         tiled decode"
+    )]
+    DoesNotFit {
+        /// What its plan says, bytes.
+        needed: u64,
+        /// The limit, bytes.
+        available: u64,
+    },
     /// The result holds values that are not numbers.
     #[error("latents are not finite after step {step}: try f32 or bf16 instead of f16")]
     NotFinite {
@@ -206,6 +217,7 @@ impl Error {
             Self::Config { .. } => "config",
             Self::Read { .. } => "read",
             Self::OutOfMemory { .. } => "out_of_memory",
+            Self::DoesNotFit { .. } => "memory_limit",
             Self::NotFinite { .. } => "not_finite",
             Self::NotAuditable { .. } => "not_auditable",
             Self::Device { .. } => "device",

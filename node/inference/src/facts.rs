@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras, TEXT_STEM, WEIGHTS_STEM};
-use crate::pipeline::{Defaults, FrameRule, PipelineInfo, WorkConfig};
+use crate::pipeline::{Defaults, FrameRule, GenerateRequest, PipelineInfo, WorkConfig};
 use crate::text::{Encoded, PromptTokenizer, T5Config, TextError};
 use crate::weights;
 
@@ -226,6 +226,18 @@ impl Part {
 }
 
 impl Facts {
+    /// A request for the smallest clip of two latent frames; of the defaults' size, if the model makes no other.
+    #[must_use]
+    pub fn smallest(&self) -> GenerateRequest {
+        let info = &self.info;
+        let mut request = GenerateRequest::new("", &info.defaults);
+        request.frames = info.frame_rule.offset + info.frame_rule.multiple;
+        if !self.one_size {
+            (request.width, request.height) = (info.size_multiple, info.size_multiple);
+        }
+        request
+    }
+
     /// Whether all weights are there and whole, as far as their headers tell.
     ///
     /// # Errors

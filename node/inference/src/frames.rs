@@ -31,8 +31,13 @@ impl RgbFrames {
         if channels != 3 {
             candle_core::bail!("frames have {channels} channels, 3 are needed");
         }
-        let pixels = video.permute((0, 2, 3, 1))?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let data = pixels.into_iter().map(|value| (value.clamp(0.0, 1.0) * 255.0).round() as u8).collect();
+        let mut data = Vec::with_capacity(count * height * width * channels);
+        // One by one, so that besides the video only the bytes are held.
+        for index in 0..count {
+            let frame = video.get(index)?.permute((1, 2, 0))?.to_dtype(DType::F32)?;
+            let pixels = frame.flatten_all()?.to_vec1::<f32>()?;
+            data.extend(pixels.into_iter().map(|value| (value.clamp(0.0, 1.0) * 255.0).round() as u8));
+        }
         Ok(Self { width, height, count, data })
     }
 

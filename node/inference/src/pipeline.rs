@@ -3,7 +3,8 @@
 //!
 //! The order of calls to an [`Observer`] within one [`Pipeline::generate`]: `phase(Text)`, `phase(Step)`, then for each
 //! step `cancelled`, `step`, and where asked for `preview` and `checkpoint`, then `phase(Decode)` with `cancelled`
-//! before it. A cancelled run answers [`Error::Cancelled`] within one step.
+//! before it. Where components go in turn, `phase(Load)` comes instead of `phase(Text)`, and again where another transformer
+//! is read between steps. A cancelled run answers [`Error::Cancelled`] within one step.
 
 pub mod conditions;
 pub mod latents;
@@ -20,6 +21,7 @@ use crate::adapter::{Adapter, Places};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
+use crate::offload::Offload;
 pub use crate::sampler::checkpoint::Checkpoint;
 use crate::sampler::guidance::GuidancePasses;
 pub use conditions::Condition;
@@ -35,13 +37,36 @@ pub struct LoadOptions {
     /// The infix of the weight files to prefer, such as `fp16` or `bf16`; files without an infix are taken where there
     /// are none with it.
     pub variant: Option<String>,
+    /// Whether components stay loaded.
+    pub offload: Offload,
+    /// Memory of the device that a run may take, bytes; `None` for no limit. [`Offload::Auto`] decides by it.
+    pub memory: Option<u64>,
+    /// The text encoder is on the CPU though the rest is not.
+    pub text_on_cpu: bool,
     /// Where the model's layers are entered that adapters may change.
     pub places: Places,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, variant: None, places: Places::default() }
+        Self {
+            device: Device::Cpu,
+            dtype: DType::F32,
+            variant: None,
+            offload: Offload::default(),
+            memory: None,
+            text_on_cpu: false,
+            places: Places::default(),
+        }
+    }
+}
+
+impl LoadOptions {
+    /// Those of the text encoder.
+    #[must_use]
+    pub fn for_text(&self) -> Self {
+        let device = if self.text_on_cpu { Device::Cpu } else { self.device.clone() };
+        Self { device, ..self.clone() }
     }
 }
 
@@ -382,7 +407,7 @@ pub struct DecodeOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Weights are read.
+    /// Weights are read; before the steps also where they are read for this run and the prompt is encoded between.
     Load,
     /// The prompt is encoded.
     Text,

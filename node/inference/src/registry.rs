@@ -7,13 +7,27 @@ use serde_json::{Map, Value};
 use crate::error::Error;
 use crate::facts::{Facts, INDEX_FILE};
 use crate::models;
-use crate::pipeline::{LoadOptions, Pipeline, config_error, read_json};
+use crate::pipeline::run::check_sizes;
+use crate::pipeline::{GenerateRequest, LoadOptions, Pipeline, config_error, read_json};
+use crate::plan::{MemoryPlan, PlanOptions};
 
 /// Reads a model folder whose index is read already.
 pub type Loader = fn(&Path, &ModelIndex, &LoadOptions) -> Result<Box<dyn Pipeline>, Error>;
 
 /// Says what a model folder is, whose index is read already, without reading its weights.
 pub type Teller = fn(&Path, &ModelIndex) -> Result<Facts, Error>;
+
+/// Says what a request needs in memory with a model folder whose index is read already.
+pub type Planner = fn(&Path, &ModelIndex, &GenerateRequest, &PlanOptions) -> Result<MemoryPlan, Error>;
+
+/// In which pieces a decode has the very pixels of the whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exact {
+    /// In tiles.
+    pub tiles: bool,
+    /// In runs of frames.
+    pub runs: bool,
+}
 
 /// An architecture that can be loaded.
 pub struct Architecture {
@@ -23,6 +37,10 @@ pub struct Architecture {
     pub classes: &'static [&'static str],
     /// What a folder says of itself: everything that others need to know about a model of this architecture.
     pub facts: Teller,
+    /// What a request needs in memory.
+    pub plan: Planner,
+    /// Whether a decode in tiles, and one in runs of frames, has the very pixels of the whole.
+    pub exact: Exact,
     /// Reads a folder.
     pub load: Loader,
 }
@@ -126,6 +144,30 @@ pub fn load(folder: &Path, options: &LoadOptions) -> Result<Box<dyn Pipeline>, E
 pub fn facts(folder: &Path) -> Result<Facts, Error> {
     let (architecture, index) = find(folder)?;
     (architecture.facts)(folder, &index)
+}
+
+/// What a request needs in memory with a model folder, from its configuration files alone.
+///
+/// # Errors
+/// As [`facts`], or what the request cannot be.
+pub fn plan(folder: &Path, request: &GenerateRequest, options: &PlanOptions) -> Result<MemoryPlan, Error> {
+    // What goes through frames one by one has an end, whatever is asked for.
+    const MOST_FRAMES: usize = 1 << 20;
+    let (architecture, index) = find(folder)?;
+    if request.frames > MOST_FRAMES {
+        let (given, rule) = (request.frames as f64, "no plan is made for more than 1048576");
+        return Err(Error::Number { field: "frames", given, rule });
+    }
+    check_sizes(&(architecture.facts)(folder, &index)?.info, request)?;
+    (architecture.plan)(folder, &index, request, options)
+}
+
+/// In which pieces a decode of a model folder's clips has the very pixels of the whole.
+///
+/// # Errors
+/// As [`facts`].
+pub fn exact(folder: &Path) -> Result<Exact, Error> {
+    Ok(find(folder)?.0.exact)
 }
 
 /// The class of a folder without an index, of which a family knows it.

@@ -104,6 +104,12 @@ impl Plan {
         self.axes.iter().map(Vec::len).product()
     }
 
+    /// The greatest tile with its margins: frames, rows and columns.
+    #[must_use]
+    pub fn greatest(&self) -> [usize; 3] {
+        [0, 1, 2].map(|axis| self.axes[axis].iter().map(Segment::len).max().unwrap_or(0))
+    }
+
     /// How many times as many positions are computed as there are.
     #[must_use]
     pub fn overhead(&self) -> f64 {

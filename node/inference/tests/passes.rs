@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use kinoflock_inference::offload::InTurn;
 use kinoflock_inference::sampler::guidance::GuidancePasses;
 use kinoflock_inference::text::PromptEncoder;
 use kinoflock_inference::{GenerateRequest, LoadOptions, Pipeline, Silent, load};
@@ -25,7 +26,8 @@ fn request(pipeline: &dyn Pipeline) -> GenerateRequest {
 
 #[test]
 fn a_prompt_is_encoded_once_however_often_it_is_asked_for() {
-    let (encoder, _) = PromptEncoder::load(&golden("wan2.1"), &LoadOptions::default(), 24).unwrap();
+    let (encoder, _) =
+        PromptEncoder::load(&golden("wan2.1"), &LoadOptions::default(), 24, &InTurn::default()).unwrap();
     let (first, mask) = encoder.encode("a red dog", false, true).unwrap();
     let (again, same_mask) = encoder.encode("a red dog", false, true).unwrap();
     assert_eq!(encoder.encodings(), 1);

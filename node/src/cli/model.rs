@@ -15,6 +15,7 @@ use crate::models::{Model, ModelStore, embedded, pull, selftest};
 
 mod fetch;
 mod known;
+mod plan;
 mod show;
 mod words;
 
@@ -61,6 +62,8 @@ pub(super) enum ModelCommand {
         /// As JSON.
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        plan: plan::PlanArgs,
     },
     /// Remove a model and its files, or what is here of one that was not pulled to its end.
     Remove {
@@ -97,7 +100,11 @@ pub(super) fn run(command: ModelCommand, config: &Config) -> anyhow::Result<Exit
     match command {
         ModelCommand::List { json, .. } => list(&store, config, json),
         ModelCommand::Pull(args) => fetch::run(&args, &store, config),
-        ModelCommand::Show { model, json } => show::run(&store, &model, json),
+        ModelCommand::Show { model, json, plan } if plan.is_wanted() => {
+            plan::show(&chosen(&store, Some(&model))?[0], &plan, config, json)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        ModelCommand::Show { model, json, .. } => show::run(&store, &model, json),
         ModelCommand::Remove { model } => remove(&store, &model),
         ModelCommand::Import { path, name, text_encoder } => {
             import(&store, &path, name, text_encoder.as_deref())

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::file::{DeviceSection, FileConfig};
+use super::units::{ByteSize, MemoryLimit};
 use super::{ConfigError, MAX_DEVICES, invalid, positive};
 
 /// What a worker computes on.
@@ -31,6 +32,20 @@ pub enum Dtype {
     Bf16,
     /// 16-bit floats.
     F16,
+}
+
+/// Where a model's components are during a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum Offloading {
+    /// Loaded where they fit, else in turn.
+    #[default]
+    Auto,
+    /// Loaded.
+    None,
+    /// In turn.
+    InTurn,
+    /// As auto, with the text encoder in the machine's memory.
+    TextCpu,
 }
 
 /// Largest clip, each bound absent when unlimited.
@@ -59,8 +74,10 @@ pub struct DeviceConfig {
     pub dtype: Dtype,
     /// Whether a job's adapters go into the weights, which are read anew for that, instead of beside them.
     pub merge_adapters: bool,
-    /// Bytes; `None` for no limit.
-    pub memory_limit: Option<u64>,
+    /// What a job may need.
+    pub memory_limit: MemoryLimit,
+    /// What becomes of a model's components.
+    pub offload: Offloading,
     /// Names or ids; empty for all that the policy serves.
     pub models: Vec<String>,
     /// Largest clip here.
@@ -115,6 +132,28 @@ impl FromStr for Dtype {
     }
 }
 
+impl fmt::Display for Offloading {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::None => "none",
+            Self::InTurn => "in-turn",
+            Self::TextCpu => "text-cpu",
+        })
+    }
+}
+
+impl FromStr for Offloading {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        [Self::Auto, Self::None, Self::InTurn, Self::TextCpu]
+            .into_iter()
+            .find(|offload| offload.to_string() == text)
+            .ok_or(())
+    }
+}
+
 /// All devices of the file, or the CPU where it names none.
 pub(super) fn check_all(file: &FileConfig) -> Result<Vec<DeviceConfig>, ConfigError> {
     let alone = [DeviceSection::default()];
@@ -140,6 +179,15 @@ fn check(section: &DeviceSection, file: &FileConfig) -> Result<DeviceConfig, Con
         .dtype
         .parse()
         .map_err(|()| invalid("device.dtype", &section.dtype, "known are auto, f32, bf16 and f16"))?;
+    let known = "known are auto, none, in-turn and text-cpu";
+    let offload = section.offload.parse().map_err(|()| invalid("device.offload", &section.offload, known))?;
+    if kind == DeviceKind::Cpu && offload == Offloading::TextCpu {
+        return Err(invalid(
+            "device.offload",
+            "text-cpu",
+            "a device of kind cpu has its text encoder there already",
+        ));
+    }
     let name = if section.name.is_empty() { section.kind.clone() } else { section.name.clone() };
     // The name is a metric label and an argument on the command line.
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
@@ -159,7 +207,8 @@ fn check(section: &DeviceSection, file: &FileConfig) -> Result<DeviceConfig, Con
         threads: (section.threads > 0).then_some(section.threads),
         dtype,
         merge_adapters: section.merge_adapters,
-        memory_limit: positive("device.memory_limit", section.memory_limit.0.map(|size| size.0))?,
+        memory_limit: check_memory(section.memory_limit)?,
+        offload,
         models: section.models.clone(),
         limits: Limits {
             width: positive("device.max_width", section.max_width.0)?,
@@ -170,4 +219,13 @@ fn check(section: &DeviceSection, file: &FileConfig) -> Result<DeviceConfig, Con
         worker: (!program.is_empty()).then(|| PathBuf::from(program)),
         worker_args: args,
     })
+}
+
+fn check_memory(limit: MemoryLimit) -> Result<MemoryLimit, ConfigError> {
+    match limit {
+        MemoryLimit::At(ByteSize(0)) => {
+            Err(invalid("device.memory_limit", "0", "at least 1, \"auto\" or \"unlimited\""))
+        }
+        limit => Ok(limit),
+    }
 }

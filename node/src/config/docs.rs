@@ -175,7 +175,16 @@ pub const DOCS: &[KeyDoc] = &[
          percent more. true adds them to the weights instead: steps cost nothing more, and the model is read anew\n\
          whenever a job has other adapters than the one before.",
     ),
-    doc("device.memory_limit", "Most memory a job may need on this device; or \"unlimited\"."),
+    doc(
+        "device.memory_limit",
+        "Most memory a job may need on this device, by the plan that is made before it is taken; \"auto\" for the machine's or\n\
+         GPU's memory less a reserve, or \"unlimited\". A size is also kept by force on the CPU.",
+    ),
+    doc(
+        "device.offload",
+        "auto keeps a model's text encoder, transformer and VAE loaded where they fit beside the job, and else loads each in\n\
+         turn; in-turn does so always, none never. text-cpu is auto with a GPU's text encoder in the machine's memory.",
+    ),
     doc("device.models", "Models for this device; empty for all that [policy] serves."),
     doc("device.max_width", "Widest clip on this device; or \"unlimited\"."),
     doc("device.max_height", "Highest clip on this device; or \"unlimited\"."),

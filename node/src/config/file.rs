@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::units::{ByteSize, Ceiling, Span};
+use super::units::{ByteSize, Ceiling, MemoryLimit, Span};
 
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -195,7 +195,8 @@ pub struct DeviceSection {
     pub threads: u32,
     pub dtype: String,
     pub merge_adapters: bool,
-    pub memory_limit: Ceiling<ByteSize>,
+    pub memory_limit: MemoryLimit,
+    pub offload: String,
     pub models: Vec<String>,
     pub max_width: Ceiling<u32>,
     pub max_height: Ceiling<u32>,
@@ -339,7 +340,8 @@ impl Default for DeviceSection {
             threads: 0,
             dtype: default_dtype(),
             merge_adapters: false,
-            memory_limit: Ceiling::UNLIMITED,
+            memory_limit: MemoryLimit::Auto,
+            offload: default_offload(),
             models: Vec::new(),
             max_width: Ceiling::UNLIMITED,
             max_height: Ceiling::UNLIMITED,
@@ -479,6 +481,10 @@ const fn default_drain() -> Span {
 
 fn default_device_kind() -> String {
     "cpu".to_owned()
+}
+
+fn default_offload() -> String {
+    "auto".to_owned()
 }
 
 fn default_dtype() -> String {

@@ -63,6 +63,18 @@ pub struct Span(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Ceiling<T>(pub Option<T>);
 
+/// How much memory may be taken, written as a size, `auto` for what there is less a reserve, or `unlimited`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum MemoryLimit {
+    /// What there is, less a reserve.
+    #[default]
+    Auto,
+    /// Whatever a job needs.
+    Unlimited,
+    /// So much.
+    At(ByteSize),
+}
+
 impl ByteSize {
     /// A whole number of MiB.
     #[must_use]
@@ -123,6 +135,28 @@ impl<T: fmt::Display> fmt::Display for Ceiling<T> {
         match &self.0 {
             Some(limit) => limit.fmt(f),
             None => f.write_str("unlimited"),
+        }
+    }
+}
+
+impl fmt::Display for MemoryLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Unlimited => f.write_str("unlimited"),
+            Self::At(size) => size.fmt(f),
+        }
+    }
+}
+
+impl FromStr for MemoryLimit {
+    type Err = UnitError;
+
+    fn from_str(text: &str) -> Result<Self, UnitError> {
+        match text.trim() {
+            "auto" => Ok(Self::Auto),
+            "unlimited" => Ok(Self::Unlimited),
+            size => size.parse().map(Self::At),
         }
     }
 }
@@ -199,6 +233,7 @@ macro_rules! text_serde {
 text_serde!(ByteSize, "a size such as \"20 GiB\"");
 text_serde!(Span, "a length of time such as \"90 s\", \"2 h\" or \"7 d\"");
 text_serde!(Ceiling<ByteSize>, "a size such as \"20 GiB\", or \"unlimited\"");
+text_serde!(MemoryLimit, "a size such as \"20 GiB\", \"auto\" or \"unlimited\"");
 text_serde!(Ceiling<u32>, "a whole number up to 4294967295, or \"unlimited\"");
 text_serde!(Ceiling<u64>, "a whole number, or \"unlimited\"");
 
@@ -256,6 +291,14 @@ mod tests {
         }
         let error = "99999999999999999999 TiB".parse::<ByteSize>().unwrap_err();
         assert!(error.to_string().contains("18446744073709551615"), "{error}");
+    }
+
+    #[test]
+    fn memory_may_be_limited_by_what_there_is() {
+        for limit in [MemoryLimit::Auto, MemoryLimit::Unlimited, MemoryLimit::At(ByteSize::gib(3))] {
+            assert_eq!(limit.to_string().parse(), Ok(limit));
+        }
+        assert!("much".parse::<MemoryLimit>().is_err());
     }
 
     #[test]

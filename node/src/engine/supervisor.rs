@@ -68,6 +68,8 @@ impl WorkerConfig {
                 merge_adapters: false,
                 threads: 0,
                 memory_limit: 0,
+                memory: 0,
+                offload: super::wire::Name::truncated("auto"),
             },
             deadlines: Deadlines::default(),
         }
@@ -95,7 +97,12 @@ impl WorkerConfig {
                 dtype: Name::truncated(&device.dtype.to_string()),
                 merge_adapters: device.merge_adapters,
                 threads: device.threads.unwrap_or(0),
-                memory_limit: device.memory_limit.unwrap_or(0),
+                memory_limit: match device.memory_limit {
+                    crate::config::MemoryLimit::At(size) => size.0,
+                    _ => 0,
+                },
+                memory: crate::memory::limit(device).unwrap_or(0),
+                offload: Name::truncated(&device.offload.to_string()),
             },
             deadlines: Deadlines {
                 shortest: engine.phase_deadline,

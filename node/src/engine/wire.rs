@@ -169,6 +169,10 @@ pub struct OpenRequest {
     pub threads: u32,
     /// Greatest private memory of the process, bytes; 0 for no limit.
     pub memory_limit: u64,
+    /// What a run's plan may need, bytes; 0 for no limit.
+    pub memory: u64,
+    /// `auto`, `none`, `in-turn` or `text-cpu`.
+    pub offload: Name,
 }
 
 /// A model on this machine.

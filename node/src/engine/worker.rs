@@ -69,6 +69,14 @@ pub trait Engine {
         self.load(&run.model)
     }
 
+    /// Whether a run can be made at all, before its model is loaded.
+    ///
+    /// # Errors
+    /// Why not.
+    fn check(&mut self, _request: &RunRequest) -> Result<(), Failure> {
+        Ok(())
+    }
+
     /// Makes frames with the loaded model.
     ///
     /// # Errors
@@ -392,6 +400,9 @@ fn load<E: Engine>(
 
 fn run(engine: &mut impl Engine, out: &mut File, cancelled: &Cancelled, request: &RunRequest) -> FromWorker {
     let job = request.job;
+    if let Err(failure) = guarded(engine, |engine| engine.check(request)) {
+        return FromWorker::Failed { job: Some(job), failure };
+    }
     let load = match load(engine, out, Some(job), request.model.model, |engine| engine.prepare(request)) {
         Ok(seconds) => seconds,
         Err(failure) => return FromWorker::Failed { job: Some(job), failure },

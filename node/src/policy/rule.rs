@@ -44,6 +44,7 @@ rules! {
     Height "max_height" TooLarge "ask for less height",
     Frames "max_frames" TooLarge "ask for fewer frames",
     Steps "max_steps" TooLarge "ask for fewer steps",
+    Memory "device.memory_limit" TooLarge "ask another node, or for a smaller or shorter clip",
     Work "max_work" TooLarge "ask for a smaller or shorter clip",
     Adapters "policy.adapter_bytes" AdapterNotServed "bring smaller or fewer adapters, or ask another node",
     QueuedJobs "policy.queued_jobs" QuotaExceeded "wait for one of your jobs here",

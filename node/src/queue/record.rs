@@ -6,6 +6,7 @@ use kinoflock_protocol::units::UnixMillis;
 use kinoflock_protocol::work::{JobShape, Work};
 use serde::{Deserialize, Serialize};
 
+use crate::memory::DeviceSet;
 use crate::policy::{Class, Wanted};
 use crate::scheduler::{Cause, NetPrefix, Origin, Outcome};
 
@@ -143,7 +144,7 @@ impl JobRecord {
     /// What is asked, in the scheduler's words.
     #[must_use]
     pub const fn wanted(&self) -> Wanted {
-        Wanted { model: self.model, shape: self.shape, work: self.work }
+        Wanted { model: self.model, shape: self.shape, work: self.work, unfit: DeviceSet::NONE }
     }
 }
 

@@ -121,10 +121,13 @@ impl Daemon {
             name: Text::truncated(self.config.name.as_deref().unwrap_or_default()),
             addresses: List::first_of(self.addresses().iter().map(|addr| Text::truncated(addr))),
             models: List::first_of(offers),
-            devices: List::first_of(workers.iter().map(|worker| Device {
-                class: finish::class_of(&worker.device),
-                name: Text::truncated(&worker.device_name),
-                memory: 0,
+            devices: List::first_of(self.devices.iter().filter_map(|(id, device)| {
+                let worker = device.worker.as_ref()?;
+                Some(Device {
+                    class: finish::class_of(&worker.device),
+                    name: Text::truncated(&worker.device_name),
+                    memory: self.memories.limit(usize::from(id.0)),
+                })
             })),
             limits: OfferLimits {
                 max_frames: limits.frames.unwrap_or(0),

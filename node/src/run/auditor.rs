@@ -209,7 +209,8 @@ impl Daemon {
         let spec = audit.valid.job.spec();
         let model = self.models.get(&spec.model).filter(|model| self.passed(&model.id).is_some())?;
         let shape = JobShape { steps: 1, ..spec.shape() };
-        Some(Wanted { model: model.id, shape, work: work(&model.manifest.work, &shape) })
+        let unfit = self.memories.unfit(model, &shape);
+        Some(Wanted { model: model.id, shape, work: work(&model.manifest.work, &shape), unfit })
     }
 
     fn gather(&mut self, id: AuditId) {

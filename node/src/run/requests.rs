@@ -150,7 +150,10 @@ impl Daemon {
         let origin = self.origin(request.requester, addr);
         let now = Instant::now();
         let room = self.room(&request.requester, origin.class.into(), &request.shape);
-        let promise = self.scheduler.handle_quote(origin, wanted, room, now)?;
+        let promise = self
+            .scheduler
+            .handle_quote(origin, wanted, room, now)
+            .map_err(|refusal| self.told(refusal, &wanted))?;
         let issued_at = unix_now();
         let quote = Quote {
             request: request.hash(),
@@ -179,7 +182,16 @@ impl Daemon {
             let refusal = Refusal::new(Reason::Impossible, error.code()).given(&error);
             Box::new(refusal)
         })?;
-        Ok(Wanted { model: *model, shape, work: work(&known.manifest.work, &shape) })
+        let unfit = self.memories.unfit(known, &shape);
+        Ok(Wanted { model: *model, shape, work: work(&known.manifest.work, &shape), unfit })
+    }
+
+    /// A refusal with the figures that the scheduler does not have.
+    fn told(&self, refusal: Refusal, wanted: &Wanted) -> Refusal {
+        match self.models.get(&wanted.model) {
+            Some(model) => self.memories.told(refusal, model, &wanted.shape),
+            None => refusal,
+        }
     }
 
     fn origin(&self, requester: RequesterId, addr: Option<&Multiaddr>) -> Origin {
@@ -297,7 +309,10 @@ impl Daemon {
                 let accepted = Response::Accepted { job: id, position: 0, eta: Millis(0) };
                 self.respond("submit", responder, accepted);
             }
-            Err(refusal) => self.respond("submit", responder, Response::Refused(refusal)),
+            Err(refusal) => {
+                let refusal = self.told(refusal, &new.wanted);
+                self.respond("submit", responder, Response::Refused(refusal));
+            }
         }
     }
 

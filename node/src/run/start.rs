@@ -165,6 +165,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         custodian,
         archive: super::archive::Archive::new(shelf, &config.storage.keep, Instant::now()),
         prompts: super::prompts::Prompts::of(&models),
+        memories: crate::memory::Memories::new(&config.devices),
         models,
         self_tests: Results::open(&config.storage.state.join(SELF_TESTS)),
         devices,
@@ -216,7 +217,11 @@ impl Daemon {
             if record.outcome().is_none() && !self.restore_live(&record, now, wall) {
                 continue;
             }
-            restored.push(restored_job(&record, now, wall));
+            let mut job = restored_job(&record, now, wall);
+            let model = self.models.get(&record.model);
+            let unfit = model.map(|model| self.memories.unfit(model, &record.shape));
+            job.wanted.unfit = unfit.unwrap_or_default();
+            restored.push(job);
         }
         if !self.live.is_empty() {
             tracing::info!(jobs = self.live.len(), "jobs found in the queue on disk");

@@ -113,6 +113,7 @@ struct Mark {
 
 #[derive(Debug, Clone)]
 pub(super) struct Device {
+    pub(super) id: DeviceId,
     pub(super) name: String,
     pub(super) limits: Limits,
     pub(super) models: BTreeMap<ModelId, Speed>,
@@ -136,8 +137,9 @@ pub(super) struct Speed {
 }
 
 impl Device {
-    pub(super) fn new(setup: DeviceSetup) -> Self {
+    pub(super) fn new(id: DeviceId, setup: DeviceSetup) -> Self {
         let mut device = Self {
+            id,
             name: setup.name,
             limits: setup.limits,
             models: BTreeMap::new(),
@@ -167,7 +169,11 @@ impl Device {
         if !self.models.contains_key(&wanted.model) {
             return Err(Rule::NoDevice.refuse("models that passed their self-test here", wanted.model));
         }
-        check_limits(&self.limits, &wanted.shape)
+        check_limits(&self.limits, &wanted.shape)?;
+        if wanted.unfit.has(self.id.0) {
+            return Err(Rule::Memory.refuse("what fits its memory", "more"));
+        }
+        Ok(())
     }
 
     /// When it could start something next, as far as the operator is concerned; `None` for no known time.
@@ -270,15 +276,16 @@ mod tests {
     use kinoflock_protocol::work::{JobShape, Work};
 
     use super::*;
+    use crate::memory::DeviceSet;
 
     fn wanted(work: u64) -> Wanted {
         let shape = JobShape { frames: 1, width: 8, height: 8, steps: 1, guided: false };
-        Wanted { model: ModelId::from_bytes([1; 32]), shape, work: Work(work) }
+        Wanted { model: ModelId::from_bytes([1; 32]), shape, work: Work(work), unfit: DeviceSet::NONE }
     }
 
     fn device(rate: Option<u64>) -> Device {
         let models = BTreeMap::from([(wanted(1).model, rate)]);
-        Device::new(DeviceSetup { name: "cpu".to_owned(), limits: Limits::default(), models })
+        Device::new(DeviceId(0), DeviceSetup { name: "cpu".to_owned(), limits: Limits::default(), models })
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use kinoflock_node::config::{Limits, PolicyConfig, QueueConfig, Serve};
+use kinoflock_node::memory::DeviceSet;
 use kinoflock_node::policy::{Class, Policy, Wanted};
 use kinoflock_node::scheduler::{
     Admission, Cause, DeviceId, DeviceSetup, Event, Measured, NetPrefix, NewJob, Origin, Promise, Room,
@@ -79,7 +80,7 @@ pub(crate) fn wanted(work: u64) -> Wanted {
 
 pub(crate) fn with_model(number: u8, work: u64) -> Wanted {
     let shape = JobShape { frames: 17, width: 64, height: 64, steps: 8, guided: false };
-    Wanted { model: model(number), shape, work: Work(work) }
+    Wanted { model: model(number), shape, work: Work(work), unfit: DeviceSet::NONE }
 }
 
 pub(crate) fn cause(retryable: bool) -> Cause {

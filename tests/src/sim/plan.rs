@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use kinoflock_node::memory::DeviceSet;
 use kinoflock_node::policy::Wanted;
 use kinoflock_protocol::Work;
 
@@ -80,7 +81,7 @@ impl Sim {
             let arrives = self.base + Duration::from_secs_f64(at);
             self.jobs.push(SimJob {
                 client: if self.scene.over == 0.0 { number } else { number / self.scene.jobs_each },
-                wanted: Wanted { model, shape: sizes::shape(), work },
+                wanted: Wanted { model, shape: sizes::shape(), work, unfit: DeviceSet::NONE },
                 arrives,
                 fate: Fate::default(),
                 routing: None,

@@ -10,12 +10,14 @@ pub mod vae;
 
 pub use pipeline::CogVideoXPipeline;
 
-use crate::registry::Architecture;
+use crate::registry::{Architecture, Exact};
 
 /// CogVideoX's line in the registry.
 pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
     facts: facts::facts,
+    plan: pipeline::plan::plan,
+    exact: Exact { tiles: false, runs: false },
     load: |folder, index, options| Ok(Box::new(CogVideoXPipeline::load(folder, index, options)?)),
 };

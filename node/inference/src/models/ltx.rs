@@ -13,7 +13,7 @@ pub mod vae;
 
 pub use pipeline::{LtxClass, LtxPipeline};
 
-use crate::registry::Architecture;
+use crate::registry::{Architecture, Exact};
 
 /// The class of a folder without an index, if it is one of a single file.
 pub(crate) fn implied_class(folder: &std::path::Path) -> Result<Option<String>, crate::Error> {
@@ -25,5 +25,7 @@ pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
     facts: facts::facts,
+    plan: pipeline::plan::plan,
+    exact: Exact { tiles: true, runs: true },
     load: |folder, index, options| Ok(Box::new(LtxPipeline::load(folder, index, options)?)),
 };

@@ -10,12 +10,14 @@ pub mod vae;
 
 pub use pipeline::MochiPipeline;
 
-use crate::registry::Architecture;
+use crate::registry::{Architecture, Exact};
 
 /// Mochi's line in the registry.
 pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
     facts: facts::facts,
+    plan: pipeline::plan::plan,
+    exact: Exact { tiles: false, runs: true },
     load: |folder, index, options| Ok(Box::new(MochiPipeline::load(folder, index, options)?)),
 };

@@ -14,12 +14,14 @@ pub mod vae;
 pub use pipeline::PyramidPipeline;
 pub(crate) use pipeline::implied_class;
 
-use crate::registry::Architecture;
+use crate::registry::{Architecture, Exact};
 
 /// Pyramid Flow's line in the registry.
 pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
     facts: |folder, _| facts::facts(folder),
+    plan: |folder, _, request, options| pipeline::plan::plan(folder, request, options),
+    exact: Exact { tiles: false, runs: true },
     load: |folder, _, options| Ok(Box::new(PyramidPipeline::load(folder, options)?)),
 };

@@ -11,12 +11,14 @@ pub mod vae;
 
 pub use pipeline::WanPipeline;
 
-use crate::registry::Architecture;
+use crate::registry::{Architecture, Exact};
 
 /// Wan's line in the registry.
 pub const ARCHITECTURE: Architecture = Architecture {
     name: pipeline::NAME,
     classes: pipeline::CLASSES,
     facts: facts::facts,
+    plan: pipeline::plan::plan,
+    exact: Exact { tiles: true, runs: true },
     load: |folder, index, options| Ok(Box::new(WanPipeline::load(folder, index, options)?)),
 };

@@ -10,7 +10,7 @@ use candle_core::{D, DType, Result, Tensor};
 use super::cpu::fast;
 
 /// The generic way makes at most this many scores at once.
-const SCORES_AT_ONCE: usize = 1 << 27;
+pub(crate) const SCORES_AT_ONCE: usize = 1 << 27;
 
 /// `softmax(q k^T scale + mask) v`.
 ///

@@ -13,9 +13,9 @@ use std::sync::Arc;
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::cpu::{View, generic_only, shapes_only};
+use super::cpu::{View, generic_only, note_repacked, shapes_only};
 use super::norm::Norm;
-use super::pack::Packed;
+use super::pack::{Packed, packed_len};
 
 /// What lies beyond an edge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,6 +197,7 @@ impl Conv3d {
             candle_core::bail!("a convolution {config:?} was given a bias of another shape");
         }
         if shapes_only() {
+            note_repacked(&weight, packed_len(t * h * w, config.input, config.output));
             return Ok(Self { config, inner: Inner::Taps { weight, bias } });
         }
         let tracked = weight.track_op() || bias.as_ref().is_some_and(Tensor::track_op);

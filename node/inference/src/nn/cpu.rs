@@ -9,6 +9,14 @@ use rayon::prelude::*;
 thread_local! {
     static GENERIC_ONLY: Cell<bool> = const { Cell::new(false) };
     static SHAPES_ONLY: Cell<bool> = const { Cell::new(false) };
+    static REPACKED: Cell<Repacked> = const { Cell::new(Repacked { plain: 0, packed: 0 }) };
+}
+
+/// Weights that layers would have packed: what they take as they are given, and packed, bytes.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Repacked {
+    pub(crate) plain: u64,
+    pub(crate) packed: u64,
 }
 
 /// Makes this thread use candle's own operations only; for tests and benches that compare the two ways.
@@ -29,6 +37,26 @@ pub(crate) fn with_shapes_only<T>(build: impl FnOnce() -> T) -> T {
     let built = build();
     SHAPES_ONLY.with(|flag| flag.set(before));
     built
+}
+
+/// Runs `build` as [`with_shapes_only`] does, and adds up what its layers would pack.
+pub(crate) fn with_repacked<T>(build: impl FnOnce() -> T) -> (T, Repacked) {
+    REPACKED.with(|sums| sums.set(Repacked::default()));
+    let built = with_shapes_only(build);
+    (built, REPACKED.with(Cell::take))
+}
+
+/// A layer keeps its weights as they are given, where it would pack them into so many f32.
+pub(crate) fn note_repacked(weight: &Tensor, packed: usize) {
+    const F32: u64 = 4;
+    let plain = (weight.elem_count() as u64).saturating_mul(weight.dtype().size_in_bytes() as u64);
+    REPACKED.with(|sums| {
+        let before = sums.get();
+        sums.set(Repacked {
+            plain: before.plain.saturating_add(plain),
+            packed: before.packed.saturating_add((packed as u64).saturating_mul(F32)),
+        });
+    });
 }
 
 /// Whether [`with_shapes_only`] is running in this thread.

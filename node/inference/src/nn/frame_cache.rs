@@ -65,7 +65,7 @@ impl FrameCache {
         };
         let padded = Tensor::cat(&[&before, x], 1)?;
         let frames = padded.dim(1)?;
-        *place = Some(padded.narrow(1, frames - kept, kept)?.copy()?);
+        *place = Some(padded.narrow(1, frames - kept, kept)?.force_contiguous()?);
         conv.forward_unpadded(&padded, residual, norm)
     }
 }

@@ -7,9 +7,9 @@ use candle_core::{D, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::beside::{self, Branch, Entered, Named, Place};
-use super::cpu::{View, generic_only, shapes_only};
+use super::cpu::{View, generic_only, note_repacked, shapes_only};
 use super::ops;
-use super::pack::{Epilogue, Packed, product};
+use super::pack::{Epilogue, Packed, packed_len, product};
 use crate::weights::quantised;
 
 /// `x W^T + b` over the last dimension.
@@ -117,6 +117,9 @@ impl Linear {
                 "a linear layer of {output} outputs was given a bias of shape {:?}",
                 bias.shape()
             );
+        }
+        if shapes_only() {
+            note_repacked(&weight, packed_len(1, input, output));
         }
         let tracked = weight.track_op() || bias.as_ref().is_some_and(Tensor::track_op);
         if !weight.device().is_cpu() || tracked || generic_only() || shapes_only() {

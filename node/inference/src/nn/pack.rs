@@ -41,7 +41,7 @@ impl Packed {
         width: usize,
         weight: impl Fn(usize, usize, usize) -> f32 + Sync,
     ) -> Self {
-        let mut data = vec![0f32; width.div_ceil(PANEL) * taps * depth * PANEL];
+        let mut data = vec![0f32; packed_len(taps, depth, width)];
         data.par_chunks_mut((taps * depth * PANEL).max(1)).enumerate().for_each(|(panel, out)| {
             for (at, columns) in out.chunks_exact_mut(PANEL).enumerate() {
                 for (j, column) in columns.iter_mut().enumerate().take(width - (panel * PANEL).min(width)) {
@@ -79,6 +79,11 @@ impl Packed {
         }
         blocks
     }
+}
+
+/// Floats that packed weights take.
+pub(crate) fn packed_len(taps: usize, depth: usize, width: usize) -> usize {
+    width.div_ceil(PANEL) * taps * depth * PANEL
 }
 
 /// A part of the inner dimension: `taps` taps from `tap` on, `len` positions from `start` on in each.

@@ -16,9 +16,9 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
-pub use check::check_prompt;
+pub use check::{check_prompt, check_sizes};
 use digest::digest;
-pub use parts::{initial, watched};
+pub use parts::{initial, pictures, watched};
 
 use super::conditions::Takes;
 use super::{
@@ -28,6 +28,7 @@ use super::{
 use crate::adapter::Places;
 use crate::error::Error;
 use crate::frames::RgbFrames;
+use crate::offload::Placement;
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::touch::{NOISE, check_kept, memory_prefix, step_name};
 use crate::sampler::checkpoint::latents_bytes;
@@ -89,6 +90,24 @@ pub trait VideoModel: Send {
     /// Where it computes.
     fn device(&self) -> &Device;
 
+    /// Where its components are.
+    fn placement(&self) -> &Placement;
+
+    /// Gives back the components that a phase alone uses, where they go in turn.
+    fn give_back(&self, phase: Phase);
+
+    /// Whether a component must be read before a step that the ones before did not need.
+    fn reads_before(&self, _plan: &Self::Plan, _index: usize) -> bool {
+        false
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// What reading reports.
+    fn read_before(&self, _plan: &Self::Plan, _index: usize) -> Result<(), Error> {
+        Ok(())
+    }
     /// Its layers that adapters may change.
     fn places(&self) -> &Places;
 
@@ -302,6 +321,7 @@ fn generate<M: VideoModel>(
     observer: &mut dyn Observer,
 ) -> Result<Generated, Error> {
     let plan = check::check(model, request)?;
+    let request = &settle(model, request)?;
     if request.touch.decode_only.is_some() {
         return entry::decoded(model, request, &plan, observer);
     }
@@ -309,7 +329,9 @@ fn generate<M: VideoModel>(
     let _beside = model.places().apply(&request.adapters)?;
     let mut run = Run::begin(model, request, &plan)?;
     let steps = course.steps();
-    observer.phase(Phase::Text);
+    // Where components go in turn, reading them is most of what comes before the steps.
+    let in_turn = model.placement().turns().is_on();
+    observer.phase(if in_turn { Phase::Load } else { Phase::Text });
     if observer.cancelled() {
         return Err(Error::Cancelled { steps_done: run.done, steps });
     }
@@ -320,9 +342,16 @@ fn generate<M: VideoModel>(
         if observer.cancelled() {
             return Err(Error::Cancelled { steps_done: run.done, steps });
         }
+        if model.reads_before(&plan, run.done) {
+            observer.phase(Phase::Load);
+            model.read_before(&plan, run.done)?;
+            observer.phase(Phase::Step);
+        }
         let predicted = run.step(&context).map_err(|error| during(error, "computing a step"))?;
         run.tell(&predicted, observer)?;
     }
+    drop(context);
+    model.give_back(Phase::Step);
     let latents = entry::finished(model, request, model.volume(&plan, &run.state.latents)?)?;
     let frames = entry::frames(model, request, &latents, steps, observer)?;
     let latents = latents.to_device(&Device::Cpu)?;
@@ -332,6 +361,15 @@ fn generate<M: VideoModel>(
         kept.insert(NOISE.to_owned(), model.noise(request, &plan)?);
     }
     Ok(Generated { frames, latents, start_hash, step_hashes, steps_done: steps - first, kept })
+}
+
+/// Decides how a run's components are placed and in which pieces it is decoded, and empties what it begins without.
+fn settle<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<GenerateRequest, Error> {
+    let decode = model.placement().settle(request)?;
+    for phase in [Phase::Text, Phase::Step, Phase::Decode] {
+        model.give_back(phase);
+    }
+    Ok(GenerateRequest { decode, ..request.clone() })
 }
 
 fn during(error: Error, phase: &'static str) -> Error {
@@ -459,6 +497,8 @@ impl<'a, M: VideoModel> Run<'a, M> {
         }
         let colours = match &self.colours {
             Some(colours) => colours,
+            // The decoder waits for its turn.
+            None if self.model.placement().turns().is_on() => self.colours.insert(LatentRgb::default()),
             // A device without room for that is no reason to fail a run: channels are then shown as they are.
             None => self.colours.insert(colours::learnt(self.model, self.request).unwrap_or_default()),
         };

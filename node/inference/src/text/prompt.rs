@@ -7,14 +7,18 @@ use candle_core::{Device, Tensor};
 use super::{PromptTokenizer, T5Encoder, TextCache};
 use crate::error::Error;
 use crate::folder::load_t5;
+use crate::offload::{InTurn, Slot};
 use crate::pipeline::LoadOptions;
 use crate::pipeline::run::check_prompt;
 
 /// What a model reads prompts with.
 pub struct PromptEncoder {
     tokenizer: PromptTokenizer,
-    encoder: T5Encoder,
+    encoder: Slot<T5Encoder>,
     limit: usize,
+    /// Where the encoder computes.
+    here: Device,
+    /// Where its embeddings are wanted.
     device: Device,
     known: TextCache<Text, (Tensor, Tensor)>,
 }
@@ -28,8 +32,13 @@ impl PromptEncoder {
     ///
     /// # Errors
     /// See [`crate::load`].
-    pub fn load(folder: &Path, options: &LoadOptions, most: usize) -> Result<(Self, u64), Error> {
-        Self::load_parts(&folder.join("tokenizer"), &folder.join("text_encoder"), options, most)
+    pub fn load(
+        folder: &Path,
+        options: &LoadOptions,
+        most: usize,
+        in_turn: &InTurn,
+    ) -> Result<(Self, u64), Error> {
+        Self::load_parts(&folder.join("tokenizer"), &folder.join("text_encoder"), options, most, in_turn)
     }
 
     /// [`PromptEncoder::load`] from folders of other names.
@@ -41,12 +50,15 @@ impl PromptEncoder {
         encoder: &Path,
         options: &LoadOptions,
         most: usize,
+        in_turn: &InTurn,
     ) -> Result<(Self, u64), Error> {
         let tokenizer = PromptTokenizer::load(tokenizer)?;
         let limit = tokenizer.max_length.map_or(most, |limit| limit.min(most));
-        let (encoder, parameters) = load_t5(encoder, options)?;
+        let here = options.for_text();
+        let (part, at) = (encoder.to_owned(), here.device.clone());
+        let (encoder, parameters) = Slot::new(in_turn, move || load_t5(&part, &here))?;
         let (device, known) = (options.device.clone(), TextCache::default());
-        Ok((Self { tokenizer, encoder, limit, device, known }, parameters))
+        Ok((Self { tokenizer, encoder, limit, here: at, device, known }, parameters))
     }
 
     /// Tokens that are read of a prompt, with the end mark.
@@ -60,10 +72,9 @@ impl PromptEncoder {
         self.limit = limit;
     }
 
-    /// The encoder.
-    #[must_use]
-    pub fn encoder(&self) -> &T5Encoder {
-        &self.encoder
+    /// Gives the encoder back where components go in turn.
+    pub fn give_back(&self) {
+        self.encoder.give_back();
     }
 
     /// How many tokens a prompt has, with the end mark.
@@ -114,9 +125,10 @@ impl PromptEncoder {
     fn embed(&self, text: Text) -> Result<(Tensor, Tensor), Error> {
         self.known.get_or(text.clone(), || {
             let (ids, mask, masked) = text;
-            let ids = Tensor::from_vec(ids, (1, self.limit), &self.device)?;
-            let mask = Tensor::from_vec(mask, (1, self.limit), &self.device)?;
-            Ok((self.encoder.forward(&ids, masked.then_some(&mask))?, mask))
+            let ids = Tensor::from_vec(ids, (1, self.limit), &self.here)?;
+            let mask = Tensor::from_vec(mask, (1, self.limit), &self.here)?;
+            let embeds = self.encoder.get()?.forward(&ids, masked.then_some(&mask))?;
+            Ok((embeds.to_device(&self.device)?, mask.to_device(&self.device)?))
         })
     }
 }

@@ -40,6 +40,12 @@ impl BlendPlan {
         self.starts.iter().map(Vec::len).product()
     }
 
+    /// Rows and columns of cells of every tile.
+    #[must_use]
+    pub fn tile(&self) -> [usize; 2] {
+        self.tile
+    }
+
     /// Runs `decode` on every tile of `z`, `(batch, channels, time, rows, columns)`, and fades the results,
     /// `(batch, channels, frames, height, width)`, into each other; on the machine's memory, f32.
     ///

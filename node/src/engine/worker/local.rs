@@ -5,10 +5,13 @@ use std::path::Path;
 
 use kinoflock_inference::adapter::{Adapter, Places};
 use kinoflock_inference::audit::frames_deviation;
+use kinoflock_inference::offload::Offload;
+use kinoflock_inference::plan::{Fit, PlanOptions};
 use kinoflock_inference::sampler::checkpoint::latents_bytes;
 use kinoflock_inference::{
-    Checkpoint, Commitment, DType, DecodeOptions, Device, Error, GenerateRequest, Generated, LoadOptions,
-    Observer, Pipeline, RgbFrames, SecondPass, StepEvent, Tensor, open_device,
+    Checkpoint, Commitment, Condition, DType, DecodeOptions, Device, Error, Facts, GenerateRequest,
+    Generated, LoadOptions, Observer, Pipeline, RgbFrames, SecondPass, StepEvent, Tensor, open_device,
+    registry,
 };
 use kinoflock_protocol::id::{BlobId, ModelId};
 
@@ -28,6 +31,8 @@ const MAX_STATE_BYTES: u64 = 1 << 30;
 #[derive(Default)]
 pub struct LocalEngine {
     device: Option<(Device, DType)>,
+    /// How models are loaded, once there is a device.
+    options: LoadOptions,
     /// Whether a run's adapters go into the weights.
     merges: bool,
     loaded: Option<Loaded>,
@@ -46,6 +51,7 @@ impl Engine for LocalEngine {
         let device = open_device(&request.device).map_err(|error| failure(&error))?;
         let dtype = dtype(&request.dtype, &device)?;
         let threads = candle_threads(request.threads);
+        self.options = load_options(request, &device, dtype)?;
         self.device = Some((device, dtype));
         self.merges = request.merge_adapters;
         Ok(WorkerInfo {
@@ -67,6 +73,21 @@ impl Engine for LocalEngine {
             return self.load(&run.model);
         }
         self.load_with(&run.model, run.extra.adapters.to_vec(), || adapters(run))
+    }
+
+    fn check(&mut self, request: &RunRequest) -> Result<(), Failure> {
+        let Some(available) = self.options.memory else { return Ok(()) };
+        let folder = Path::new(request.model.dir.as_str());
+        // What the model cannot make is told by the model.
+        let Ok(facts) = registry::facts(folder) else { return Ok(()) };
+        let planned = planned(request, &facts);
+        let how = (self.options.offload, self.options.memory);
+        let Ok(fit) = Fit::of(folder, &planned, &PlanOptions::of(&self.options), how) else { return Ok(()) };
+        let needs = fit.needs;
+        if needs.fits {
+            return Ok(());
+        }
+        Err(failure(&Error::DoesNotFit { needed: needs.bytes, available }))
     }
 
     fn run(&mut self, request: &RunRequest, context: &mut Context<'_>) -> Result<Made, Stop> {
@@ -111,7 +132,7 @@ impl LocalEngine {
         merged: Vec<AdapterUse>,
         adapters: impl FnOnce() -> Result<Vec<Adapter>, Failure>,
     ) -> Result<LoadedModel, Failure> {
-        let (device, dtype) = self.device.clone().ok_or_else(not_open)?;
+        let (_, dtype) = self.device.clone().ok_or_else(not_open)?;
         let numbers = format!("{dtype:?}").to_lowercase();
         if let Some(loaded) = &self.loaded
             && loaded.model == request.model
@@ -126,7 +147,7 @@ impl LocalEngine {
         // The old weights go first: two models need not fit the device at once.
         self.loaded = None;
         let places = Places::merging(adapters()?);
-        let options = LoadOptions { device, dtype, places, ..LoadOptions::default() };
+        let options = LoadOptions { places, ..self.options.clone() };
         let pipeline = kinoflock_inference::load(Path::new(request.dir.as_str()), &options)
             .map_err(|error| failure(&error))?;
         let architecture = pipeline.info().architecture.clone();
@@ -157,7 +178,8 @@ impl Observer for Watcher<'_, '_> {
             kinoflock_inference::Phase::Text => self.context.phase(Phase::Text),
             kinoflock_inference::Phase::Step => self.context.phase(Phase::Step),
             kinoflock_inference::Phase::Decode => self.context.phase(Phase::Decode),
-            // The load is over before a run begins.
+            // What is read while a run goes on.
+            kinoflock_inference::Phase::Load => self.context.phase(Phase::Load),
             _ => {}
         }
     }
@@ -227,6 +249,47 @@ fn look(
         frames,
         dtype: Name::truncated(dtype),
     })
+}
+
+fn load_options(request: &OpenRequest, device: &Device, dtype: DType) -> Result<LoadOptions, Failure> {
+    let (offload, text_on_cpu) = match request.offload.as_str() {
+        "auto" => (Offload::Auto, false),
+        "none" => (Offload::None, false),
+        "in-turn" => (Offload::InTurn, false),
+        "text-cpu" => (Offload::Auto, true),
+        other => {
+            let text = format!("offload {other:?} is not known: auto, none, in-turn or text-cpu");
+            return Err(Failure::new("offload", &text, false));
+        }
+    };
+    let memory = (request.memory > 0).then_some(request.memory);
+    Ok(LoadOptions { device: device.clone(), dtype, offload, memory, text_on_cpu, ..LoadOptions::default() })
+}
+
+/// A run as its memory is planned: with its sizes, tiles and places of pictures, whose files are not read.
+fn planned(request: &RunRequest, facts: &Facts) -> GenerateRequest {
+    let extra = &request.extra;
+    let (width, height) = (request.width as usize, request.height as usize);
+    let picture = |frame: u32, count: usize| {
+        let none = Tensor::zeros((), DType::F32, &Device::Cpu)
+            .and_then(|zero| zero.broadcast_as((count, 3, height, width)));
+        none.ok().map(|pictures| Condition::new(pictures, frame as usize))
+    };
+    let given = extra.pictures.iter().filter_map(|given| picture(given.frame, 1));
+    let extended = extra.extend.map(|_| picture(0, extra.extend_frames.unwrap_or(1).max(1) as usize));
+    GenerateRequest {
+        width,
+        height,
+        frames: request.frames as usize,
+        guidance: request.guidance,
+        decode: DecodeOptions {
+            tile: extra.decode_tile.map(|pixels| pixels as usize),
+            chunk: extra.decode_chunk.map(|frames| frames as usize),
+            skip: false,
+        },
+        conditions: given.chain(extended.flatten()).collect(),
+        ..GenerateRequest::new("", &facts.info.defaults)
+    }
 }
 
 fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<GenerateRequest, Failure> {
@@ -312,6 +375,7 @@ pub(super) fn failure(error: &Error) -> Failure {
     // Another try, or another node, may have the memory, the device or the file; it has not another arithmetic.
     let (code, retryable) = match error {
         Error::OutOfMemory { .. } => ("out_of_memory", true),
+        Error::DoesNotFit { .. } => (error.code(), true),
         Error::Read { .. } | Error::Device { .. } | Error::Weights(_) | Error::Tensor(_) => {
             (error.code(), true)
         }

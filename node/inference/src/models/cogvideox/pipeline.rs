@@ -6,6 +6,7 @@
 //! clip's latent frames do not come in whole tokens, further ones stand before them and are dropped before the decode.
 
 mod parts;
+pub(super) mod plan;
 
 use std::path::Path;
 
@@ -18,6 +19,7 @@ use super::vae::CogVideoXVae;
 use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{Extras, WEIGHTS_STEM, open_weights};
+use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json};
@@ -40,8 +42,10 @@ pub struct CogVideoXPipeline {
     sampler: DiffusionSampler,
     scheduler: DiffusionConfig,
     text: PromptEncoder,
-    transformer: CogVideoXTransformer,
-    vae: CogVideoXVae,
+    config: TransformerConfig,
+    transformer: Slot<CogVideoXTransformer>,
+    vae: Slot<CogVideoXVae>,
+    placement: Placement,
     latent_rgb: LatentRgb,
     places: Places,
     /// Whether clips begin with a picture.
@@ -59,9 +63,13 @@ impl CogVideoXPipeline {
         let mut info = facts(folder, index)?.info;
         let (sampler, scheduler) = load_scheduler(folder, index)?;
         let image = index.class == IMAGE_CLASS;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit)?;
-        let (transformer, transformer_parameters) = load_transformer(folder, options)?;
-        let (vae, vae_parameters) = load_vae(folder, options, image)?;
+        let placement = Placement::new(folder, options)?;
+        let turns = placement.turns();
+        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit, turns)?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let (transformer, transformer_parameters) = Slot::new(turns, move || load_transformer(&from, &with))?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, image))?;
         info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
@@ -69,8 +77,10 @@ impl CogVideoXPipeline {
             sampler,
             scheduler,
             text,
+            config: TransformerConfig::read(&folder.join("transformer").join("config.json"))?,
             transformer,
             vae,
+            placement,
             latent_rgb,
             places: options.places.clone(),
             image,

@@ -21,7 +21,7 @@ use blocks::{Decoder, Encoder};
 /// Frames of a video in a run of the encoder.
 const ENCODE_RUN: usize = 8;
 /// Latent frames in a run of the decoder.
-const DECODE_RUN: usize = 2;
+pub(crate) const DECODE_RUN: usize = 2;
 
 /// Sees each block's result in a run by the name that the reference gives the block, such as `decoder.mid_block.0`, as
 /// `(batch, channels, time, height, width)`.
@@ -113,7 +113,7 @@ impl CogVideoXVae {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.latent_channels);
         }
         let ratio = self.config.spatial_ratio();
-        match tile.map(|pixels| (pixels / ratio).max(tiles::LEAST)) {
+        match square(tile, ratio) {
             Some(cells) if height > cells || width > cells => {
                 tiles::decode(z, cells, ratio, &mut |tile| self.decode_runs(tile, watch, &mut None))
             }
@@ -163,8 +163,13 @@ impl CogVideoXVae {
     }
 }
 
+/// Latent cells along the side of a tile of about so many pixels.
+pub(crate) fn square(tile: Option<usize>, ratio: usize) -> Option<usize> {
+    tile.map(|pixels| (pixels / ratio).max(tiles::LEAST))
+}
+
 /// Starts and lengths of runs of `len` frames; the first has what is left over as well.
-fn runs(frames: usize, len: usize) -> Vec<(usize, usize)> {
+pub(crate) fn runs(frames: usize, len: usize) -> Vec<(usize, usize)> {
     let rest = if frames < len { 0 } else { frames % len };
     let first = (len + rest).min(frames);
     std::iter::once((0, first)).chain((first..frames).step_by(len).map(|start| (start, len))).collect()

@@ -6,6 +6,7 @@
 
 mod conditions;
 mod parts;
+pub(super) mod plan;
 mod second;
 
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{Extras, load_flow_match, open_renamed, open_weights};
 pub use crate::folder::{TEXT_STEM, WEIGHTS_STEM};
+use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 pub use crate::pipeline::latents::{pack, unpack};
 use crate::pipeline::run::VideoModel;
@@ -81,8 +83,11 @@ pub struct LtxPipeline {
     class: LtxClass,
     scheduler: FlowMatchConfig,
     text: PromptEncoder,
-    transformer: LtxTransformer,
-    vae: LtxVae,
+    config: TransformerConfig,
+    vae_config: LtxVaeConfig,
+    transformer: Slot<LtxTransformer>,
+    vae: Slot<LtxVae>,
+    placement: Placement,
     latent_rgb: LatentRgb,
     places: Places,
     /// Of the folder's upsampler, where it has one.
@@ -104,9 +109,13 @@ impl LtxPipeline {
         let mut info = facts(folder, index)?.info;
         let class = class(folder, index)?;
         let scheduler = read_scheduler(folder)?;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens())?;
-        let (transformer, transformer_parameters) = load_transformer(folder, options)?;
-        let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let placement = Placement::new(folder, options)?;
+        let turns = placement.turns();
+        let (text, text_parameters) = PromptEncoder::load(folder, options, class.text_tokens(), turns)?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let (transformer, transformer_parameters) = Slot::new(turns, move || load_transformer(&from, &with))?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, false))?;
         let encodes = open_vae(folder, options)?.1.builder().contains_tensor(ENCODER_TENSOR);
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
         info.work = info.work.with_parameters(parameters);
@@ -116,8 +125,11 @@ impl LtxPipeline {
             class,
             scheduler,
             text,
+            config: read_transformer_config(folder)?,
+            vae_config: read_vae_config(folder)?,
             transformer,
             vae,
+            placement,
             latent_rgb,
             places: options.places.clone(),
             upsampler: UpsamplerConfig::find(folder)?,

@@ -207,6 +207,13 @@ impl LtxVae {
         decoder.decode(z, settings, &mut trace)
     }
 
+    /// From which upward block on a decode of so many latent cells goes in tiles, and the greatest of them with its margins;
+    /// `None` where it stays whole.
+    pub(crate) fn cut(&self, tiling: Tiling, cells: [usize; 3]) -> Option<(usize, [usize; 3])> {
+        let (first, plan) = self.decoder.as_ref()?.plan(tiling, cells)?;
+        Some((first, plan.greatest()))
+    }
+
     /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not normalised.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 //! the other way round: its sigmas rise from 0 to 1, and the model predicts `data - noise`.
 
 mod parts;
+pub(super) mod plan;
 
 use std::path::Path;
 
@@ -16,6 +17,7 @@ use super::vae::{MochiVae, MochiVaeConfig};
 use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, open_weights};
+use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error};
@@ -38,8 +40,9 @@ pub struct MochiPipeline {
     text: PromptEncoder,
     /// An empty prompt is read as no token at all.
     empty_is_nothing: bool,
-    transformer: MochiTransformer,
-    vae: MochiVae,
+    transformer: Slot<MochiTransformer>,
+    vae: Slot<MochiVae>,
+    placement: Placement,
     latent_rgb: LatentRgb,
     places: Places,
     device: Device,
@@ -59,9 +62,13 @@ impl MochiPipeline {
         let mut info = facts(folder, index)?.info;
         let empty_is_nothing = index.flag(folder, "force_zeros_for_empty_prompt")?.unwrap_or(false);
         let scheduler = load_scheduler(folder)?;
-        let (transformer, transformer_parameters) = load_transformer(folder, options)?;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit)?;
-        let (vae, vae_parameters) = load_vae(folder, options, false)?;
+        let placement = Placement::new(folder, options)?;
+        let turns = placement.turns();
+        let (from, with) = (folder.to_owned(), options.clone());
+        let (transformer, transformer_parameters) = Slot::new(turns, move || load_transformer(&from, &with))?;
+        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit, turns)?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, false))?;
         info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         let (places, device, dtype) = (options.places.clone(), options.device.clone(), options.dtype);
@@ -72,6 +79,7 @@ impl MochiPipeline {
             empty_is_nothing,
             transformer,
             vae,
+            placement,
             latent_rgb,
             places,
             device,

@@ -129,6 +129,11 @@ impl MochiVae {
         self.decoder.decode_traced(z, trace)
     }
 
+    /// Latent frames of `z` that a decode has in one run.
+    pub(super) fn frames_at_once(&self, z: &Tensor, chunk: Option<usize>) -> Result<usize> {
+        self.decoder.run_length(z, chunk)
+    }
+
     fn check_latents(&self, z: &Tensor) -> Result<()> {
         let (_, channels, ..) = z.dims5()?;
         if channels != self.config.latent_channels {

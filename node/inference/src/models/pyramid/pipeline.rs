@@ -8,6 +8,7 @@
 
 mod folder;
 mod parts;
+pub(super) mod plan;
 mod resize;
 mod settings;
 mod text;
@@ -17,13 +18,14 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::config::Variant;
+use super::config::{TransformerConfig, Variant};
 use super::facts::{facts, info};
 use super::transformer::PyramidTransformer;
 use super::vae::PyramidVae;
 use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras};
+use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::{GenerateRequest, LoadOptions, Observer, PipelineInfo};
 use crate::sampler::PyramidSchedule;
@@ -50,8 +52,10 @@ pub struct PyramidPipeline {
     settings: PyramidSettings,
     schedule: PyramidSchedule,
     text: Text,
-    transformer: PyramidTransformer,
-    vae: PyramidVae,
+    config: TransformerConfig,
+    transformer: Slot<PyramidTransformer>,
+    vae: Slot<PyramidVae>,
+    placement: Placement,
     latent_rgb: LatentRgb,
     places: Places,
     device: Device,
@@ -67,11 +71,16 @@ impl PyramidPipeline {
         let mut info = facts(folder)?.info;
         let own = OwnExtras::read(folder)?;
         let part = transformer_folder(folder, own.transformer.as_deref())?;
-        let (transformer, transformer_parameters) = load_transformer(&part, options)?;
-        let variant = transformer.config().variant;
+        let config = TransformerConfig::read(&part.join("config.json"))?;
+        let variant = config.variant;
         let (settings, schedule) = own.settle(folder, &Usual::of(variant, &part))?;
-        let (text, text_parameters) = Text::load(folder, variant, options, info.token_limit)?;
-        let (vae, vae_parameters) = load_vae(folder, options, true)?;
+        let placement = Placement::new(folder, options)?;
+        let turns = placement.turns();
+        let (text, text_parameters) = Text::load(folder, variant, options, info.token_limit, turns)?;
+        let with = options.clone();
+        let (transformer, transformer_parameters) = Slot::new(turns, move || load_transformer(&part, &with))?;
+        let (from, with) = (folder.to_owned(), options.clone());
+        let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, true))?;
         info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
@@ -79,8 +88,10 @@ impl PyramidPipeline {
             settings,
             schedule,
             text,
+            config,
             transformer,
             vae,
+            placement,
             latent_rgb,
             places: options.places.clone(),
             device: options.device.clone(),

@@ -8,6 +8,7 @@
 
 mod parts;
 mod pictures;
+pub(super) mod plan;
 pub(super) mod sampler;
 
 use std::path::Path;
@@ -23,6 +24,7 @@ use super::vae::{WanVae, WanVaeConfig};
 use crate::adapter::Places;
 use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_renamed, open_weights};
+use crate::offload::{InTurn, Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::VideoModel;
 use crate::pipeline::{
@@ -53,9 +55,11 @@ pub struct WanPipeline {
     sampler: WanSampler,
     text: PromptEncoder,
     /// For high noise; and for all noise where there is no other.
-    transformer: WanTransformer,
+    config: TransformerConfig,
+    transformer: Slot<WanTransformer>,
     low_noise: Option<LowNoise>,
-    vae: WanVae,
+    vae: Slot<WanVae>,
+    placement: Placement,
     pictures: Pictures,
     latent_rgb: LatentRgb,
     places: Places,
@@ -64,7 +68,7 @@ pub struct WanPipeline {
 
 /// The transformer of the last steps.
 struct LowNoise {
-    transformer: WanTransformer,
+    transformer: Slot<WanTransformer>,
     /// It computes the timesteps below, 0 to 1000.
     boundary: f64,
     /// Its guidance, where it is not the request's.
@@ -99,21 +103,38 @@ impl WanPipeline {
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
         let mut info = facts(folder, index)?.info;
         let sampler = WanSampler::load(folder)?;
-        let (pictures, more) = Pictures::load(folder, form(folder, index)?, options)?;
-        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit)?;
-        let (transformer, mut parameters) = load_transformer(folder, "transformer", options)?;
+        let placement = Placement::new(folder, options)?;
+        let turns = placement.turns();
+        let (pictures, more) = Pictures::load(folder, form(folder, index)?, options, turns)?;
+        let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit, turns)?;
+        let (transformer, mut parameters) = transformer_slot(folder, "transformer", options, turns)?;
         let mut low_noise = None;
         if let Some(boundary) = boundary(folder, index, sampler.train_timesteps())? {
-            let (transformer, more) = load_transformer(folder, SECOND, options)?;
+            let (transformer, more) = transformer_slot(folder, SECOND, options, turns)?;
             parameters += more;
             let guidance = LowNoiseExtras::read(folder)?;
             low_noise = Some(LowNoise { transformer, boundary, guidance });
         }
-        let (vae, vae_parameters) = load_vae(folder, options, pictures.encodes())?;
+        let (from, with, encodes) = (folder.to_owned(), options.clone(), pictures.encodes());
+        let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, encodes))?;
         info.work = info.work.with_parameters([parameters, vae_parameters, text_parameters + more]);
         let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         let (places, device) = (options.places.clone(), options.device.clone());
-        Ok(Self { info, sampler, text, transformer, low_noise, vae, pictures, latent_rgb, places, device })
+        let config = TransformerConfig::read(&folder.join("transformer").join("config.json"))?;
+        Ok(Self {
+            info,
+            sampler,
+            text,
+            config,
+            transformer,
+            low_noise,
+            vae,
+            placement,
+            pictures,
+            latent_rgb,
+            places,
+            device,
+        })
     }
 
     /// Uses another sampler from now on.
@@ -199,6 +220,16 @@ pub(super) fn boundary(
             None => Err(config_error(file, "boundary_ratio", value, "it must be a number")),
         },
     }
+}
+
+fn transformer_slot(
+    folder: &Path,
+    name: &'static str,
+    options: &LoadOptions,
+    turns: &InTurn,
+) -> Result<(Slot<WanTransformer>, u64), Error> {
+    let (folder, options) = (folder.to_owned(), options.clone());
+    Slot::new(turns, move || load_transformer(&folder, name, &options))
 }
 
 /// A folder's transformer of that name, and how many parameters it has.

@@ -102,7 +102,17 @@ impl WanVae {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.z_dim);
         }
         let x = self.post_quant.forward(&z.permute((0, 2, 3, 4, 1))?.contiguous()?)?;
-        self.decoder.forward(&x, tiling, watch)?.clamp(-1f32, 1f32)
+        let video = self.decoder.forward(&x, tiling, watch)?;
+        let raised = video.maximum(-1f32)?;
+        drop(video);
+        raised.minimum(1f32)
+    }
+
+    /// From which level on a decode of so many latent cells goes in tiles, and the greatest of them with its margins;
+    /// `None` where pictures stay whole.
+    pub(crate) fn cut(&self, tiling: Tiling, cells: [usize; 3]) -> Option<(usize, [usize; 3])> {
+        let (first, plan) = self.decoder.plan(Tiling { chunk: None, ..tiling }, cells)?;
+        Some((first, plan.greatest()))
     }
 
     /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not normalised.

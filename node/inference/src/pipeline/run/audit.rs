@@ -6,11 +6,11 @@ use candle_core::{DType, Device, Tensor};
 
 use super::check::check;
 use super::digest::digest;
-use super::{State, VideoModel, entry};
+use super::{State, VideoModel, entry, settle};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
 use crate::frames::RgbFrames;
-use crate::pipeline::{GenerateRequest, Silent};
+use crate::pipeline::{GenerateRequest, Phase, Silent};
 
 pub(super) fn commitment<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<Commitment, Error> {
     let plan = check(model, request)?;
@@ -44,10 +44,13 @@ pub(super) fn transition<M: VideoModel>(
         return Err(Error::NotAuditable { architecture: model.facts().architecture.clone() });
     };
     let latents = checked(latents, model.latents_shape(&plan, index))?.to_device(model.device())?;
+    settle(model, request)?;
     let _beside = model.places().apply(&request.adapters)?;
     let context = model.context(request, &plan)?;
     let state = State { latents, memory: BTreeMap::new() };
-    let output = model.output(request, &plan, &context, index, &state)?;
+    let output = model.output(request, &plan, &context, index, &state);
+    model.give_back(Phase::Step);
+    let output = output?;
     Ok(Transition { output: output.to_device(&Device::Cpu)?, change })
 }
 
@@ -59,7 +62,10 @@ pub(super) fn frames<M: VideoModel>(
     let plan = check(model, request)?;
     let latents = checked(latents, model.latents_shape(&plan, model.course(&plan).steps()))?;
     let volume = entry::finished(model, request, model.volume(&plan, &latents)?)?;
-    Ok(RgbFrames::from_unit(&model.decode(request, &volume, &Silent)?)?)
+    let request = &settle(model, request)?;
+    let video = model.decode(request, &volume, &Silent);
+    model.give_back(Phase::Decode);
+    Ok(RgbFrames::from_unit(&video?)?)
 }
 
 fn checked(latents: &Tensor, needed: Vec<usize>) -> Result<Tensor, Error> {

@@ -46,7 +46,11 @@ pub fn check_prompt(
     }
 }
 
-fn check_sizes(info: &PipelineInfo, request: &GenerateRequest) -> Result<(), Error> {
+/// Refuses sides and frame counts that a model cannot make.
+///
+/// # Errors
+/// [`Error::Size`] or [`Error::Frames`] with the nearest that it can.
+pub fn check_sizes(info: &PipelineInfo, request: &GenerateRequest) -> Result<(), Error> {
     check_size(info.size_multiple, "width", request.width)?;
     check_size(info.size_multiple, "height", request.height)?;
     if info.frame_rule.allows(request.frames) {

@@ -117,6 +117,7 @@ pub(super) fn frames<M: VideoModel>(
     let video = model.decode(request, volume, observer).map_err(|error| match error {
         Error::Cancelled { .. } => Error::Cancelled { steps_done: steps, steps },
         other => super::during(other, "decoding"),
-    })?;
-    Ok(RgbFrames::from_unit(&video)?)
+    });
+    model.give_back(Phase::Decode);
+    Ok(RgbFrames::from_unit(&video?)?)
 }

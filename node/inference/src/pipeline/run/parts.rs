@@ -47,3 +47,20 @@ pub fn watched<T>(
         other => Ok(other?),
     }
 }
+
+/// A decoded video `(1, 3, frames, height, width)` of -1 to 1 as pictures `[frames, 3, height, width]` of 0 to 1, f32.
+/// They are made one by one, so that besides the video only they are held.
+///
+/// # Errors
+/// What the device reports.
+pub fn pictures(video: Tensor) -> candle_core::Result<Tensor> {
+    let frames = video.squeeze(0)?.transpose(0, 1)?;
+    drop(video);
+    let one = |index: usize| {
+        let frame = frames.narrow(0, index, 1)?.to_dtype(DType::F32)?;
+        frame.affine(0.5, 0.5)?.clamp(0f32, 1f32)
+    };
+    let made = (0..frames.dim(0)?).map(one).collect::<candle_core::Result<Vec<_>>>()?;
+    drop(frames);
+    Tensor::cat(&made, 0)
+}

@@ -6,10 +6,11 @@ use super::CogVideoXPipeline;
 use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::cogvideox::transformer::Positions;
+use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{DiffusionSampler, DiffusionSchedule};
@@ -59,6 +60,19 @@ impl VideoModel for CogVideoXPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn give_back(&self, phase: Phase) {
+        match phase {
+            Phase::Text => self.text.give_back(),
+            Phase::Step => self.transformer.give_back(),
+            Phase::Decode => self.vae.give_back(),
+            Phase::Load => {}
+        }
     }
 
     fn places(&self) -> &Places {
@@ -132,10 +146,13 @@ impl VideoModel for CogVideoXPipeline {
             let negative = encode(&request.negative_prompt)?;
             text = Tensor::cat(&[negative, text], 0)?;
         }
-        let mut positions = self.transformer.positions(plan.cells, text.dim(1)?, &self.device)?;
-        positions.route = request.touch.route.clone();
+        self.text.give_back();
         let image = image_latents(self, request, plan)?;
-        Ok(Context { text: self.transformer.project_text(&text)?, positions, image })
+        self.vae.give_back();
+        let transformer = self.transformer.get()?;
+        let mut positions = transformer.positions(plan.cells, text.dim(1)?, &self.device)?;
+        positions.route = request.touch.route.clone();
+        Ok(Context { text: transformer.project_text(&text)?, positions, image })
     }
 
     fn output(
@@ -154,7 +171,8 @@ impl VideoModel for CogVideoXPipeline {
         let input = Tensor::cat(&vec![input; batch], 0)?;
         let timestep = plan.schedule.timesteps[index];
         let timesteps = Tensor::from_vec(vec![timestep; batch], batch, &Device::Cpu)?;
-        let output = self.transformer.forward(&input, &timesteps, &context.text, &context.positions)?;
+        let transformer = self.transformer.get()?;
+        let output = transformer.forward(&input, &timesteps, &context.text, &context.positions)?;
         let output = output.to_dtype(DType::F32)?;
         if batch == 1 {
             return Ok(output);
@@ -209,17 +227,17 @@ impl VideoModel for CogVideoXPipeline {
         volume: &Tensor,
         observer: &dyn Observer,
     ) -> Result<Tensor, Error> {
-        let z = self.vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
-        let video = watched(observer, |watch| self.vae.decode(&z, request.decode.tile, watch, None))?;
-        let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
-        Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+        let vae = self.vae.get()?;
+        let z = vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
+        let video = watched(observer, |watch| vae.decode(&z, request.decode.tile, watch, None))?;
+        Ok(pictures(video)?)
     }
 }
 
 /// Tokens that span several latent frames have positions up to the trained grid's end alone, and a learned table knows
 /// one size of picture.
 fn check_grid(model: &CogVideoXPipeline, request: &GenerateRequest, cells: [usize; 3]) -> Result<(), Error> {
-    let config = model.transformer.config();
+    let config = &model.config;
     let sides = [
         ("height", request.height, cells[1], config.sample_height),
         ("width", request.width, cells[2], config.sample_width),
@@ -246,9 +264,10 @@ fn image_latents(
     plan: &Plan,
 ) -> Result<Option<Tensor>, Error> {
     let Some(given) = request.conditions.first() else { return Ok(None) };
-    let moments = model.vae.encode(&given.video(1, &model.device, model.dtype)?, None)?;
+    let vae = model.vae.get()?;
+    let moments = vae.encode(&given.video(1, &model.device, model.dtype)?, None)?;
     let noise = condition_noise(request, 0, moments.mean.dims(), &model.device)?;
-    let drawn = model.vae.scale_image(&moments.sample(&noise)?)?.transpose(1, 2)?.contiguous()?;
+    let drawn = vae.scale_image(&moments.sample(&noise)?)?.transpose(1, 2)?.contiguous()?;
     let rest = plan.cells[0] - 1;
     Ok(Some(drawn.to_dtype(DType::F32)?.pad_with_zeros(1, 0, rest)?))
 }

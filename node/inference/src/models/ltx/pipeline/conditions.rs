@@ -89,6 +89,11 @@ impl Layout {
         self.pieces.push(piece);
     }
 
+    /// Pictures of the condition that has most, where there is one.
+    pub(super) fn longest(&self) -> Option<usize> {
+        self.counts.iter().copied().max()
+    }
+
     /// Latent frames before the clip's own.
     pub(super) fn extra(&self) -> usize {
         self.times.len()

@@ -7,13 +7,14 @@ use super::second;
 use super::{LtxClass, LtxPipeline, pack, unpack};
 use crate::adapter::Places;
 use crate::error::Error;
-use crate::models::ltx::rope::{Positions, RopeTables};
+use crate::models::ltx::rope::{Positions, Rope, RopeTables};
 use crate::models::ltx::transformer::TextContext;
 use crate::models::ltx::vae::{DecodeSettings, Noise};
+use crate::offload::Placement;
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, Volume};
-use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
@@ -58,6 +59,19 @@ impl VideoModel for LtxPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn give_back(&self, phase: Phase) {
+        match phase {
+            Phase::Text => self.text.give_back(),
+            Phase::Step => self.transformer.give_back(),
+            Phase::Decode => self.vae.give_back(),
+            Phase::Load => {}
+        }
     }
 
     fn places(&self) -> &Places {
@@ -308,13 +322,14 @@ impl Context {
             text = Tensor::cat(&[negative, text], 0)?;
             mask = Tensor::cat(&[its_mask, mask], 0)?;
         }
-        let mut text = model.transformer.text_context(&text, Some(&mask))?;
-        text.route = request.touch.route.clone();
+        model.text.give_back();
         let given = match plan.layout.is_empty() {
             true => None,
             false => Some(Given::new(model, request, &plan.layout, &plan.volume)?),
         };
         let clean = second::clean(model, request, &plan.volume)?;
+        let mut text = model.transformer.get()?.text_context(&text, Some(&mask))?;
+        text.route = request.touch.route.clone();
         Ok(Self { text, rope: rope(model, request, plan)?, guided, given, clean })
     }
 }
@@ -322,7 +337,8 @@ impl Context {
 fn rope(model: &LtxPipeline, request: &GenerateRequest, plan: &Plan) -> Result<RopeTables, Error> {
     let (work, volume) = (&model.info.work, &plan.volume);
     let (time, space) = (work.temporal_ratio as f64, work.spatial_ratio as f64);
-    let rope = model.transformer.rope();
+    let config = &model.config;
+    let rope = Rope::new(config.inner(), config.patch_size, config.patch_size_t);
     let tables = match plan.class {
         LtxClass::Text => {
             let scale = Some([time / request.fps, space, space]);
@@ -374,7 +390,7 @@ fn velocity(
         None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &Device::Cpu)?),
     };
     let (input, timesteps) = (twice(&input)?, twice(&timesteps)?);
-    let velocity = model.transformer.forward(&input, &timesteps, &context.text, &context.rope)?;
+    let velocity = model.transformer.get()?.forward(&input, &timesteps, &context.text, &context.rope)?;
     let velocity = velocity.to_dtype(DType::F32)?;
     if !context.guided {
         return Ok(velocity);
@@ -395,9 +411,10 @@ fn decode(
     latents: &Tensor,
     observer: &dyn Observer,
 ) -> Result<Tensor, Error> {
-    let conditioned = model.vae.config().decoder.timestep_conditioning;
+    let vae = model.vae.get()?;
+    let conditioned = model.vae_config.decoder.timestep_conditioning;
     let mut given = request.decode_noise.as_slice();
-    let mut z = model.vae.denormalize(&latents.to_device(&model.device)?)?;
+    let mut z = vae.denormalize(&latents.to_device(&model.device)?)?;
     let mut timestep = None;
     if conditioned {
         let noise = match given.split_first() {
@@ -417,12 +434,11 @@ fn decode(
     let z = z.to_dtype(model.dtype)?;
     // Only a decode in pieces is watched: showing a block's result copies it.
     let video = if tiling == Tiling::default() {
-        model.vae.decode(&z, &settings, None)?
+        vae.decode(&z, &settings, None)?
     } else {
-        watched(observer, |watch| model.vae.decode(&z, &settings, Some(&mut |_, _| watch())))?
+        watched(observer, |watch| vae.decode(&z, &settings, Some(&mut |_, _| watch())))?
     };
-    let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
-    Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+    Ok(pictures(video)?)
 }
 
 fn decode_noise(given: &Tensor, z: &Tensor) -> Result<Tensor, Error> {

@@ -73,7 +73,8 @@ fn upsample(model: &LtxPipeline, second: &SecondPass, latents: &Tensor) -> Resul
         architecture: model.info.architecture.clone(),
         rule: "has no latent upsampler any more",
     })?;
-    let latents = model.vae.denormalize(latents)?;
+    let vae = model.vae.get()?;
+    let latents = vae.denormalize(latents)?;
     let mut large = upsampler.forward(&latents.to_dtype(model.dtype)?)?.to_dtype(DType::F32)?;
     if second.adain > 0.0 {
         large = adapt(&large, &latents, second.adain)?;
@@ -81,7 +82,9 @@ fn upsample(model: &LtxPipeline, second: &SecondPass, latents: &Tensor) -> Resul
     if second.tone_map > 0.0 {
         large = tone_map(&large, second.tone_map)?;
     }
-    Ok(model.vae.normalize(&large)?)
+    let made = vae.normalize(&large)?;
+    model.vae.give_back();
+    Ok(made)
 }
 
 impl LtxPipeline {

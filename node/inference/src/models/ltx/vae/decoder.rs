@@ -120,7 +120,7 @@ impl Decoder {
 
     /// From which block on the decode goes in tiles, and which: as early as [`MOST_OVERHEAD`] lets it, so that little
     /// runs whole, else the last block that grows. `None` where everything fits into one tile.
-    fn plan(&self, tiling: Tiling, latents: [usize; 3]) -> Option<(usize, Plan)> {
+    pub(super) fn plan(&self, tiling: Tiling, latents: [usize; 3]) -> Option<(usize, Plan)> {
         if tiling.is_whole() {
             return None;
         }

@@ -7,9 +7,10 @@ use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
+use crate::offload::Placement;
 use crate::pipeline::latents::{LatentRgb, Volume, pack, unpack};
-use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{Schedule, ScheduleRequest, linear_quadratic};
 use crate::tiling::Tiling;
@@ -42,6 +43,19 @@ impl VideoModel for MochiPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn give_back(&self, phase: Phase) {
+        match phase {
+            Phase::Text => self.text.give_back(),
+            Phase::Step => self.transformer.give_back(),
+            Phase::Decode => self.vae.give_back(),
+            Phase::Load => {}
+        }
     }
 
     fn places(&self) -> &Places {
@@ -94,9 +108,11 @@ impl VideoModel for MochiPipeline {
             text = Tensor::cat(&[negative, text], 0)?;
             mask = Tensor::cat(&[its_mask, mask], 0)?;
         }
-        let mut text = self.transformer.text_context(&text, &mask)?;
+        self.text.give_back();
+        let transformer = self.transformer.get()?;
+        let mut text = transformer.text_context(&text, &mask)?;
         text.route = request.touch.route.clone();
-        Ok(Context { text, rope: self.transformer.rope(plan.volume.grid())?, guided })
+        Ok(Context { text, rope: transformer.rope(plan.volume.grid())?, guided })
     }
 
     fn output(
@@ -111,7 +127,7 @@ impl VideoModel for MochiPipeline {
         let batch = if context.guided { 2 } else { 1 };
         let input = if context.guided { Tensor::cat(&[latents, latents], 0)? } else { latents.clone() };
         let timesteps = Tensor::from_vec(vec![plan.schedule.timesteps[index]; batch], batch, &Device::Cpu)?;
-        let velocity = self.transformer.forward(&input, &timesteps, &context.text, &context.rope)?;
+        let velocity = self.transformer.get()?.forward(&input, &timesteps, &context.text, &context.rope)?;
         let velocity = velocity.to_dtype(DType::F32)?;
         if !context.guided {
             return Ok(velocity);
@@ -159,11 +175,11 @@ impl VideoModel for MochiPipeline {
         volume: &Tensor,
         observer: &dyn Observer,
     ) -> Result<Tensor, Error> {
-        let z = self.vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
+        let vae = self.vae.get()?;
+        let z = vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
         let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
-        let video = watched(observer, |watch| self.vae.decode(&z, tiling, watch))?;
-        let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
-        Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+        let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
+        Ok(pictures(video)?)
     }
 }
 

@@ -95,7 +95,7 @@ impl Decoder {
     }
 
     /// Latent frames in a run.
-    fn run_length(&self, z: &Tensor, chunk: Option<usize>) -> Result<usize> {
+    pub(super) fn run_length(&self, z: &Tensor, chunk: Option<usize>) -> Result<usize> {
         let (batch, _, frames, height, width) = z.dims5()?;
         let (time, space) = self.ratio;
         let run = match chunk {

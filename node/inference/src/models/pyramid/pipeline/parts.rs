@@ -9,10 +9,11 @@ use super::units::Plan;
 use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::pyramid::transformer::TextContext;
+use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::{Course, State, VideoModel, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel, pictures, watched};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
 use crate::tiling::Tiling;
 
@@ -37,6 +38,19 @@ impl VideoModel for PyramidPipeline {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn give_back(&self, phase: Phase) {
+        match phase {
+            Phase::Text => self.text.give_back(),
+            Phase::Step => self.transformer.give_back(),
+            Phase::Decode => self.vae.give_back(),
+            Phase::Load => {}
+        }
     }
 
     fn places(&self) -> &Places {
@@ -104,9 +118,13 @@ impl VideoModel for PyramidPipeline {
             Tensor::cat(&text.iter().map(part).collect::<Vec<_>>(), 0)
         };
         let (embeds, mask) = (joined(|text| &text.embeds)?, joined(|text| &text.mask)?);
-        let mut text = self.transformer.text_context(&embeds, &mask, &joined(|text| &text.pooled)?)?;
+        self.text.give_back();
+        let picture = picture(self, request)?;
+        self.vae.give_back();
+        let pooled = joined(|text| &text.pooled)?;
+        let mut text = self.transformer.get()?.text_context(&embeds, &mask, &pooled)?;
         text.route = request.touch.route.clone();
-        Ok(Context { text, guided, picture: picture(self, request)? })
+        Ok(Context { text, guided, picture })
     }
 
     /// A given picture is a unit that is done.
@@ -142,7 +160,8 @@ impl VideoModel for PyramidPipeline {
             clips = clips.iter().map(|clip| Tensor::cat(&[clip, clip], 0)).collect::<Result<_, _>>()?;
         }
         let timesteps = Tensor::from_vec(vec![plan.timesteps[index]; batch], batch, &Device::Cpu)?;
-        let velocity = self.transformer.forward(&clips, &timesteps, &context.text)?.to_dtype(DType::F32)?;
+        let transformer = self.transformer.get()?;
+        let velocity = transformer.forward(&clips, &timesteps, &context.text)?.to_dtype(DType::F32)?;
         if !context.guided {
             return Ok(velocity);
         }
@@ -221,7 +240,7 @@ impl PyramidPipeline {
 /// The latents of a given picture, drawn from the distribution that the VAE gives, `[1, C, 1, H, W]`.
 fn picture(model: &PyramidPipeline, request: &GenerateRequest) -> Result<Option<Tensor>, Error> {
     let Some(given) = request.conditions.first() else { return Ok(None) };
-    let moments = model.vae.encode(&given.video(1, &model.device, model.dtype)?)?;
+    let moments = model.vae.get()?.encode(&given.video(1, &model.device, model.dtype)?)?;
     let noise = condition_noise(request, 0, moments.mean.dims(), &model.device)?;
     Ok(Some(model.normalize_first(&moments.sample(&noise)?)?))
 }
@@ -250,9 +269,9 @@ pub(super) fn decode(
     latents: &Tensor,
     observer: &dyn Observer,
 ) -> Result<Tensor, Error> {
+    let vae = model.vae.get()?;
     let z = model.denormalize(&latents.to_device(&model.device)?)?.to_dtype(model.dtype)?;
     let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
-    let video = watched(observer, |watch| model.vae.decode(&z, tiling, watch))?;
-    let video = video.squeeze(0)?.transpose(0, 1)?.to_dtype(DType::F32)?;
-    Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+    let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
+    Ok(pictures(video)?)
 }

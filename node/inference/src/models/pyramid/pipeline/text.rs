@@ -4,12 +4,13 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
-use super::folder::load_clip;
+use super::folder::{load_clip, read_clip};
 use crate::error::Error;
 use crate::models::pyramid::config::Variant;
+use crate::offload::{InTurn, Slot};
 use crate::pipeline::LoadOptions;
 use crate::pipeline::touch::{Embeds, Way, mix};
-use crate::text::{ClipTextEncoder, PromptEncoder, PromptTokenizer};
+use crate::text::{ClipTextConfig, ClipTextEncoder, PromptEncoder, PromptTokenizer};
 
 /// The text as the transformer reads it.
 pub struct PromptEmbeds {
@@ -33,12 +34,16 @@ impl Embeds for PromptEmbeds {
 pub(super) struct Text {
     pub(super) t5: PromptEncoder,
     clips: Vec<Clip>,
+    /// Where CLIP computes.
+    here: Device,
+    /// Where its vectors are wanted.
     device: Device,
 }
 
 struct Clip {
     tokenizer: PromptTokenizer,
-    encoder: ClipTextEncoder,
+    config: ClipTextConfig,
+    encoder: Slot<ClipTextEncoder>,
 }
 
 impl Text {
@@ -48,18 +53,29 @@ impl Text {
         variant: Variant,
         options: &LoadOptions,
         limit: usize,
+        in_turn: &InTurn,
     ) -> Result<(Self, u64), Error> {
         let parts = variant.t5();
         let (tokenizer, encoder) = (folder.join(parts.tokenizer), folder.join(parts.encoder));
-        let (t5, mut parameters) = PromptEncoder::load_parts(&tokenizer, &encoder, options, limit)?;
+        let (t5, mut parameters) = PromptEncoder::load_parts(&tokenizer, &encoder, options, limit, in_turn)?;
         let mut clips = Vec::new();
         for parts in variant.clips() {
             let tokenizer = PromptTokenizer::load_clip(&folder.join(parts.tokenizer))?;
-            let (encoder, more) = load_clip(&folder.join(parts.encoder), options, variant.projects())?;
-            clips.push(Clip { tokenizer, encoder });
+            let (from, with) = (folder.join(parts.encoder), options.for_text());
+            let config = read_clip(&from)?;
+            let read = move || load_clip(&from, &with, variant.projects());
+            let (encoder, more) = Slot::new(in_turn, read)?;
+            clips.push(Clip { tokenizer, config, encoder });
             parameters += more;
         }
-        Ok((Self { t5, clips, device: options.device.clone() }, parameters))
+        let (here, device) = (options.for_text().device, options.device.clone());
+        Ok((Self { t5, clips, here, device }, parameters))
+    }
+
+    /// Gives the encoders back where components go in turn.
+    pub(super) fn give_back(&self) {
+        self.t5.give_back();
+        self.clips.iter().for_each(|clip| clip.encoder.give_back());
     }
 
     /// A prompt as it stands. CLIP's part is cut silently, as in the reference: it is a summary, and the whole prompt is
@@ -68,8 +84,8 @@ impl Text {
         let (embeds, mask) = self.t5.encode(prompt, truncate, true)?;
         let vectors = self.clips.iter().map(|clip| {
             let ids = clip.ids(prompt)?;
-            let ids = Tensor::from_slice(&ids, (1, ids.len()), &self.device)?;
-            Ok(clip.encoder.forward(&ids)?.1)
+            let ids = Tensor::from_slice(&ids, (1, ids.len()), &self.here)?;
+            Ok(clip.encoder.get()?.forward(&ids)?.1.to_device(&self.device)?)
         });
         let pooled = Tensor::cat(&vectors.collect::<Result<Vec<_>, Error>>()?, 1)?;
         Ok(PromptEmbeds { embeds, mask, pooled })
@@ -83,7 +99,7 @@ impl Text {
 
 impl Clip {
     fn ids(&self, prompt: &str) -> Result<Vec<u32>, Error> {
-        let most = self.encoder.config().max_position_embeddings;
+        let most = self.config.max_position_embeddings;
         let limit = self.tokenizer.max_length.map_or(most, |limit| limit.min(most));
         Ok(self.tokenizer.encode(prompt, limit)?.ids)
     }

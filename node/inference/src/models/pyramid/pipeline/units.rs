@@ -91,7 +91,7 @@ impl Plan {
 
     /// What a model's positions reach to, and that something is left to be made.
     fn check_sizes(&self, model: &PyramidPipeline, request: &GenerateRequest) -> Result<(), Error> {
-        let side = model.transformer.config().positions.unwrap_or(usize::MAX);
+        let side = model.config.positions.unwrap_or(usize::MAX);
         let sides = [("height", request.height, self.cells[1]), ("width", request.width, self.cells[2])];
         if let Some((field, given, _)) = sides.into_iter().find(|(_, _, cells)| cells / PATCH > side) {
             let rule = "the model has no positions for so large a picture";

@@ -8,10 +8,11 @@ use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::wan::rope::RopeTables;
 use crate::models::wan::transformer::{TextContext, WanTransformer};
+use crate::offload::{Placement, Slot};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, pack, unpack};
-use crate::pipeline::run::{Course, State, VideoModel, initial, watched};
-use crate::pipeline::{GenerateRequest, Observer, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel, initial, pictures as shown, watched};
+use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::sampler::guidance::{Passes, guide, rescale};
 use crate::text::clean::clean;
 use crate::tiling::Tiling;
@@ -58,6 +59,35 @@ impl VideoModel for WanPipeline {
         &self.device
     }
 
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn give_back(&self, phase: Phase) {
+        match phase {
+            Phase::Text => {
+                self.text.give_back();
+                self.pictures.give_back();
+            }
+            Phase::Step => self.give_back_transformers(),
+            Phase::Decode => self.vae.give_back(),
+            Phase::Load => {}
+        }
+    }
+
+    fn reads_before(&self, plan: &Plan, index: usize) -> bool {
+        let low = self.low_noise.as_ref().filter(|_| self.is_low(plan.schedule.course().timesteps[index]));
+        low.is_some_and(|low| !low.transformer.is_held())
+    }
+
+    fn read_before(&self, _plan: &Plan, _index: usize) -> Result<(), Error> {
+        self.transformer.give_back();
+        if let Some(low) = &self.low_noise {
+            low.transformer.get()?;
+        }
+        Ok(())
+    }
+
     fn places(&self) -> &Places {
         &self.places
     }
@@ -71,7 +101,7 @@ impl VideoModel for WanPipeline {
     }
 
     fn takes(&self) -> Takes {
-        self.pictures.takes(self.transformer.config())
+        self.pictures.takes(&self.config)
     }
 
     fn hides(&self) -> bool {
@@ -108,9 +138,14 @@ impl VideoModel for WanPipeline {
             true => Some(encode(&request.negative_prompt)?),
             false => None,
         };
+        self.text.give_back();
         let states = self.pictures.states(request, self)?;
+        self.pictures.give_back();
+        let pictures = pictures::latents(self, request)?;
+        self.vae.give_back();
         let passes = Passes::new(request.guidance_passes, &self.device);
-        let texts = |transformer: &WanTransformer| -> Result<Texts, Error> {
+        let texts = |transformer: &Slot<WanTransformer>| -> Result<Texts, Error> {
+            let transformer = transformer.get()?;
             let context = |text: &Tensor| -> Result<TextContext, Error> {
                 let mut context = transformer.text_context(text, states.as_ref())?;
                 context.route = request.touch.route.clone();
@@ -127,11 +162,14 @@ impl VideoModel for WanPipeline {
         let low = self.low_noise.as_ref().filter(|_| any(true));
         let patch = self.info.work.patch;
         let grid = std::array::from_fn(|axis| plan.cells[axis] / patch[axis]);
+        // The steps begin with the high transformer: it is the one that stays.
+        let low = low.map(|low| texts(&low.transformer)).transpose()?;
+        self.give_back_transformers();
         Ok(Context {
             high: any(false).then(|| texts(&self.transformer)).transpose()?,
-            low: low.map(|low| texts(&low.transformer)).transpose()?,
-            rope: RopeTables::new(self.transformer.config(), grid, &self.device)?,
-            pictures: pictures::latents(self, request)?,
+            low,
+            rope: RopeTables::new(&self.config, grid, &self.device)?,
+            pictures,
             passes,
         })
     }
@@ -148,8 +186,11 @@ impl VideoModel for WanPipeline {
         let timestep = course.timesteps[index];
         let low = self.low_noise.as_ref().filter(|_| self.is_low(timestep));
         let (transformer, texts, guidance) = match low {
-            Some(low) => (&low.transformer, &context.low, low.guidance.unwrap_or(request.guidance)),
-            None => (&self.transformer, &context.high, request.guidance),
+            Some(low) => {
+                self.transformer.give_back();
+                (low.transformer.get()?, &context.low, low.guidance.unwrap_or(request.guidance))
+            }
+            None => (self.transformer.get()?, &context.high, request.guidance),
         };
         let texts =
             texts.as_ref().expect("invariant: a context has the texts of every transformer of its plan");
@@ -218,15 +259,22 @@ impl VideoModel for WanPipeline {
         volume: &Tensor,
         observer: &dyn Observer,
     ) -> Result<Tensor, Error> {
-        let z = self.vae.denormalize(&volume.to_device(&self.device)?)?;
+        let vae = self.vae.get()?;
+        let z = vae.denormalize(&volume.to_device(&self.device)?)?;
         let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
-        let video = watched(observer, |watch| self.vae.decode(&z, tiling, watch))?;
-        let video = video.squeeze(0)?.transpose(0, 1)?;
-        Ok(video.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+        let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
+        Ok(shown(video)?)
     }
 }
 
 impl WanPipeline {
+    fn give_back_transformers(&self) {
+        self.transformer.give_back();
+        if let Some(low) = &self.low_noise {
+            low.transformer.give_back();
+        }
+    }
+
     /// A timestep for each token, `[1, tokens]`, with the first latent frame's without noise.
     fn timesteps_after_first(&self, plan: &Plan, timestep: f32) -> Result<Tensor, Error> {
         let patch = self.info.work.patch;
@@ -244,7 +292,7 @@ fn check_positions(
     [frames, rows, columns]: [usize; 3],
 ) -> Result<(), Error> {
     let info = &model.info;
-    let most = model.transformer.config().rope_max_seq_len;
+    let most = model.config.rope_max_seq_len;
     let (multiple, patch) = (info.size_multiple, info.work.patch);
     for (side, given, cells) in [("height", request.height, rows), ("width", request.width, columns)] {
         if cells / patch[1] > most {

@@ -8,9 +8,10 @@ use super::WanPipeline;
 use crate::error::Error;
 use crate::models::wan::config::TransformerConfig;
 use crate::models::wan::facts::Form;
+use crate::offload::{InTurn, Slot};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::{GenerateRequest, LoadOptions};
-use crate::vision::{ClipVisionEncoder, Preprocessor, load_vision};
+use crate::vision::{ClipVisionEncoder, Preprocessor, load_vision, read_vision};
 
 /// How a model takes pictures.
 pub(super) enum Pictures {
@@ -25,7 +26,7 @@ pub(super) enum Pictures {
 
 /// CLIP's encoder.
 pub(super) struct Clip {
-    encoder: ClipVisionEncoder,
+    encoder: Slot<ClipVisionEncoder>,
     preprocessor: Preprocessor,
 }
 
@@ -34,13 +35,21 @@ impl Pictures {
     ///
     /// # Errors
     /// What reading the image encoder reports.
-    pub(super) fn load(folder: &Path, form: Form, options: &LoadOptions) -> Result<(Self, u64), Error> {
+    pub(super) fn load(
+        folder: &Path,
+        form: Form,
+        options: &LoadOptions,
+        turns: &InTurn,
+    ) -> Result<(Self, u64), Error> {
         Ok(match form {
             Form::Text => (Self::None, 0),
             Form::First => (Self::First, 0),
             Form::Channels => (Self::Channels(None), 0),
             Form::Clip => {
-                let (encoder, preprocessor, parameters) = load_vision(folder, options)?;
+                let (_, preprocessor) = read_vision(folder)?;
+                let (from, with) = (folder.to_owned(), options.clone());
+                let read = move || load_vision(&from, &with).map(|(encoder, _, count)| (encoder, count));
+                let (encoder, parameters) = Slot::new(turns, read)?;
                 (Self::Channels(Some(Box::new(Clip { encoder, preprocessor }))), parameters)
             }
         })
@@ -49,6 +58,13 @@ impl Pictures {
     /// Whether the VAE's encoder is needed.
     pub(super) fn encodes(&self) -> bool {
         !matches!(self, Self::None)
+    }
+
+    /// Gives the encoder of whole pictures back where components go in turn.
+    pub(super) fn give_back(&self) {
+        if let Self::Channels(Some(clip)) = self {
+            clip.encoder.give_back();
+        }
     }
 
     /// Which pictures may be given.
@@ -74,7 +90,7 @@ impl Pictures {
             |picture: &Tensor| clip.preprocessor.prepare(&picture.squeeze(0)?.contiguous()?, &model.device);
         let pixels = request.conditions.iter().map(|given| prepare(&given.pictures));
         let pixels = Tensor::cat(&pixels.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
-        Ok(Some(clip.encoder.forward(&pixels)?))
+        Ok(Some(clip.encoder.get()?.forward(&pixels)?))
     }
 }
 
@@ -82,7 +98,8 @@ impl Pictures {
 /// reads them as channels; `[1, C, 1, H, W]` for one that takes the first frame.
 pub(super) fn latents(model: &WanPipeline, request: &GenerateRequest) -> Result<Option<Tensor>, Error> {
     let Some(first) = request.conditions.first() else { return Ok(None) };
-    let encode = |video: &Tensor| model.vae.normalize(&model.vae.encode(video)?.mean);
+    let vae = model.vae.get()?;
+    let encode = |video: &Tensor| vae.normalize(&vae.encode(video)?.mean);
     let picture = first.video(1, &model.device, DType::F32)?;
     if let Pictures::First = model.pictures {
         return Ok(Some(encode(&picture)?));

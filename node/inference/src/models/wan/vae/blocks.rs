@@ -169,7 +169,7 @@ impl Shrink {
         let x = self.space.forward_padded_after(x)?;
         let Some(conv) = &self.time else { return Ok(x) };
         let frames = x.dim(1)?;
-        let last = x.narrow(1, frames - 1, 1)?.copy()?;
+        let last = x.narrow(1, frames - 1, 1)?.force_contiguous()?;
         match cache.place().replace(last) {
             Some(before) => conv.forward_unpadded(&Tensor::cat(&[&before, &x], 1)?, None, None),
             None if frames == 1 => Ok(x),

@@ -98,7 +98,7 @@ impl Decoder {
 
     /// From which level on the decode goes in tiles, and which: as early as [`MOST_OVERHEAD`] lets it, so that little is
     /// kept whole, else the last level that grows. `None` where everything fits into one tile.
-    fn plan(&self, tiling: Tiling, latents: [usize; 3]) -> Option<(usize, Plan)> {
+    pub(super) fn plan(&self, tiling: Tiling, latents: [usize; 3]) -> Option<(usize, Plan)> {
         let whole = self.ratio(0);
         let plans = (0..self.levels.len().max(2) - 1).map(|first| {
             let ratio = self.ratio(first);

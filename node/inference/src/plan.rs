@@ -1,0 +1,354 @@
+//! How much memory a job needs, from a model's configuration files alone: before anything of it is loaded.
+//!
+//! A plan has the model's components with what their weights take once loaded, and the phases of a run with the
+//! components that each uses and the most that its tensors take at once (their activations). [`MemoryPlan::peak`] is the
+//! greatest sum, with every component resident or with each only while its phase lasts ([`Offload`]).
+//!
+//! A family goes through its own computation with tensors that have no values (`ledger`), in its pipeline's `plan.rs`:
+//! such a plan follows the code operation by operation, so who changes what a forward pass holds changes it there too;
+//! `tests/memory.rs` measures both. It is exact for f32 on the CPU. For other types there, and on GPUs, operations are
+//! candle's own and are taken roughly: that part was compared with no device.
+//!
+//! What counts is the process's own memory. Weight files are mapped while they are read; those pages are the system's,
+//! which takes them back when it needs them, and are gone when a component is loaded. Not in a plan: tokenizers and the
+//! program itself (tens of MB), and what an allocator keeps for itself.
+
+pub(crate) mod ledger;
+pub(crate) mod text;
+pub(crate) mod weights;
+
+use std::path::Path;
+
+use candle_core::DType;
+use candle_nn::VarBuilder;
+use serde::Serialize;
+
+use crate::error::Error;
+use crate::offload::Offload;
+use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
+use ledger::{Ghost, Ledger};
+use weights::Resident;
+
+/// On what a job would run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// Whether the CPU computes, with the kernels of this engine.
+    pub cpu: bool,
+    /// In which numbers.
+    pub dtype: DType,
+    /// Whether the text encoder is on the CPU though the rest is not.
+    pub text_on_cpu: bool,
+}
+
+impl PlanOptions {
+    /// Those of a pipeline that is loaded so.
+    #[must_use]
+    pub fn of(options: &LoadOptions) -> Self {
+        Self { cpu: options.device.is_cpu(), dtype: options.dtype, text_on_cpu: options.text_on_cpu }
+    }
+}
+
+impl Default for PlanOptions {
+    fn default() -> Self {
+        Self { cpu: true, dtype: DType::F32, text_on_cpu: false }
+    }
+}
+
+/// A part of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum PlanPhase {
+    /// Prompts become embeddings.
+    Text,
+    /// Given pictures become what the transformer or the latents take.
+    Conditions,
+    /// The steps.
+    Denoise,
+    /// Latents become frames.
+    Decode,
+    /// Frames become a file.
+    Encode,
+}
+
+impl PlanPhase {
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Conditions => "conditions",
+            Self::Denoise => "denoise",
+            Self::Decode => "decode",
+            Self::Encode => "encode",
+        }
+    }
+}
+
+/// A component's weights.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ComponentMemory {
+    /// What it is, such as `transformer`.
+    pub name: &'static str,
+    /// Bytes once it is loaded.
+    pub bytes: u64,
+    /// Bytes beside them while it is loaded.
+    pub loading: u64,
+    /// Whether it is loaded for its phase alone, however much room there is.
+    pub brief: bool,
+    /// Whether it is in the machine's memory though the rest is on another device.
+    pub on_host: bool,
+}
+
+/// What a phase holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PhaseMemory {
+    /// Which.
+    pub phase: PlanPhase,
+    /// The components that it uses, as indices.
+    pub uses: Vec<usize>,
+    /// The most that its tensors take at once, bytes.
+    pub activations: u64,
+    /// Whether they are in the machine's memory though the rest is on another device.
+    pub on_host: bool,
+}
+
+/// What a job needs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MemoryPlan {
+    /// The model's components.
+    pub components: Vec<ComponentMemory>,
+    /// In their order.
+    pub phases: Vec<PhaseMemory>,
+}
+
+impl MemoryPlan {
+    /// The plan of a request with the model of a folder.
+    ///
+    /// # Errors
+    /// As [`crate::registry::facts`], or what the request cannot be.
+    pub fn new(folder: &Path, request: &GenerateRequest, options: &PlanOptions) -> Result<Self, Error> {
+        crate::registry::plan(folder, request, options)
+    }
+
+    /// Bytes of all weights that stay where everything is resident.
+    #[must_use]
+    pub fn weights(&self) -> u64 {
+        self.sum(|component| !component.brief && !component.on_host)
+    }
+
+    /// Bytes of weights during a phase.
+    #[must_use]
+    pub fn weights_in(&self, phase: &PhaseMemory, in_turn: bool) -> u64 {
+        let used = |index: usize| phase.uses.contains(&index);
+        let counts = |(index, component): &(usize, &ComponentMemory)| {
+            !component.on_host && (used(*index) || !in_turn && !component.brief)
+        };
+        let all = self.components.iter().enumerate().filter(counts);
+        all.fold(0, |all, (_, component)| all.saturating_add(component.bytes))
+    }
+
+    /// The most that the device holds at once, bytes: with every component resident, or each in turn.
+    #[must_use]
+    pub fn peak(&self, in_turn: bool) -> u64 {
+        let phases = self.phases.iter().map(|phase| {
+            let loading = phase.uses.iter().map(|&index| &self.components[index]);
+            let loading = loading.filter(|component| !component.on_host && (in_turn || component.brief));
+            let loading = loading.map(|component| component.loading).max().unwrap_or(0);
+            let activations = if phase.on_host { 0 } else { phase.activations };
+            self.weights_in(phase, in_turn).saturating_add(activations.max(loading))
+        });
+        let most = phases.max().unwrap_or(0);
+        if in_turn {
+            return most;
+        }
+        let loading = self.components.iter().filter(|component| !component.on_host);
+        let loading = loading.map(|component| component.loading).max().unwrap_or(0);
+        most.max(self.weights().saturating_add(loading))
+    }
+
+    /// The most that the machine's memory holds for components that are there though the rest is on another device.
+    #[must_use]
+    pub fn host_peak(&self) -> u64 {
+        let activations = self.phases.iter().filter(|phase| phase.on_host).map(|phase| phase.activations);
+        self.sum(|component| component.on_host).saturating_add(activations.max().unwrap_or(0))
+    }
+
+    /// Whether components go in turn, with this choice and so much memory, and the bytes that are then needed.
+    #[must_use]
+    pub fn needs(&self, offload: Offload, memory: Option<u64>) -> Needs {
+        let in_turn = match offload {
+            Offload::None => false,
+            Offload::InTurn => true,
+            Offload::Auto => memory.is_some_and(|memory| self.peak(false) > memory),
+        };
+        let bytes = self.peak(in_turn);
+        Needs { in_turn, bytes, fits: memory.is_none_or(|memory| bytes <= memory) }
+    }
+
+    fn sum(&self, which: impl Fn(&ComponentMemory) -> bool) -> u64 {
+        let which = self.components.iter().filter(|component| which(component));
+        which.fold(0, |all, component| all.saturating_add(component.bytes))
+    }
+}
+
+/// How a request runs in so much memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Fit {
+    /// What it needs.
+    pub needs: Needs,
+    /// In which pieces it is decoded: as it says, or in such that have the very pixels of the whole.
+    #[serde(skip)]
+    pub decode: DecodeOptions,
+}
+
+impl Fit {
+    /// How a request with the model of a folder fits best: whole and all loaded, whole and in turn, or decoded in pieces. One
+    /// that says itself how it is decoded is left so.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`].
+    pub fn of(
+        folder: &Path,
+        request: &GenerateRequest,
+        options: &PlanOptions,
+        (offload, memory): (Offload, Option<u64>),
+    ) -> Result<Self, Error> {
+        /// Sides of tiles, pixels, and frames of runs.
+        const PIECES: [(usize, usize); 4] = [(512, 64), (256, 32), (256, 16), (128, 8)];
+        let decoded = |decode: DecodeOptions| {
+            let request = GenerateRequest { decode, ..request.clone() };
+            let needs = MemoryPlan::new(folder, &request, options)?.needs(offload, memory);
+            Ok::<_, Error>(Self { needs, decode })
+        };
+        let asked = decoded(request.decode)?;
+        let exact = crate::registry::exact(folder)?;
+        let says_so = request.decode.tile.is_some() || request.decode.chunk.is_some();
+        if asked.needs.fits || says_so || !(exact.tiles || exact.runs) {
+            return Ok(asked);
+        }
+        for (tile, chunk) in PIECES {
+            let (tile, chunk) = (exact.tiles.then_some(tile), exact.runs.then_some(chunk));
+            let fit = decoded(DecodeOptions { tile, chunk, ..request.decode })?;
+            if fit.needs.fits {
+                return Ok(fit);
+            }
+        }
+        Ok(asked)
+    }
+}
+
+/// How a job would run in so much memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Needs {
+    /// Whether components are loaded and given back in turn.
+    pub in_turn: bool,
+    /// The most that is held at once.
+    pub bytes: u64,
+    /// Whether that fits.
+    pub fits: bool,
+}
+
+/// A plan that comes together.
+pub(crate) struct Draft {
+    pub(crate) options: PlanOptions,
+    plan: MemoryPlan,
+    /// Numbers in the request's own pictures, which are there as long as it is.
+    given: usize,
+}
+
+impl Draft {
+    pub(crate) fn new(options: &PlanOptions, request: &GenerateRequest) -> Self {
+        let plan = MemoryPlan { components: Vec::new(), phases: Vec::new() };
+        let given = request.conditions.iter().map(|given| given.pictures.elem_count());
+        let given = if options.cpu { given.fold(0, usize::saturating_add) } else { 0 };
+        Self { options: *options, plan, given }
+    }
+
+    /// Adds a component, built without its weights.
+    pub(crate) fn component<T>(
+        &mut self,
+        name: &'static str,
+        dtype: DType,
+        build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
+    ) -> Result<(usize, T), Error> {
+        self.add(name, dtype, false, build)
+    }
+
+    /// Adds a component that is loaded for its phase alone.
+    pub(crate) fn brief_component<T>(
+        &mut self,
+        name: &'static str,
+        dtype: DType,
+        build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
+    ) -> Result<(usize, T), Error> {
+        let (index, built) = self.add(name, dtype, false, build)?;
+        self.plan.components[index].brief = true;
+        Ok((index, built))
+    }
+
+    /// Adds a component that reads prompts.
+    pub(crate) fn text_component<T>(
+        &mut self,
+        name: &'static str,
+        dtype: DType,
+        build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
+    ) -> Result<(usize, T), Error> {
+        self.add(name, dtype, self.text_is_apart(), build)
+    }
+
+    fn add<T>(
+        &mut self,
+        name: &'static str,
+        dtype: DType,
+        on_host: bool,
+        build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
+    ) -> Result<(usize, T), Error> {
+        let cpu = self.options.cpu || on_host;
+        let (built, Resident { bytes, greatest: loading }) = weights::resident(dtype, cpu, build)?;
+        self.plan.components.push(ComponentMemory { name, bytes, loading, brief: false, on_host });
+        Ok((self.plan.components.len() - 1, built))
+    }
+
+    fn text_is_apart(&self) -> bool {
+        self.options.text_on_cpu && !self.options.cpu
+    }
+
+    /// Adds a phase: `go` goes through what it computes.
+    pub(crate) fn phase(&mut self, phase: PlanPhase, uses: &[usize], go: impl FnOnce(&Ledger)) {
+        let on_host = phase == PlanPhase::Text && self.text_is_apart();
+        let ledger = Ledger::new(self.options.cpu || on_host);
+        let _given = ledger.wide(&[self.given]);
+        go(&ledger);
+        let activations = ledger.most();
+        self.plan.phases.push(PhaseMemory { phase, uses: uses.to_vec(), activations, on_host });
+    }
+
+    /// The plan, with the encoding of the clip at its end, which is the machine's and not the model's.
+    pub(crate) fn finish(mut self, request: &GenerateRequest) -> MemoryPlan {
+        /// Pictures of 8 bits a channel that an encoder holds beside the clip.
+        const HELD: usize = 16;
+        let size = [request.frames.saturating_add(HELD), request.height, request.width, 3];
+        let (uses, activations, on_host) = (Vec::new(), ledger::count(&size), !self.options.cpu);
+        self.plan.phases.push(PhaseMemory { phase: PlanPhase::Encode, uses, activations, on_host });
+        self.plan
+    }
+}
+
+/// What follows a decode to `video`, `(1, 3, frames, height, width)`: values from 0 to 1, then bytes.
+pub(crate) fn shown(video: Ghost) {
+    let [_, channels, frames, height, width] = video.dims()[..] else { return };
+    let one = || video.turned(&[1, channels, 1, height, width]).to(DType::F32);
+    let chain = (one(), one(), one());
+    let made = video.turned(&[frames, channels, height, width]).to(DType::F32);
+    drop((video, chain));
+    let unit = made.same();
+    drop(made);
+    let _one = (unit.turned(&[1, channels, height, width]), unit.turned(&[1, channels, height, width]));
+    let _bytes = unit.new(unit.dims(), DType::U8);
+}
+
+/// The type in which a T5 encoder computes where the rest has `dtype`: it overflows in f16.
+pub(crate) fn text_dtype(dtype: DType) -> DType {
+    if dtype == DType::F16 { DType::BF16 } else { dtype }
+}

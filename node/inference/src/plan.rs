@@ -345,7 +345,7 @@ pub(crate) fn shown(video: Ghost) {
     let unit = made.same();
     drop(made);
     let _one = (unit.turned(&[1, channels, height, width]), unit.turned(&[1, channels, height, width]));
-    let _bytes = unit.new(unit.dims(), DType::U8);
+    let _bytes = unit.another(unit.dims(), DType::U8);
 }
 
 /// The type in which a T5 encoder computes where the rest has `dtype`: it overflows in f16.

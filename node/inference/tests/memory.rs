@@ -8,7 +8,7 @@
 //! (`MALLOC_MMAP_THRESHOLD_`); with its own default it keeps some, which is not in the plan. Sizes are such that
 //! activations are tens of MB: for the steps another one than for the decode, which is cheaper to run.
 #![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -93,8 +93,8 @@ impl Ghost {
         self.dims[axis]
     }
 
-    /// A new tensor of this shape and type.
-    pub(crate) fn new(&self, dims: &[usize], dtype: DType) -> Self {
+    /// Another tensor, of this shape and type.
+    pub(crate) fn another(&self, dims: &[usize], dtype: DType) -> Self {
         Ledger(Rc::clone(&self.held.books)).ghost(dims, dtype)
     }
 
@@ -121,12 +121,12 @@ impl Ghost {
 
     /// A result of this shape and type: of an operation on each element, or of a copy.
     pub(crate) fn same(&self) -> Self {
-        self.new(&self.dims, self.dtype)
+        self.another(&self.dims, self.dtype)
     }
 
     /// A copy in another order of axes.
     pub(crate) fn turned(&self, dims: &[usize]) -> Self {
-        self.new(dims, self.dtype)
+        self.another(dims, self.dtype)
     }
 
     /// `contiguous`: a copy where rows do not lie side by side.
@@ -136,7 +136,7 @@ impl Ghost {
 
     /// `to_dtype`.
     pub(crate) fn to(&self, dtype: DType) -> Self {
-        if dtype == self.dtype { self.clone() } else { self.new(&self.dims, dtype) }
+        if dtype == self.dtype { self.clone() } else { self.another(&self.dims, dtype) }
     }
 
     /// Another last dimension.
@@ -153,10 +153,10 @@ impl Ghost {
         let dims = self.last(width);
         if self.cpu() {
             let _source = self.to(DType::F32).solid();
-            return self.new(&dims, DType::F32).to(self.dtype);
+            return self.another(&dims, DType::F32).to(self.dtype);
         }
         let _source = self.solid();
-        self.new(&dims, self.dtype).same()
+        self.another(&dims, self.dtype).same()
     }
 
     /// A norm over the last dimension with all that follows it.
@@ -185,9 +185,9 @@ impl Ghost {
     pub(crate) fn gated_half(&self) -> Self {
         let half = self.last(self.dims.last().copied().unwrap_or(0) / 2);
         if self.fast() {
-            return self.new(&half, self.dtype);
+            return self.another(&half, self.dtype);
         }
-        let gate = self.new(&half, self.dtype).same();
+        let gate = self.another(&half, self.dtype).same();
         gate.same()
     }
 
@@ -202,13 +202,13 @@ impl Ghost {
         let dims = [self.dims[0], size[0], size[1], size[2], output];
         if self.cpu() {
             let _source = self.to(DType::F32).solid();
-            return self.new(&dims, DType::F32).to(self.dtype);
+            return self.another(&dims, DType::F32).to(self.dtype);
         }
         let padded = if kernel == [1; 3] { self.solid() } else { self.same() };
         let mut columns = dims;
         columns[4] = kernel[2].saturating_mul(self.dims.last().copied().unwrap_or(0));
-        let columns = padded.new(&columns, self.dtype);
-        let sum = columns.new(&dims, self.dtype).same();
+        let columns = padded.another(&columns, self.dtype);
+        let sum = columns.another(&dims, self.dtype).same();
         drop(columns);
         drop(padded);
         sum.same()
@@ -234,7 +234,7 @@ pub(crate) fn cat(parts: &[&Ghost], axis: usize) -> Ghost {
     }
     let mut dims = first.dims.clone();
     dims[axis] = parts.iter().map(|part| part.dims[axis]).sum();
-    first.new(&dims, first.dtype)
+    first.another(&dims, first.dtype)
 }
 
 /// Attention of `(batch, tokens, heads, channels)`.
@@ -246,18 +246,18 @@ pub(crate) fn attention(query: &Ghost, key: &Ghost, value: &Ghost) -> Ghost {
     if query.cpu() {
         let wide = |x: &Ghost| x.to(DType::F32).solid();
         let (query_wide, key, value) = (wide(query), wide(key), wide(value));
-        let _keys = key.new(&[batch, heads, keys.next_multiple_of(PANEL), depth], DType::F32);
-        let _values = value.new(&[batch, heads, keys, width.next_multiple_of(PANEL)], DType::F32);
-        let parts = query_wide.new(&out, DType::F32);
+        let _keys = key.another(&[batch, heads, keys.next_multiple_of(PANEL), depth], DType::F32);
+        let _values = value.another(&[batch, heads, keys, width.next_multiple_of(PANEL)], DType::F32);
+        let parts = query_wide.another(&out, DType::F32);
         return parts.same().to(query.dtype);
     }
     let scaled = query.same().same();
     let (_key, _value) = (key.same(), value.same());
     let each = (batch * heads * keys).max(1);
     let step = (SCORES_AT_ONCE / each).clamp(1, queries.max(1));
-    let scores = scaled.new(&[batch, heads, step, keys], DType::F32);
+    let scores = scaled.another(&[batch, heads, step, keys], DType::F32);
     let _softmax = (scores.to(query.dtype).same(), scores.same(), scores.same());
-    scaled.new(&out, query.dtype).same()
+    scaled.another(&out, query.dtype).same()
 }
 
 /// Goes through a loop over runs of frames that are kept and joined along `axis`: `first` frames, then `len` each. Runs

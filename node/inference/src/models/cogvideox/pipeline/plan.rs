@@ -219,7 +219,7 @@ fn decoder(config: &VaeConfig, z: &Ghost, cache: &mut GhostCache) -> Ghost {
 
 /// Which latent cell each position reads.
 fn places(x: &Ghost) -> Ghost {
-    x.new(&x.dims()[..4], DType::U32)
+    x.another(&x.dims()[..4], DType::U32)
 }
 
 fn guided(x: &Ghost, guide: Option<&Ghost>) -> Ghost {
@@ -228,7 +228,7 @@ fn guided(x: &Ghost, guide: Option<&Ghost>) -> Ghost {
 }
 
 fn resnets(x: &Ghost, output: usize, layers: usize, guide: Option<&Ghost>, cache: &mut GhostCache) -> Ghost {
-    let _places = guide.map(|_| x.new(&[x.dim(1), x.dim(2), x.dim(3)], DType::U32));
+    let _places = guide.map(|_| x.another(&[x.dim(1), x.dim(2), x.dim(3)], DType::U32));
     let mut x = x.clone();
     for _ in 0..layers {
         x = resnet(&x, output, guide, cache);

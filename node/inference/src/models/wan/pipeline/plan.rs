@@ -364,7 +364,7 @@ fn encode_run(config: &WanVaeConfig, x: &Ghost, cache: &mut GhostCache) -> Ghost
             let divide = |by: usize, n: usize| n.div_ceil(by);
             let time = if halves == Some(true) { 2 } else { 1 };
             let space = if halves.is_some() { 2 } else { 1 };
-            let padded = if x.dim(1) % time == 0 { x.clone() } else { x.same() };
+            let padded = if x.dim(1).is_multiple_of(time) { x.clone() } else { x.same() };
             let size = [1, divide(time, x.dim(1)), divide(space, x.dim(2)), divide(space, x.dim(3)), pair[1]];
             padded.same().turned(&size)
         });

@@ -62,7 +62,8 @@ const CASES: &[Case] = &[
     Case { chunk: 12, ..case("mochi-1", [0; 3], [64, 64, 31]) },
     case("pyramid-flow-miniflux", [512, 512, 25], [128, 128, 17]),
     Case { pictures: 1, ..case("pyramid-flow-miniflux", [512, 512, 25], [0; 3]) },
-    case("pyramid-flow-sd3", [512, 512, 25], [128, 128, 17]),
+    // Its table of positions ends at 192 pixels, where a step takes less than two MB: too little to be told from the rest.
+    case("pyramid-flow-sd3", [0; 3], [128, 128, 17]),
     case("wan2.1", [512, 512, 33], [192, 192, 33]),
     Case { pictures: 1, ..case("wan2.1-i2v", [256, 256, 33], [192, 192, 33]) },
     Case { pictures: 2, ..case("wan2.1-flf2v", [256, 256, 33], [192, 192, 33]) },

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kinoflock_inference::adapter::{AdapterFault, MAX_RANK, Places};
+use kinoflock_inference::offload::Offload;
 use kinoflock_inference::pipeline::latents::unpack;
 use kinoflock_inference::registry::facts;
 use kinoflock_inference::{
@@ -172,6 +173,22 @@ fn what_a_run_commits_to_follows_from_its_adapters_and_their_scales() {
     let all = [vec![], vec![a.clone()], vec![louder], vec![a.clone(), b.clone()], vec![b.clone(), a.clone()]];
     let distinct: std::collections::BTreeSet<_> = all.iter().map(|adapters| conditioning(adapters)).collect();
     assert_eq!(distinct.len(), all.len());
+}
+
+/// Layers that are read anew for every clip get the run's adapters too, and merged ones again.
+#[test]
+fn components_that_go_in_turn_have_the_adapters_each_time() {
+    for name in ["ltx-video-0.9.0", "wan2.1"] {
+        let case = case(name);
+        for places in [Places::default(), Places::merging(case.adapters.to_vec())] {
+            let options = LoadOptions { offload: Offload::InTurn, places, ..LoadOptions::default() };
+            let mut pipeline = load(&case.pipeline, &options).unwrap();
+            for _ in 0..2 {
+                let made = case.run(&mut *pipeline, &case.adapters);
+                assert!(case.distance(&made, "both") < TOLERANCE, "{name}: {}", case.distance(&made, "both"));
+            }
+        }
+    }
 }
 
 #[test]

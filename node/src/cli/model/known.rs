@@ -28,8 +28,11 @@ pub(super) fn list(json: bool) -> anyhow::Result<ExitCode> {
          size    parameters of the transformer, in billions, where they are known\n\
          copies  whether the licence lets everybody pass on copies; nodes give each other\n\
         \x20       files of those with yes\n\
-         *       its terms must be accepted      -  this release does not run it\n",
+         *       its terms must be accepted\n",
     );
+    if known::all().families().any(|(_, models)| models.iter().any(|model| model.hindrance().is_some())) {
+        text.push_str(&format!("{NOT_RUN}       this release does not run it\n"));
+    }
     say::data(&text);
     say::words("kinoflockd model show NAME tells more; kinoflockd model pull NAME fetches one");
     Ok(ExitCode::SUCCESS)

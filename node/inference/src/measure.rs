@@ -14,9 +14,11 @@ use crate::models::ltx::rope::Positions;
 use crate::models::ltx::transformer::LtxTransformer;
 use crate::models::ltx::vae::{DecodeSettings, LtxVae, LtxVaeConfig, Noise};
 use crate::models::wan::rope::RopeTables;
-use crate::models::wan::transformer::{TextContext, WanTransformer};
+use crate::models::wan::transformer::WanTransformer;
 use crate::models::wan::vae::{WanVae, WanVaeConfig};
 use crate::pipeline::FrameRule;
+use crate::pipeline::guided::{Entries, Texts, each};
+use crate::pipeline::touch::Embeds;
 use crate::sampler::guidance::{GuidancePasses, Passes};
 use crate::tiling::Tiling;
 
@@ -178,12 +180,14 @@ impl Bench<'_> {
             let model = LtxTransformer::load(&config, &random_weights(self.dtype, self.device))?;
             let scale = Some([8.0 / FPS, 32.0, 32.0]);
             let rope = model.rope().tables(Positions::Grid { size: cells, scale }, self.device)?;
-            let text = self.random((2, self.subject.text_tokens, config.caption_channels))?;
-            let mask = Tensor::ones((2, self.subject.text_tokens), DType::F32, self.device)?;
-            let text = model.text_context(&text, Some(&mask))?;
-            let latents = self.random((2, tokens, config.in_channels))?;
-            let timesteps = Tensor::full(TIMESTEP, (2, 1), &Device::Cpu)?;
-            self.least(|| model.forward(&latents, &timesteps, &text, &rope))?
+            let text = self.random((1, self.subject.text_tokens, config.caption_channels))?;
+            let mask = Tensor::ones((1, self.subject.text_tokens), DType::F32, self.device)?;
+            let context = |(text, mask): &(Tensor, Tensor)| Ok(model.text_context(text, Some(mask))?);
+            let latents = self.random((1, tokens, config.in_channels))?;
+            self.step(&(text, mask), context, |text, batch| {
+                let timesteps = Tensor::full(TIMESTEP, (batch, 1), &Device::Cpu)?;
+                Ok(model.forward(&each(&latents, batch)?, &timesteps, text, &rope)?)
+            })?
         };
         let config = LtxVaeConfig::from_value(&self.subject.vae)
             .map_err(|error| candle_core::Error::Msg(error.to_string()))?;
@@ -204,19 +208,12 @@ impl Bench<'_> {
             let model = WanTransformer::load(&config, &random_weights(self.dtype, self.device))?;
             let rope = RopeTables::new(&config, grid, self.device)?;
             let text = self.random((1, self.subject.text_tokens, config.text_dim))?;
-            let one = model.text_context(&text, None)?;
-            let both = TextContext::join(&one, &one)?;
             let tokens = grid.iter().product::<usize>();
             let latents = self.random((1, tokens, config.in_channels * config.cells()))?;
-            let timestep = Tensor::full(TIMESTEP, (1, 1), &Device::Cpu)?;
-            let passes = Passes::new(GuidancePasses::Auto, self.device);
-            let predict = |text: &TextContext, batch: usize| -> std::result::Result<Tensor, Error> {
-                let each = |tensor: &Tensor| Tensor::cat(&vec![tensor; batch], 0);
-                Ok(model.forward(&each(&latents)?, &each(&timestep)?, text, &rope)?)
-            };
-            self.least(|| {
-                let predictions = passes.predict(|| predict(&both, 2), |_| predict(&one, 1));
-                predictions.map_err(|error| candle_core::Error::Msg(error.to_string()))
+            let context = |text: &Tensor| Ok(model.text_context(text, None)?);
+            self.step(&text, context, |text, batch| {
+                let timesteps = Tensor::full(TIMESTEP, (batch, 1), &Device::Cpu)?;
+                Ok(model.forward(&each(&latents, batch)?, &timesteps, text, &rope)?)
             })?
         };
         let config: WanVaeConfig = parse(&self.subject.vae)?;
@@ -224,6 +221,21 @@ impl Bench<'_> {
         let vae = WanVae::load_decoder(&config, random_weights(DType::F32, self.device))?;
         let z = self.random((1, config.z_dim, cells[0], cells[1], cells[2]))?.to_dtype(DType::F32)?;
         Ok(Figures { step, decode: self.least(|| vae.decode(&z, Tiling::default(), &mut || Ok(())))? })
+    }
+
+    /// Seconds of a guided step's predictions, both from the same text.
+    fn step<E: Embeds, T: Entries>(
+        &self,
+        text: &E,
+        context: impl Fn(&E) -> std::result::Result<T, Error>,
+        predict: impl Fn(&T, usize) -> std::result::Result<Tensor, Error>,
+    ) -> std::result::Result<f64, Error> {
+        let passes = Passes::new(GuidancePasses::Auto, self.device);
+        let texts = Texts::new(&passes, text, Some(text), context)?;
+        Ok(self.least(|| {
+            let predictions = texts.predict(&predict);
+            predictions.map_err(|error| candle_core::Error::Msg(error.to_string()))
+        })?)
     }
 
     fn random(&self, shape: impl Into<Shape>) -> Result<Tensor> {

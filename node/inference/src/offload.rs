@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
-use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
+use crate::pipeline::{GenerateRequest, LoadOptions};
 use crate::plan::{Fit, MemoryPlan, PlanOptions};
 use crate::registry;
 
@@ -84,18 +84,21 @@ impl Placement {
         &self.in_turn
     }
 
-    /// Decides for a run, before anything of it is loaded, and says in which pieces it is decoded.
+    /// Decides for a run, before anything of it is loaded, and gives the request as it then goes: with the pieces in which it
+    /// is decoded, and how guidance's predictions are computed.
     ///
     /// # Errors
     /// [`Error::DoesNotFit`] with what is needed and what there is.
-    pub fn settle(&self, request: &GenerateRequest) -> Result<DecodeOptions, Error> {
-        let Some(available) = self.memory else { return Ok(request.decode) };
+    pub fn settle(&self, request: &GenerateRequest) -> Result<GenerateRequest, Error> {
+        let mut settled = request.clone();
+        let Some(available) = self.memory else { return Ok(settled) };
         let fit = Fit::of(&self.folder, request, &self.options, (self.offload, self.memory))?;
         if !fit.needs.fits {
             return Err(Error::DoesNotFit { needed: fit.needs.bytes, available });
         }
         self.in_turn.set(fit.needs.in_turn);
-        Ok(fit.decode)
+        (settled.decode, settled.guidance_passes) = (fit.decode, fit.passes);
+        Ok(settled)
     }
 }
 

@@ -7,6 +7,7 @@
 //! is read between steps. A cancelled run answers [`Error::Cancelled`] within one step.
 
 pub mod conditions;
+pub(crate) mod guided;
 pub mod latents;
 pub mod run;
 pub mod touch;

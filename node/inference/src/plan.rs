@@ -13,6 +13,7 @@
 //! which takes them back when it needs them, and are gone when a component is loaded. Not in a plan: tokenizers and the
 //! program itself (tens of MB), and what an allocator keeps for itself.
 
+pub(crate) mod guided;
 pub(crate) mod ledger;
 pub(crate) mod text;
 pub(crate) mod weights;
@@ -26,6 +27,7 @@ use serde::Serialize;
 use crate::error::Error;
 use crate::offload::Offload;
 use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
+use crate::sampler::guidance::GuidancePasses;
 use ledger::{Ghost, Ledger};
 use weights::Resident;
 
@@ -200,11 +202,15 @@ pub struct Fit {
     /// In which pieces it is decoded: as it says, or in such that have the very pixels of the whole.
     #[serde(skip)]
     pub decode: DecodeOptions,
+    /// How guidance's predictions are computed: as it says, or one after the other.
+    #[serde(skip)]
+    pub passes: GuidancePasses,
 }
 
 impl Fit {
-    /// How a request with the model of a folder fits best: whole and all loaded, whole and in turn, or decoded in pieces. One
-    /// that says itself how it is decoded is left so.
+    /// How a request with the model of a folder fits best: whole and all loaded, whole and in turn, or decoded in pieces; of
+    /// each, with guidance's predictions together where they would go so, else one after the other. One that says itself how
+    /// it is decoded or how they are computed is left so.
     ///
     /// # Errors
     /// As [`MemoryPlan::new`].
@@ -216,10 +222,21 @@ impl Fit {
     ) -> Result<Self, Error> {
         /// Sides of tiles, pixels, and frames of runs.
         const PIECES: [(usize, usize); 4] = [(512, 64), (256, 32), (256, 16), (128, 8)];
-        let decoded = |decode: DecodeOptions| {
-            let request = GenerateRequest { decode, ..request.clone() };
+        let with = |decode: DecodeOptions, guidance_passes: GuidancePasses| {
+            let request = GenerateRequest { decode, guidance_passes, ..request.clone() };
             let needs = MemoryPlan::new(folder, &request, options)?.needs(offload, memory);
-            Ok::<_, Error>(Self { needs, decode })
+            Ok::<_, Error>(Self { needs, decode, passes: guidance_passes })
+        };
+        let decoded = |decode: DecodeOptions| {
+            let asked = with(decode, request.guidance_passes)?;
+            let free = request.guidance_passes == GuidancePasses::Auto && !options.cpu;
+            if !free || asked.needs.fits && !asked.needs.in_turn {
+                return Ok::<_, Error>(asked);
+            }
+            let apart = with(decode, GuidancePasses::Apart)?;
+            // Reading the components for every clip takes longer than two predictions instead of one batch.
+            let better = !asked.needs.fits || apart.needs.fits && !apart.needs.in_turn;
+            Ok(if better { apart } else { asked })
         };
         let asked = decoded(request.decode)?;
         let exact = crate::registry::exact(folder)?;

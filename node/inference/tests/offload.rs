@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use kinoflock_inference::offload::Offload;
-use kinoflock_inference::plan::{Fit, MemoryPlan, PlanOptions};
+use kinoflock_inference::plan::{Fit, MemoryPlan, PlanOptions, PlanPhase};
+use kinoflock_inference::sampler::guidance::GuidancePasses;
 use kinoflock_inference::{
     Condition, DType, Device, Error, GenerateRequest, Generated, LoadOptions, Silent, Tensor, load, registry,
 };
@@ -131,6 +132,63 @@ fn what_does_not_fit_is_refused_with_the_bytes_needed_and_the_bytes_there_are() 
     assert!(matches!(error, Error::DoesNotFit { .. }), "{error}");
 }
 
+fn gpu(dtype: DType) -> PlanOptions {
+    PlanOptions { cpu: false, dtype, text_on_cpu: false }
+}
+
+fn planned(folder: &Path, request: &GenerateRequest, passes: GuidancePasses, cpu: bool) -> MemoryPlan {
+    let request = GenerateRequest { guidance_passes: passes, ..request.clone() };
+    let options = if cpu { PlanOptions::default() } else { gpu(DType::F32) };
+    MemoryPlan::new(folder, &request, &options).unwrap()
+}
+
+#[test]
+fn both_predictions_at_once_take_more_and_are_planned_where_they_go_so() {
+    for &(name, _) in PIPELINES {
+        let folder = golden(name);
+        let request = request(&folder, 0);
+        let steps = |passes, cpu| {
+            let plan = planned(&folder, &request, passes, cpu);
+            let steps = plan.phases.iter().filter(|phase| phase.phase == PlanPhase::Denoise);
+            steps.map(|phase| phase.activations).max().unwrap()
+        };
+        for cpu in [true, false] {
+            let (apart, together) = (steps(GuidancePasses::Apart, cpu), steps(GuidancePasses::Together, cpu));
+            assert!(apart < together, "{name}: {apart} and {together}");
+            assert_eq!(steps(GuidancePasses::Auto, cpu), if cpu { apart } else { together }, "{name}");
+        }
+    }
+}
+
+#[test]
+fn where_both_predictions_do_not_fit_at_once_they_are_computed_one_after_the_other() {
+    // Clips whose steps take more than their decode.
+    for (name, size) in
+        [("ltx-video-0.9.0", [1024, 1024, 33]), ("cogvideox-2b", [512, 512, 25]), ("wan2.1", [512, 512, 33])]
+    {
+        let folder = golden(name);
+        let mut request = request(&folder, 0);
+        [request.width, request.height, request.frames] = size;
+        let together = planned(&folder, &request, GuidancePasses::Together, false).peak(false);
+        let apart = planned(&folder, &request, GuidancePasses::Apart, false).peak(false);
+        assert!(apart < together, "{name}: {apart} and {together}");
+        let fit = |guidance_passes, offload, memory| {
+            let request = GenerateRequest { guidance_passes, ..request.clone() };
+            Fit::of(&folder, &request, &gpu(DType::F32), (offload, Some(memory))).unwrap()
+        };
+        for offload in [Offload::None, Offload::Auto] {
+            let roomy = fit(GuidancePasses::Auto, offload, together);
+            assert!(roomy.needs.fits && roomy.passes == GuidancePasses::Auto, "{name} {roomy:?}");
+            let tight = fit(GuidancePasses::Auto, offload, apart);
+            assert!(tight.needs.fits && !tight.needs.in_turn, "{name} {tight:?}");
+            assert_eq!(tight.passes, GuidancePasses::Apart, "{name}");
+        }
+        let asked = fit(GuidancePasses::Together, Offload::None, apart);
+        assert_eq!(asked.passes, GuidancePasses::Together, "{name}: it is left as it says");
+        assert!(!asked.needs.fits, "{name} {asked:?}");
+    }
+}
+
 #[test]
 fn tiles_and_half_numbers_need_less() {
     let folder = golden("ltx-video-0.9.0");
@@ -143,7 +201,6 @@ fn tiles_and_half_numbers_need_less() {
     let whole = decode(&request);
     (request.decode.tile, request.decode.chunk) = (Some(128), Some(16));
     assert!(decode(&request) <= whole);
-    let gpu = |dtype| PlanOptions { cpu: false, dtype, text_on_cpu: false };
     let weights = |options: &PlanOptions| MemoryPlan::new(&folder, &request, options).unwrap().weights();
     assert_eq!(weights(&gpu(DType::F32)), 2 * weights(&gpu(DType::BF16)));
     let apart = PlanOptions { text_on_cpu: true, ..gpu(DType::BF16) };

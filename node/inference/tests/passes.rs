@@ -6,21 +6,23 @@ use std::path::{Path, PathBuf};
 use kinoflock_inference::offload::InTurn;
 use kinoflock_inference::sampler::guidance::GuidancePasses;
 use kinoflock_inference::text::PromptEncoder;
-use kinoflock_inference::{GenerateRequest, LoadOptions, Pipeline, Silent, load};
+use kinoflock_inference::{Condition, Device, GenerateRequest, LoadOptions, Silent, Tensor, load, registry};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name).join("pipeline")
 }
 
-fn request(pipeline: &dyn Pipeline) -> GenerateRequest {
-    let info = pipeline.info();
-    let mut request = GenerateRequest::new("a red dog", &info.defaults);
-    let side = 2 * info.size_multiple.max(16);
-    (request.width, request.height, request.frames, request.steps) =
-        (side, side, info.frame_rule.nearest(5), 2);
-    request.negative_prompt = "cold fog".to_owned();
-    request.guidance = 4.0;
+/// A small guided request, with as many pictures as are wanted: at the beginning, and at the end.
+fn request(folder: &Path, pictures: usize) -> GenerateRequest {
+    let mut request = registry::facts(folder).unwrap().smallest();
+    (request.prompt, request.negative_prompt) = ("a red dog".to_owned(), "cold fog".to_owned());
+    (request.steps, request.guidance, request.truncate_prompt) = (2, 4.0, true);
     request.decode.skip = true;
+    let shape = (1, 3, request.height, request.width);
+    let picture = || Tensor::full(0.5f32, shape, &Device::Cpu).unwrap();
+    let frames = [0, request.frames - 1];
+    request.conditions =
+        frames.iter().take(pictures).map(|&frame| Condition::new(picture(), frame)).collect();
     request
 }
 
@@ -49,19 +51,35 @@ fn a_prompt_is_encoded_once_however_often_it_is_asked_for() {
 
 #[test]
 fn guidance_in_one_batch_gives_what_two_passes_give() {
-    for name in ["wan2.1", "wan2.2-a14b", "wan2.2-ti2v-5b"] {
-        let mut pipeline = load(&golden(name), &LoadOptions::default()).unwrap();
-        let request = request(pipeline.as_ref());
+    for (name, pictures) in [
+        ("ltx-video-0.9.0", 0),
+        ("ltx-video-0.9.5", 0),
+        ("ltx-video-0.9.5", 1),
+        ("cogvideox-2b", 0),
+        ("cogvideox-5b-i2v", 1),
+        ("cogvideox-1.5", 0),
+        ("mochi-1", 0),
+        ("pyramid-flow-miniflux", 1),
+        ("pyramid-flow-sd3", 0),
+        ("wan2.1", 0),
+        ("wan2.1-flf2v", 2),
+        ("wan2.2-a14b", 0),
+        ("wan2.2-ti2v-5b", 1),
+    ] {
+        let folder = golden(name);
+        let mut pipeline = load(&folder, &LoadOptions::default()).unwrap();
+        let request = GenerateRequest { guidance_rescale: 0.3, ..request(&folder, pictures) };
         let mut run = |guidance_passes| {
             let request = GenerateRequest { guidance_passes, ..request.clone() };
-            pipeline.generate(&request, &mut Silent).unwrap()
+            (pipeline.generate(&request, &mut Silent).unwrap(), pipeline.commitment(&request).unwrap())
         };
         let (together, apart) = (run(GuidancePasses::Together), run(GuidancePasses::Apart));
         // On the CPU a row's sums do not depend on the rows beside it.
-        assert_eq!(together.step_hashes, apart.step_hashes, "{name}");
-        assert_eq!(run(GuidancePasses::Auto).step_hashes, apart.step_hashes, "{name}");
+        assert_eq!(together.0.step_hashes, apart.0.step_hashes, "{name}");
+        assert_eq!(together.1, apart.1, "{name}: both are the same run");
+        assert_eq!(run(GuidancePasses::Auto).0.step_hashes, apart.0.step_hashes, "{name}");
         let unguided = GenerateRequest { guidance: 1.0, ..request.clone() };
         let unguided = pipeline.generate(&unguided, &mut Silent).unwrap();
-        assert_ne!(unguided.step_hashes, apart.step_hashes, "{name}: guidance changes something");
+        assert_ne!(unguided.step_hashes, apart.0.step_hashes, "{name}: guidance changes something");
     }
 }

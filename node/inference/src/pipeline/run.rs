@@ -363,13 +363,13 @@ fn generate<M: VideoModel>(
     Ok(Generated { frames, latents, start_hash, step_hashes, steps_done: steps - first, kept })
 }
 
-/// Decides how a run's components are placed and in which pieces it is decoded, and empties what it begins without.
+/// Decides how a run's components are placed and what follows for its request, and empties what it begins without.
 fn settle<M: VideoModel>(model: &M, request: &GenerateRequest) -> Result<GenerateRequest, Error> {
-    let decode = model.placement().settle(request)?;
+    let settled = model.placement().settle(request)?;
     for phase in [Phase::Text, Phase::Step, Phase::Decode] {
         model.give_back(phase);
     }
-    Ok(GenerateRequest { decode, ..request.clone() })
+    Ok(settled)
 }
 
 fn during(error: Error, phase: &'static str) -> Error {

@@ -1,6 +1,7 @@
 //! Classifier-free guidance: away from what the negative prompt gives, towards what the prompt gives.
 
 use std::cell::Cell;
+use std::rc::Rc;
 
 use candle_core::{Device, Result, Tensor};
 
@@ -18,23 +19,30 @@ pub enum GuidancePasses {
     Apart,
 }
 
+impl GuidancePasses {
+    /// Whether they go together on the CPU or on another device.
+    #[must_use]
+    pub fn are_together(self, on_cpu: bool) -> bool {
+        match self {
+            Self::Auto => !on_cpu,
+            Self::Together => true,
+            Self::Apart => false,
+        }
+    }
+}
+
 /// Guidance's two predictions over a run. What the device has no memory for as one batch is computed one by one, from
-/// then on.
-#[derive(Debug)]
+/// then on; a clone knows of it.
+#[derive(Debug, Clone)]
 pub struct Passes {
-    together: Cell<bool>,
+    together: Rc<Cell<bool>>,
 }
 
 impl Passes {
     /// For a run on `device`.
     #[must_use]
     pub fn new(wanted: GuidancePasses, device: &Device) -> Self {
-        let together = match wanted {
-            GuidancePasses::Auto => !device.is_cpu(),
-            GuidancePasses::Together => true,
-            GuidancePasses::Apart => false,
-        };
-        Self { together: Cell::new(together) }
+        Self { together: Rc::new(Cell::new(wanted.are_together(device.is_cpu()))) }
     }
 
     /// Whether the next predictions are tried as one batch.
@@ -53,7 +61,10 @@ impl Passes {
         one: impl Fn(usize) -> std::result::Result<Tensor, Error>,
     ) -> std::result::Result<[Tensor; 2], Error> {
         if self.together.get() {
-            match both() {
+            let both = both();
+            #[cfg(test)]
+            let both = simulated::room(both);
+            match both {
                 Ok(both) => return Ok([both.narrow(0, 0, 1)?, both.narrow(0, 1, 1)?]),
                 Err(Error::OutOfMemory { .. }) => self.together.set(false),
                 Err(other) => return Err(other),
@@ -91,6 +102,23 @@ fn spread(x: &Tensor) -> Result<Tensor> {
     let mut shape = vec![1; x.rank()];
     shape[0] = batch;
     variance.sqrt()?.reshape(shape)
+}
+
+/// A device that has no room for two texts.
+#[cfg(test)]
+pub(crate) mod simulated {
+    use super::{Cell, Error, Tensor};
+
+    thread_local! {
+        /// Where it is simulated in this thread, how often that was found out.
+        pub(crate) static FULL: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+
+    pub(super) fn room(both: Result<Tensor, Error>) -> Result<Tensor, Error> {
+        let Some(found) = FULL.get() else { return both };
+        FULL.set(Some(found + 1));
+        both.and(Err(Error::OutOfMemory { during: "computing", detail: "no room for two".to_owned() }))
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use anyhow::Context;
 use clap::Args;
 use kinoflock_inference::GenerateRequest;
 use kinoflock_inference::plan::{Fit, MemoryPlan, PhaseMemory};
+use kinoflock_inference::sampler::guidance::GuidancePasses;
 use kinoflock_protocol::work::JobShape;
 
 use super::super::say;
@@ -96,6 +97,7 @@ impl<'a> Planned<'a> {
             "device": self.device.name, "plan": self.plan, "loaded": self.plan.peak(false),
             "in_turn": self.plan.peak(true), "limit": self.limit, "needs": self.fit.needs,
             "decode_tile": self.fit.decode.tile, "decode_chunk": self.fit.decode.chunk,
+            "guidance_apart": self.is_apart(),
         })
     }
 
@@ -129,6 +131,11 @@ impl<'a> Planned<'a> {
         lines
     }
 
+    /// Whether guidance's predictions, which would go in one batch, do not because of the limit.
+    fn is_apart(&self) -> bool {
+        self.fit.passes == GuidancePasses::Apart
+    }
+
     fn verdict(&self) -> String {
         let Some(limit) = self.limit else {
             return "no limit is set or known here: device.memory_limit".to_owned();
@@ -143,9 +150,13 @@ impl<'a> Planned<'a> {
                 format!(", decoded in tiles of {tile} pixels and runs of {run} frames")
             }
         };
+        let passes = if self.is_apart() { ", guidance's two predictions one after the other" } else { "" };
         let fits = if needs.fits { "fits" } else { "does not fit" };
         let (needed, limit) = (size(needs.bytes), size(limit));
-        format!("offload {}: {how}{pieces}, it needs {needed} and {fits} into {limit}", self.device.offload)
+        format!(
+            "offload {}: {how}{pieces}{passes}, it needs {needed} and {fits} into {limit}",
+            self.device.offload
+        )
     }
 }
 

@@ -15,6 +15,7 @@ use crate::nn::linear::Linear;
 use crate::nn::norm::{Norm, rms_norm};
 use crate::nn::ops::silu;
 use crate::nn::route::Route;
+use crate::pipeline::guided::Entries;
 
 /// What cross-attention adds where the text is filled up.
 const MASKED: f64 = -10_000.0;
@@ -49,6 +50,21 @@ pub struct TextContext {
 struct KeyValue {
     key: Tensor,
     value: Tensor,
+}
+
+impl Entries for TextContext {
+    fn entry(&self, index: usize) -> Result<Self> {
+        let blocks = self
+            .blocks
+            .iter()
+            .map(|block| Ok(KeyValue { key: block.key.entry(index)?, value: block.value.entry(index)? }));
+        Ok(Self {
+            projected: self.projected.entry(index)?,
+            blocks: blocks.collect::<Result<_>>()?,
+            bias: self.bias.entry(index)?,
+            route: self.route.clone(),
+        })
+    }
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.

@@ -21,6 +21,7 @@ use crate::nn::linear::Linear;
 use crate::nn::norm::Norm;
 use crate::nn::ops::silu;
 use crate::nn::route::Route;
+use crate::pipeline::guided::Entries;
 
 /// Epsilon of every layer norm.
 const EPSILON: f64 = 1e-6;
@@ -52,6 +53,18 @@ pub struct TextContext {
     filled: bool,
     /// Which blocks are computed how often; those of one stream are counted on behind those of two.
     pub route: Route,
+}
+
+impl Entries for TextContext {
+    fn entry(&self, index: usize) -> Result<Self> {
+        Ok(Self {
+            projected: self.projected.entry(index)?,
+            pooled: self.pooled.entry(index)?,
+            mask: self.mask.entry(index)?,
+            filled: self.filled,
+            route: self.route.clone(),
+        })
+    }
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.

@@ -16,6 +16,7 @@ use crate::nn::linear::Linear;
 use crate::nn::norm::{Norm, layer_norm, rms_norm};
 use crate::nn::ops::silu;
 use crate::nn::route::Route;
+use crate::pipeline::guided::{Entries, each};
 
 /// The transformer on a device.
 pub struct WanTransformer {
@@ -39,33 +40,28 @@ pub struct TextContext {
     pub route: Route,
 }
 
-impl TextContext {
-    /// The contexts of two texts as one batch, which goes the first one's way through the blocks.
-    ///
-    /// # Errors
-    /// When the device has no room.
-    pub fn join(first: &Self, second: &Self) -> Result<Self> {
-        let cat = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 0);
-        let blocks = first.blocks.iter().zip(&second.blocks).map(|(a, b)| {
-            let image = match (&a.image, &b.image) {
-                (Some(a), Some(b)) => Some((cat(&a.0, &b.0)?, cat(&a.1, &b.1)?)),
-                _ => None,
-            };
-            Ok(KeyValue { key: cat(&a.key, &b.key)?, value: cat(&a.value, &b.value)?, image })
-        });
-        Ok(Self {
-            projected: cat(&first.projected, &second.projected)?,
-            blocks: blocks.collect::<Result<_>>()?,
-            route: first.route.clone(),
-        })
-    }
-}
-
 struct KeyValue {
     key: Tensor,
     value: Tensor,
     /// Those of the pictures.
     image: Option<(Tensor, Tensor)>,
+}
+
+impl Entries for TextContext {
+    fn entry(&self, index: usize) -> Result<Self> {
+        let blocks = self.blocks.iter().map(|block| {
+            Ok(KeyValue {
+                key: block.key.entry(index)?,
+                value: block.value.entry(index)?,
+                image: block.image.entry(index)?,
+            })
+        });
+        Ok(Self {
+            projected: self.projected.entry(index)?,
+            blocks: blocks.collect::<Result<_>>()?,
+            route: self.route.clone(),
+        })
+    }
 }
 
 /// Sees intermediate results by the reference's module names; for parity checks.
@@ -109,7 +105,7 @@ impl WanTransformer {
     }
 
     /// Prepares text embeddings `(batch, text tokens, text width)`, zeros where they are filled up, and for a form that
-    /// reads them the states of pictures `(pictures, tokens, image width)`.
+    /// reads them the states of pictures `(pictures, tokens, image width)`, the same for every text.
     ///
     /// # Errors
     /// When the shapes do not fit, or pictures are given to a form that reads none or missing for one that does.
@@ -322,7 +318,8 @@ impl Attention {
         let key = rms_norm(&self.key.forward(text)?, Some(&self.norm_key), self.epsilon)?;
         let image = |(added, pictures): (&Added, &Tensor)| {
             let key = rms_norm(&added.key.forward(pictures)?, Some(&added.norm_key), self.epsilon)?;
-            Ok::<_, candle_core::Error>((self.split(&key)?, self.split(&added.value.forward(pictures)?)?))
+            let seen = |x: &Tensor| each(&self.split(x)?, text.dim(0)?);
+            Ok::<_, candle_core::Error>((seen(&key)?, seen(&added.value.forward(pictures)?)?))
         };
         Ok(KeyValue {
             key: self.split(&key)?,

@@ -71,11 +71,21 @@ pub trait Embeds: Sized {
     /// # Errors
     /// When the shapes differ.
     fn mixed(&self, other: &Self, weight: f64, way: Way) -> Result<Self>;
+
+    /// A batch of this and another behind it.
+    ///
+    /// # Errors
+    /// When the shapes differ.
+    fn joined(&self, other: &Self) -> Result<Self>;
 }
 
 impl Embeds for Tensor {
     fn mixed(&self, other: &Self, weight: f64, way: Way) -> Result<Self> {
         mix(self, other, weight, way)
+    }
+
+    fn joined(&self, other: &Self) -> Result<Self> {
+        Tensor::cat(&[self, other], 0)
     }
 }
 
@@ -88,6 +98,10 @@ impl Embeds for (Tensor, Tensor) {
             _ => self.1.maximum(&other.1)?,
         };
         Ok((mix(&self.0, &other.0, weight, way)?, mask))
+    }
+
+    fn joined(&self, other: &Self) -> Result<Self> {
+        Ok((self.0.joined(&other.0)?, self.1.joined(&other.1)?))
     }
 }
 

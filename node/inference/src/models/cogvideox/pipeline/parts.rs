@@ -8,11 +8,12 @@ use crate::error::Error;
 use crate::models::cogvideox::transformer::Positions;
 use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
+use crate::pipeline::guided::{Texts, each};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
-use crate::sampler::guidance::{guide, rescale};
+use crate::sampler::guidance::Passes;
 use crate::sampler::{DiffusionSampler, DiffusionSchedule};
 
 /// What the sampler of second order remembers: the clean latents that the step before predicted.
@@ -43,8 +44,8 @@ impl Plan {
 
 /// What stays the same over all steps.
 pub struct Context {
-    /// Negative prompt first where there is one, `[1 or 2, tokens, width]`.
-    text: Tensor,
+    /// `[1 or 2, tokens, width]`.
+    texts: Texts<Tensor>,
     positions: Positions,
     /// The picture's latents and zeros, `[1, F, C, H, W]`, in the latents' numbers.
     image: Option<Tensor>,
@@ -141,18 +142,18 @@ impl VideoModel for CogVideoXPipeline {
 
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
         let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
-        let mut text = touch::prompt(request, encode)?;
-        if self.is_guided(request) {
-            let negative = encode(&request.negative_prompt)?;
-            text = Tensor::cat(&[negative, text], 0)?;
-        }
+        let positive = touch::prompt(request, encode)?;
+        let negative = self.is_guided(request).then(|| encode(&request.negative_prompt)).transpose()?;
         self.text.give_back();
         let image = image_latents(self, request, plan)?;
         self.vae.give_back();
         let transformer = self.transformer.get()?;
-        let mut positions = transformer.positions(plan.cells, text.dim(1)?, &self.device)?;
+        let mut positions = transformer.positions(plan.cells, positive.dim(1)?, &self.device)?;
         positions.route = request.touch.route.clone();
-        Ok(Context { text: transformer.project_text(&text)?, positions, image })
+        let passes = Passes::new(request.guidance_passes, &self.device);
+        let project = |text: &Tensor| Ok(transformer.project_text(text)?);
+        let texts = Texts::new(&passes, &positive, negative.as_ref(), project)?;
+        Ok(Context { texts, positions, image })
     }
 
     fn output(
@@ -163,28 +164,18 @@ impl VideoModel for CogVideoXPipeline {
         index: usize,
         state: &State,
     ) -> Result<Tensor, Error> {
-        let batch = context.text.dim(0)?;
         let input = match &context.image {
             Some(image) => Tensor::cat(&[&state.latents, image], 2)?,
             None => state.latents.clone(),
         };
-        let input = Tensor::cat(&vec![input; batch], 0)?;
         let timestep = plan.schedule.timesteps[index];
-        let timesteps = Tensor::from_vec(vec![timestep; batch], batch, &Device::Cpu)?;
         let transformer = self.transformer.get()?;
-        let output = transformer.forward(&input, &timesteps, &context.text, &context.positions)?;
-        let output = output.to_dtype(DType::F32)?;
-        if batch == 1 {
-            return Ok(output);
-        }
-        let (negative, positive) = (output.narrow(0, 0, 1)?, output.narrow(0, 1, 1)?);
-        let plain = guidance(request, f64::from(timestep));
-        let scale = request.guidance_at(index, plan.schedule.steps(), plain);
-        let guided = guide(&negative, &positive, scale)?;
-        if request.guidance_rescale > 0.0 {
-            return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
-        }
-        Ok(guided)
+        let (place, plain) = ((index, plan.schedule.steps()), guidance(request, f64::from(timestep)));
+        context.texts.guided(request, place, plain, |text, batch| {
+            let timesteps = Tensor::from_vec(vec![timestep; batch], batch, &Device::Cpu)?;
+            let output = transformer.forward(&each(&input, batch)?, &timesteps, text, &context.positions)?;
+            Ok(output.to_dtype(DType::F32)?)
+        })
     }
 
     fn advance(

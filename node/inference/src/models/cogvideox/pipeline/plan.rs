@@ -13,6 +13,7 @@ use crate::models::cogvideox::transformer::CogVideoXTransformer;
 use crate::models::cogvideox::vae::{CogVideoXVae, DECODE_RUN, runs, square};
 use crate::nn::conv3d::Conv3dConfig;
 use crate::pipeline::GenerateRequest;
+use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::t5;
 use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
@@ -42,7 +43,7 @@ pub(crate) fn plan(
     let cells = [frames.next_multiple_of(work.patch[0]), rows, columns];
     let latents = [1, cells[0], work.latent_channels, rows, columns];
     let (dtype, tokens) = (options.dtype, info.token_limit);
-    let batch = if request.guidance > 1.0 { 2 } else { 1 };
+    let texts = Texts::new(request.is_guided(), request, options);
 
     let mut draft = Draft::new(options, request);
     let (encoder, _) =
@@ -50,10 +51,7 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, false, text_dtype(dtype));
-        let first = each();
-        if batch > 1 {
-            cat(&[&each(), &first], 0);
-        }
+        let _all: Vec<_> = (0..texts.count).map(|_| each()).collect();
     });
     let load = |vb| {
         if image { CogVideoXVae::load(&vae_config, vb) } else { CogVideoXVae::load_decoder(&vae_config, vb) }
@@ -61,7 +59,7 @@ pub(crate) fn plan(
     let (vae, _) = draft.component("vae", dtype, load)?;
     if !request.conditions.is_empty() {
         draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
-            let _held = (ledger.wide(&latents), ledger.ghost(&[batch, tokens, text.d_model], dtype));
+            let _held = (ledger.wide(&latents), ledger.ghost(&[texts.count, tokens, text.d_model], dtype));
             let video = ledger.wide(&[1, 3, 1, request.height, request.width]).to(dtype);
             encode(&vae_config, &video);
             let _image = ledger.wide(&latents);
@@ -70,7 +68,7 @@ pub(crate) fn plan(
     let (transformer, _) =
         draft.component("transformer", dtype, |vb| CogVideoXTransformer::load(&config, &vb))?;
     draft.phase(PlanPhase::Denoise, &[transformer], |ledger| {
-        denoise(ledger, &config, &latents, [batch, tokens, work.patch[0]], dtype);
+        denoise(ledger, &config, &latents, (texts, [tokens, work.patch[0]]), dtype);
     });
     draft.phase(PlanPhase::Decode, &[vae], |ledger| {
         let volume = ledger.wide(&[1, work.latent_channels, frames, rows, columns]);
@@ -84,7 +82,7 @@ fn denoise(
     ledger: &Ledger,
     config: &TransformerConfig,
     latents: &[usize; 5],
-    [batch, words, patch_t]: [usize; 3],
+    (texts, [words, patch_t]): (Texts, [usize; 2]),
     dtype: DType,
 ) {
     let (width, p) = (config.inner(), config.patch_size);
@@ -93,7 +91,7 @@ fn denoise(
     let state = ledger.wide(latents);
     // What the samplers keep between steps, and what a step makes of it.
     let _memory = (state.same(), state.same());
-    let text = ledger.ghost(&[batch, words, width], dtype);
+    let text = ledger.ghost(&[texts.count, words, width], dtype);
     let _rotary = config
         .use_rotary_positional_embeddings
         .then(|| ledger.wide(&[words + tokens, config.attention_head_dim]));
@@ -103,29 +101,26 @@ fn denoise(
     let image = given > channels;
     let _image = image.then(|| state.same());
     let input = if image { state.turned(&[1, frames, given, rows, columns]) } else { state.clone() };
-    let input = cat(&vec![&input; batch], 0);
-    let wide = input.to(dtype);
-    let packed = wide.turned(&[batch, tokens, given * p * p * patch_t]);
-    let mut video = packed.linear(width);
-    drop((packed, wide));
-    let mut words = text.clone();
-    if is_added {
-        words = words.same();
-        video = video.same();
-    }
-    let time = ledger.ghost(&[batch, config.time_embed_dim], dtype);
-    for _ in 0..config.num_layers.min(2) {
-        (video, words) = block(config, &video, &words, &time);
-    }
-    let normed = video.norm();
-    let out = { normed.norm() }.linear(config.outputs() * p * p * patch_t);
-    let volume = out.turned(&[batch, frames, channels, rows, columns]);
-    let output = volume.same().to(DType::F32);
-    drop((video, words, normed, out, volume));
-    if batch > 1 {
-        let one = output.view(latents);
-        let _guided = one.same().same().same();
-    }
+    texts.guided(latents, || {
+        let input = texts.each(&input);
+        let wide = input.to(dtype);
+        let packed = wide.turned(&[texts.batch, tokens, given * p * p * patch_t]);
+        let mut video = packed.linear(width);
+        drop((packed, wide));
+        let mut words = texts.at_once(&text);
+        if is_added {
+            words = words.same();
+            video = video.same();
+        }
+        let time = ledger.ghost(&[texts.batch, config.time_embed_dim], dtype);
+        for _ in 0..config.num_layers.min(2) {
+            (video, words) = block(config, &video, &words, &time);
+        }
+        let normed = video.norm();
+        let out = { normed.norm() }.linear(config.outputs() * p * p * patch_t);
+        let volume = out.turned(&[texts.batch, frames, channels, rows, columns]);
+        volume.same().to(DType::F32)
+    });
 }
 
 fn block(config: &TransformerConfig, video: &Ghost, text: &Ghost, time: &Ghost) -> (Ghost, Ghost) {

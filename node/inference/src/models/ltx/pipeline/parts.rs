@@ -12,11 +12,12 @@ use crate::models::ltx::transformer::TextContext;
 use crate::models::ltx::vae::{DecodeSettings, Noise};
 use crate::offload::Placement;
 use crate::pipeline::conditions::Takes;
+use crate::pipeline::guided::{Texts, each};
 use crate::pipeline::latents::{LatentRgb, Volume};
 use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
-use crate::sampler::guidance::{guide, rescale};
+use crate::sampler::guidance::Passes;
 use crate::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
 use crate::tiling::Tiling;
 
@@ -302,9 +303,8 @@ fn unshifted(config: &FlowMatchConfig) -> FlowMatchConfig {
 
 /// What stays the same over all steps.
 pub struct Context {
-    text: TextContext,
+    texts: Texts<TextContext>,
     rope: RopeTables,
-    guided: bool,
     /// Where there are pictures.
     given: Option<Given>,
     /// What a second pass goes on from.
@@ -313,24 +313,24 @@ pub struct Context {
 
 impl Context {
     fn new(model: &LtxPipeline, request: &GenerateRequest, plan: &Plan) -> Result<Self, Error> {
-        let guided = model.is_guided(request);
         let masked = plan.class == LtxClass::Condition;
         let encode = |prompt: &str| model.text.encode(prompt, request.truncate_prompt, masked);
-        let (mut text, mut mask) = touch::prompt(request, encode)?;
-        if guided {
-            let (negative, its_mask) = encode(&request.negative_prompt)?;
-            text = Tensor::cat(&[negative, text], 0)?;
-            mask = Tensor::cat(&[its_mask, mask], 0)?;
-        }
+        let positive = touch::prompt(request, encode)?;
+        let negative = model.is_guided(request).then(|| encode(&request.negative_prompt)).transpose()?;
         model.text.give_back();
         let given = match plan.layout.is_empty() {
             true => None,
             false => Some(Given::new(model, request, &plan.layout, &plan.volume)?),
         };
         let clean = second::clean(model, request, &plan.volume)?;
-        let mut text = model.transformer.get()?.text_context(&text, Some(&mask))?;
-        text.route = request.touch.route.clone();
-        Ok(Self { text, rope: rope(model, request, plan)?, guided, given, clean })
+        let transformer = model.transformer.get()?;
+        let passes = Passes::new(request.guidance_passes, &model.device);
+        let texts = Texts::new(&passes, &positive, negative.as_ref(), |(text, mask)| {
+            let mut context = transformer.text_context(text, Some(mask))?;
+            context.route = request.touch.route.clone();
+            Ok(context)
+        })?;
+        Ok(Self { texts, rope: rope(model, request, plan)?, given, clean })
     }
 }
 
@@ -381,27 +381,18 @@ fn velocity(
     index: usize,
     latents: &Tensor,
 ) -> Result<Tensor, Error> {
-    let batch = if context.guided { 2 } else { 1 };
-    let twice = |tensor: &Tensor| Tensor::cat(&vec![tensor; batch], 0);
     let (input, timesteps) = match &context.given {
         Some(given) => {
             (given.noised(request, plan, index, latents)?, plan.levels(index, &model.device)?.timesteps)
         }
         None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &Device::Cpu)?),
     };
-    let (input, timesteps) = (twice(&input)?, twice(&timesteps)?);
-    let velocity = model.transformer.get()?.forward(&input, &timesteps, &context.text, &context.rope)?;
-    let velocity = velocity.to_dtype(DType::F32)?;
-    if !context.guided {
-        return Ok(velocity);
-    }
-    let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-    let scale = request.guidance_at(index, plan.schedule.steps(), request.guidance);
-    let guided = guide(&negative, &positive, scale)?;
-    if request.guidance_rescale > 0.0 {
-        return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
-    }
-    Ok(guided)
+    let transformer = model.transformer.get()?;
+    let place = (index, plan.schedule.steps());
+    context.texts.guided(request, place, request.guidance, |text, batch| {
+        let (input, timesteps) = (each(&input, batch)?, each(&timesteps, batch)?);
+        Ok(transformer.forward(&input, &timesteps, text, &context.rope)?.to_dtype(DType::F32)?)
+    })
 }
 
 /// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1.

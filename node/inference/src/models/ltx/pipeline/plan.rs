@@ -15,7 +15,8 @@ use crate::models::ltx::vae::config::{DownBlock, Downsample, UpBlockConfig};
 use crate::models::ltx::vae::{LtxVae, LtxVaeConfig};
 use crate::pipeline::GenerateRequest;
 use crate::pipeline::latents::Volume;
-use crate::plan::ledger::{Ghost, Ledger, attention, cat};
+use crate::plan::guided::Texts;
+use crate::plan::ledger::{Ghost, Ledger, attention};
 use crate::plan::text::t5;
 use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
 use crate::registry::ModelIndex;
@@ -39,7 +40,7 @@ pub(crate) fn plan(
     let vae_config = read_vae_config(folder)?;
     let volume = Volume::new(&info.work, request);
     let layout = Layout::new(request, volume.cells[0], info.work.temporal_ratio);
-    let (dtype, batch) = (options.dtype, if request.guidance > 1.0 { 2 } else { 1 });
+    let (dtype, texts) = (options.dtype, Texts::new(request.is_guided(), request, options));
     let tokens = info.token_limit;
     let [_, rows, columns] = volume.grid();
     let all = volume.packed_shape()[1] + layout.extra() * rows * columns;
@@ -53,22 +54,19 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, masked, text_dtype(dtype));
-        let first = each();
-        if batch > 1 {
-            cat(&[&each(), &first], 0);
-        }
+        let _all: Vec<_> = (0..texts.count).map(|_| each()).collect();
     });
     if let Some(most) = layout.longest() {
         let (part, _) =
             draft.brief_component("vae encoder", dtype, |vb| LtxVae::load_encoder(&vae_config, vb))?;
         draft.phase(PlanPhase::Conditions, &[part], |ledger| {
             let _start = ledger.wide(&latents);
-            let _text = ledger.ghost(&[batch, tokens, config.caption_channels], dtype);
+            let _text = ledger.ghost(&[texts.count, tokens, config.caption_channels], dtype);
             let video = ledger.wide(&[1, 3, most, request.height, request.width]).to(dtype);
             encode(&vae_config, &video);
         });
     }
-    let sizes = Sizes { batch, tokens, text: text.d_model, per_token: !layout.is_empty() };
+    let sizes = Sizes { texts, tokens, text: text.d_model, per_token: !layout.is_empty() };
     draft.phase(PlanPhase::Denoise, &[transformer], |ledger| {
         denoise(ledger, &config, &latents, &sizes, dtype);
     });
@@ -83,7 +81,7 @@ pub(crate) fn plan(
 }
 
 struct Sizes {
-    batch: usize,
+    texts: Texts,
     /// Text tokens.
     tokens: usize,
     /// Width of the text encoder's output.
@@ -93,31 +91,33 @@ struct Sizes {
 }
 
 fn denoise(ledger: &Ledger, config: &TransformerConfig, latents: &[usize; 3], sizes: &Sizes, dtype: DType) {
-    let (width, batch) = (config.inner(), sizes.batch);
+    let (width, texts) = (config.inner(), sizes.texts);
     let state = ledger.wide(latents);
-    let words = ledger.ghost(&[batch, sizes.tokens, sizes.text], dtype);
+    let words = ledger.ghost(&[texts.count, sizes.tokens, sizes.text], dtype);
     let projected = words.linear(width).linear(width);
     drop(words);
-    let _keys_and_values = ledger.ghost(&[2 * config.num_layers, batch, sizes.tokens, width], dtype);
+    let _keys_and_values = ledger.ghost(&[2 * config.num_layers, texts.count, sizes.tokens, width], dtype);
     let _rope = ledger.wide(&[latents[1], width]);
     let input = if sizes.per_token { state.same() } else { state.clone() };
-    let input = if batch > 1 { cat(&[&input, &input], 0) } else { input };
-    let mut x = input.to(dtype).linear(width);
     let each = if sizes.per_token { latents[1] } else { 1 };
-    let embedded = ledger.ghost(&[batch, each, width], dtype);
+    texts.guided(latents, || {
+        let input = texts.each(&input);
+        let embedded = ledger.ghost(&[texts.batch, each, width], dtype);
+        forward(config, &input.to(dtype), &embedded, &texts.at_once(&projected)).to(DType::F32)
+    });
+}
+
+fn forward(config: &TransformerConfig, input: &Ghost, embedded: &Ghost, text: &Ghost) -> Ghost {
+    let width = config.inner();
+    let mut x = input.linear(width);
     let modulation = embedded.same().linear(6 * width);
     for _ in 0..config.num_layers.min(2) {
-        x = block(config, &x, &modulation, &projected);
+        x = block(config, &x, &modulation, text);
     }
     let values = embedded.linear(2 * width);
     let (shift, scale) = (values.turned(embedded.dims()), values.turned(embedded.dims()));
-    let out = { modulated(&x, &shift, &scale) }.linear(config.outputs());
-    drop((x, values, shift, scale, embedded, modulation));
-    let velocity = out.to(DType::F32);
-    if batch > 1 {
-        let one = velocity.view(latents);
-        let _guided = one.same().same().same();
-    }
+    let normed = modulated(&x, &shift, &scale);
+    normed.linear(config.outputs())
 }
 
 /// A norm with a scale and a shift, which the CPU copies for its kernel.

@@ -8,10 +8,11 @@ use crate::error::Error;
 use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
 use crate::offload::Placement;
+use crate::pipeline::guided::{Texts, each};
 use crate::pipeline::latents::{LatentRgb, Volume, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
-use crate::sampler::guidance::{guide, rescale};
+use crate::sampler::guidance::Passes;
 use crate::sampler::{Schedule, ScheduleRequest, linear_quadratic};
 use crate::tiling::Tiling;
 
@@ -28,9 +29,8 @@ pub struct Plan {
 
 /// What stays the same over all steps.
 pub struct Context {
-    text: TextContext,
+    texts: Texts<TextContext>,
     rope: RopeTables,
-    guided: bool,
 }
 
 impl VideoModel for MochiPipeline {
@@ -100,19 +100,18 @@ impl VideoModel for MochiPipeline {
     }
 
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
-        let guided = self.is_guided(request);
         let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
-        let (mut text, mut mask) = touch::prompt(request, encode)?;
-        if guided {
-            let (negative, its_mask) = encode(&request.negative_prompt)?;
-            text = Tensor::cat(&[negative, text], 0)?;
-            mask = Tensor::cat(&[its_mask, mask], 0)?;
-        }
+        let positive = touch::prompt(request, encode)?;
+        let negative = self.is_guided(request).then(|| encode(&request.negative_prompt)).transpose()?;
         self.text.give_back();
         let transformer = self.transformer.get()?;
-        let mut text = transformer.text_context(&text, &mask)?;
-        text.route = request.touch.route.clone();
-        Ok(Context { text, rope: transformer.rope(plan.volume.grid())?, guided })
+        let passes = Passes::new(request.guidance_passes, &self.device);
+        let texts = Texts::new(&passes, &positive, negative.as_ref(), |(text, mask)| {
+            let mut context = transformer.text_context(text, mask)?;
+            context.route = request.touch.route.clone();
+            Ok(context)
+        })?;
+        Ok(Context { texts, rope: transformer.rope(plan.volume.grid())? })
     }
 
     fn output(
@@ -123,22 +122,14 @@ impl VideoModel for MochiPipeline {
         index: usize,
         state: &State,
     ) -> Result<Tensor, Error> {
-        let latents = &state.latents;
-        let batch = if context.guided { 2 } else { 1 };
-        let input = if context.guided { Tensor::cat(&[latents, latents], 0)? } else { latents.clone() };
-        let timesteps = Tensor::from_vec(vec![plan.schedule.timesteps[index]; batch], batch, &Device::Cpu)?;
-        let velocity = self.transformer.get()?.forward(&input, &timesteps, &context.text, &context.rope)?;
-        let velocity = velocity.to_dtype(DType::F32)?;
-        if !context.guided {
-            return Ok(velocity);
-        }
-        let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
-        let scale = request.guidance_at(index, plan.schedule.steps(), request.guidance);
-        let guided = guide(&negative, &positive, scale)?;
-        if request.guidance_rescale > 0.0 {
-            return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
-        }
-        Ok(guided)
+        let transformer = self.transformer.get()?;
+        let place = (index, plan.schedule.steps());
+        context.texts.guided(request, place, request.guidance, |text, batch| {
+            let timesteps = vec![plan.schedule.timesteps[index]; batch];
+            let timesteps = Tensor::from_vec(timesteps, batch, &Device::Cpu)?;
+            let input = each(&state.latents, batch)?;
+            Ok(transformer.forward(&input, &timesteps, text, &context.rope)?.to_dtype(DType::F32)?)
+        })
     }
 
     fn advance(

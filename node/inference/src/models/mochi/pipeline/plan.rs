@@ -13,6 +13,7 @@ use crate::models::mochi::vae::{MochiVae, MochiVaeConfig};
 use crate::nn::conv3d::Conv3dConfig;
 use crate::pipeline::GenerateRequest;
 use crate::pipeline::latents::Volume;
+use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::t5;
 use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
@@ -36,7 +37,7 @@ pub(crate) fn plan(
     let vae_config = MochiVaeConfig::read(&folder.join("vae").join("config.json"))?;
     let volume = Volume::new(&info.work, request);
     let (dtype, tokens) = (options.dtype, info.token_limit);
-    let batch = if request.guidance > 1.0 { 2 } else { 1 };
+    let texts = Texts::new(request.is_guided(), request, options);
     let latents = volume.packed_shape();
 
     let mut draft = Draft::new(options, request);
@@ -48,13 +49,10 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, true, text_dtype(dtype));
-        let first = each();
-        if batch > 1 {
-            cat(&[&each(), &first], 0);
-        }
+        let _all: Vec<_> = (0..texts.count).map(|_| each()).collect();
     });
     draft.phase(PlanPhase::Denoise, &[transformer], |ledger| {
-        denoise(ledger, &config, &latents, [batch, tokens, text.d_model], dtype);
+        denoise(ledger, &config, &latents, (texts, [tokens, text.d_model]), dtype);
     });
     let z = Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(volume.shape())?;
     let run = decoder.frames_at_once(&z, request.decode.chunk)?;
@@ -70,37 +68,34 @@ fn denoise(
     ledger: &Ledger,
     config: &TransformerConfig,
     latents: &[usize],
-    [batch, words, text_width]: [usize; 3],
+    (texts, [words, text_width]): (Texts, [usize; 2]),
     dtype: DType,
 ) {
     let (width, tokens) = (config.inner(), latents[1]);
     let state = ledger.wide(latents);
-    let text = ledger.ghost(&[batch, words, text_width], dtype);
+    let text = ledger.ghost(&[texts.count, words, text_width], dtype);
     {
         // The pooled text.
-        let both = ledger.ghost(&[batch, words + 1, text_width], dtype);
+        let both = ledger.ghost(&[texts.batch, words + 1, text_width], dtype);
         let _mixed = both.linear(2 * text_width).same();
     }
     let tokens_of_text = text.linear(config.pooled_projection_dim);
     drop(text);
     let heads = config.num_attention_heads;
-    let rope = {
+    let _rope = {
         let angles = ledger.wide(&[tokens * heads, config.attention_head_dim / 2]);
         (angles.same(), angles.same())
     };
-    let input = if batch > 1 { cat(&[&state, &state], 0) } else { state.clone() };
-    let mut video = input.to(dtype).linear(width);
-    let mut read = tokens_of_text.clone();
-    for _ in 0..config.num_layers.min(2) {
-        (video, read) = block(config, &video, &read);
-    }
-    let out = { video.norm() }.linear(config.patch_size * config.patch_size * config.outputs());
-    drop((video, read, rope));
-    let velocity = out.to(DType::F32);
-    if batch > 1 {
-        let one = velocity.view(latents);
-        let _guided = one.same().same().same();
-    }
+    texts.guided(latents, || {
+        let input = texts.each(&state);
+        let mut video = input.to(dtype).linear(width);
+        let mut read = texts.at_once(&tokens_of_text);
+        for _ in 0..config.num_layers.min(2) {
+            (video, read) = block(config, &video, &read);
+        }
+        let out = { video.norm() }.linear(config.patch_size * config.patch_size * config.outputs());
+        out.to(DType::F32)
+    });
 }
 
 fn block(config: &TransformerConfig, video: &Ghost, words: &Ghost) -> (Ghost, Ghost) {

@@ -7,6 +7,7 @@ use crate::models::mochi::config::POOL_HEADS;
 use crate::nn::attention::attention;
 use crate::nn::linear::Linear;
 use crate::nn::route::Route;
+use crate::pipeline::guided::Entries;
 
 /// Text that is ready for every step.
 pub struct TextContext {
@@ -20,6 +21,7 @@ pub struct TextContext {
 }
 
 /// Which of a sample's tokens count.
+#[derive(Clone)]
 enum Counting {
     /// The first so many.
     First(usize),
@@ -53,6 +55,17 @@ impl TextContext {
             Counting::First(count) => own.narrow(1, 0, *count).map(Some),
             Counting::At(places) => own.contiguous()?.index_select(places, 1).map(Some),
         }
+    }
+}
+
+impl Entries for TextContext {
+    fn entry(&self, index: usize) -> Result<Self> {
+        Ok(Self {
+            pooled: self.pooled.entry(index)?,
+            tokens: self.tokens.entry(index)?,
+            counting: self.counting.iter().skip(index).take(1).cloned().collect(),
+            route: self.route.clone(),
+        })
     }
 }
 

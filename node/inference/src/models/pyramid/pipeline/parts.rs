@@ -11,10 +11,11 @@ use crate::error::Error;
 use crate::models::pyramid::transformer::TextContext;
 use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
+use crate::pipeline::guided::{Texts, each};
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::run::{Course, State, VideoModel, pictures, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
-use crate::sampler::guidance::{guide, rescale};
+use crate::sampler::guidance::Passes;
 use crate::tiling::Tiling;
 
 /// What a run remembers beside the latents: those of the units that are done, `[1, C, frames, H, W]`.
@@ -22,8 +23,7 @@ const FINISHED: &str = "units";
 
 /// What stays the same over all steps.
 pub struct Context {
-    text: TextContext,
-    guided: bool,
+    texts: Texts<TextContext>,
     /// The first unit, where a picture was given.
     picture: Option<Tensor>,
 }
@@ -67,8 +67,7 @@ impl VideoModel for PyramidPipeline {
     }
 
     fn is_guided(&self, request: &GenerateRequest) -> bool {
-        let later = request.later_guidance.is_some_and(|guidance| guidance > 1.0);
-        request.is_guided() || (later && request.touch.guidance.is_empty())
+        is_guided(request)
     }
 
     fn takes(&self) -> Takes {
@@ -108,23 +107,20 @@ impl VideoModel for PyramidPipeline {
     }
 
     fn context(&self, request: &GenerateRequest, _plan: &Plan) -> Result<Context, Error> {
-        let guided = self.is_guided(request);
-        let encode = |prompt: &str| self.encode_prompt(&self.with_suffix(prompt), request.truncate_prompt);
-        let mut text = vec![touch::prompt(request, encode)?];
-        if guided {
-            text.insert(0, self.encode_prompt(&request.negative_prompt, request.truncate_prompt)?);
-        }
-        let joined = |part: fn(&super::PromptEmbeds) -> &Tensor| {
-            Tensor::cat(&text.iter().map(part).collect::<Vec<_>>(), 0)
-        };
-        let (embeds, mask) = (joined(|text| &text.embeds)?, joined(|text| &text.mask)?);
+        let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
+        let positive = touch::prompt(request, |prompt| encode(&self.with_suffix(prompt)))?;
+        let negative = self.is_guided(request).then(|| encode(&request.negative_prompt)).transpose()?;
         self.text.give_back();
         let picture = picture(self, request)?;
         self.vae.give_back();
-        let pooled = joined(|text| &text.pooled)?;
-        let mut text = self.transformer.get()?.text_context(&embeds, &mask, &pooled)?;
-        text.route = request.touch.route.clone();
-        Ok(Context { text, guided, picture })
+        let transformer = self.transformer.get()?;
+        let passes = Passes::new(request.guidance_passes, &self.device);
+        let texts = Texts::new(&passes, &positive, negative.as_ref(), |text| {
+            let mut context = transformer.text_context(&text.embeds, &text.mask, &text.pooled)?;
+            context.route = request.touch.route.clone();
+            Ok(context)
+        })?;
+        Ok(Context { texts, picture })
     }
 
     /// A given picture is a unit that is done.
@@ -155,24 +151,13 @@ impl VideoModel for PyramidPipeline {
             None => Vec::new(),
         };
         clips.push(state.latents.clone());
-        let batch = if context.guided { 2 } else { 1 };
-        if context.guided {
-            clips = clips.iter().map(|clip| Tensor::cat(&[clip, clip], 0)).collect::<Result<_, _>>()?;
-        }
-        let timesteps = Tensor::from_vec(vec![plan.timesteps[index]; batch], batch, &Device::Cpu)?;
         let transformer = self.transformer.get()?;
-        let velocity = transformer.forward(&clips, &timesteps, &context.text)?.to_dtype(DType::F32)?;
-        if !context.guided {
-            return Ok(velocity);
-        }
-        let (negative, positive) = (velocity.narrow(0, 0, 1)?, velocity.narrow(0, 1, 1)?);
         let plain = self.settings.guidance(request, place.unit);
-        let scale = request.guidance_at(index, plan.places.len(), plain);
-        let guided = guide(&negative, &positive, scale)?;
-        if request.guidance_rescale > 0.0 {
-            return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
-        }
-        Ok(guided)
+        context.texts.guided(request, (index, plan.places.len()), plain, |text, batch| {
+            let timesteps = Tensor::from_vec(vec![plan.timesteps[index]; batch], batch, &Device::Cpu)?;
+            let clips = clips.iter().map(|clip| each(clip, batch)).collect::<Result<Vec<_>, _>>()?;
+            Ok(transformer.forward(&clips, &timesteps, text)?.to_dtype(DType::F32)?)
+        })
     }
 
     /// The clean latents that it gives are those of the units that are done and of this one in full size.
@@ -229,6 +214,12 @@ impl VideoModel for PyramidPipeline {
     ) -> Result<Tensor, Error> {
         decode(self, request, volume, observer)
     }
+}
+
+/// Whether the negative prompt is used: one guidance of both is enough.
+pub(super) fn is_guided(request: &GenerateRequest) -> bool {
+    let later = request.later_guidance.is_some_and(|guidance| guidance > 1.0);
+    request.is_guided() || (later && request.touch.guidance.is_empty())
 }
 
 impl PyramidPipeline {

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use candle_core::DType;
 
+use super::parts::is_guided;
 use super::{OwnExtras, Usual, VAE_FOLDER, read_clip, transformer_folder};
 use crate::error::Error;
 use crate::folder::read_t5;
@@ -15,6 +16,7 @@ use crate::models::pyramid::transformer::PyramidTransformer;
 use crate::models::pyramid::vae::{PyramidVae, PyramidVaeConfig};
 use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
 use crate::pipeline::GenerateRequest;
+use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::{clip_text, t5};
 use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
@@ -43,8 +45,7 @@ pub(crate) fn plan(
     let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
     let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
     let stages = settings.scheduler.stage_range.len() - 1;
-    let guided = request.guidance > 1.0 || request.later_guidance.is_some_and(|guidance| guidance > 1.0);
-    let batch = if guided { 2 } else { 1 };
+    let texts = Texts::new(is_guided(request), request, options);
     let (dtype, tokens) = (options.dtype, info.token_limit);
     let volume = [1, work.latent_channels, cells[0], cells[1], cells[2]];
 
@@ -68,20 +69,17 @@ pub(crate) fn plan(
             }
             embeds
         };
-        let first = each();
-        if guided {
-            cat(&[&each(), &first], 0);
-        }
+        let _all: Vec<_> = (0..texts.count).map(|_| each()).collect();
     });
     if !request.conditions.is_empty() {
         draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
-            let _held = (ledger.wide(&volume), ledger.ghost(&[batch, tokens, text.d_model], dtype));
+            let _held = (ledger.wide(&volume), ledger.ghost(&[texts.count, tokens, text.d_model], dtype));
             encode(&vae_config, &ledger.wide(&[1, 1, request.height, request.width, 3]).to(dtype));
         });
     }
     draft.phase(PlanPhase::Denoise, &[transformer], |ledger| {
         let seen = Seen::new(cells, stages, settings.frames_per_unit);
-        denoise(ledger, &config, (&seen, volume), [batch, tokens], dtype);
+        denoise(ledger, &config, (&seen, volume), (texts, tokens), dtype);
     });
     draft.phase(PlanPhase::Decode, &[vae], |ledger| {
         let state = ledger.wide(&volume);
@@ -129,7 +127,7 @@ fn denoise(
     ledger: &Ledger,
     config: &TransformerConfig,
     (seen, volume): (&Seen, [usize; 5]),
-    [batch, words]: [usize; 2],
+    (texts, words): (Texts, usize),
     dtype: DType,
 ) {
     let frames = seen.tokens();
@@ -137,43 +135,54 @@ fn denoise(
     let own: usize = frames[frames.len() - seen.own..].iter().sum();
     let _finished = ledger.wide(&volume);
     let state = ledger.wide(&[1, own, config.token_channels()]);
-    let context = ledger.ghost(&[batch, words, config.joint_attention_dim], dtype);
+    let context = ledger.ghost(&[texts.count, words, config.joint_attention_dim], dtype);
     let text = context.linear(width);
     drop(context);
-    let clips = ledger.wide(&[batch, tokens, config.token_channels()]);
+    let clips = ledger.wide(&[1, tokens, config.token_channels()]);
+    let frames = &frames[..];
+    texts.guided(state.dims(), || {
+        let clips = texts.each(&clips);
+        let text = texts.at_once(&text);
+        forward(config, &clips, text, (frames, seen.own), dtype).to(DType::F32)
+    });
+}
+
+fn forward(
+    config: &TransformerConfig,
+    clips: &Ghost,
+    mut text: Ghost,
+    (frames, own): (&[usize], usize),
+    dtype: DType,
+) -> Ghost {
+    let (width, words) = (config.inner(), text.dim(1));
     let pairs = config.axes.iter().sum::<usize>() / 2;
-    let all = words + tokens;
+    let all = words + clips.dim(1);
     let heads = config.num_attention_heads;
     let _rope = {
-        let tables = (ledger.wide(&[all, pairs]), ledger.wide(&[all, pairs]));
-        let spread = (ledger.wide(&[all * heads, pairs]), ledger.wide(&[all * heads, pairs]));
+        let table = || clips.another(&[all, pairs], DType::F32);
+        let tables = (table(), table());
+        let spread = || clips.another(&[all * heads, pairs], DType::F32);
+        let spread = (spread(), spread());
         drop(tables);
         spread
     };
     let mut x = {
         let packed = clips.same();
-        let joined = if frames.len() > seen.own { packed.same() } else { packed.clone() };
+        let joined = if frames.len() > own { packed.same() } else { packed.clone() };
         let x = joined.to(dtype).linear(width);
         if config.positions.is_some() { x.same() } else { x }
     };
-    let layout = Layout { words, frames: &frames };
-    let mut text = text;
+    let layout = Layout { words, frames };
     for _ in 0..config.num_layers.min(2) {
         (text, x) = double_block(config, &text, &x, &layout);
     }
-    let whole = cat(&[&text, &x], 1);
-    let mut y = whole;
+    let mut y = cat(&[&text, &x], 1);
     for _ in 0..config.num_single_layers.min(2) {
         y = single_block(config, &y, &layout);
     }
-    let last = y.narrow(1, own).solid();
+    let last = y.narrow(1, frames[frames.len() - own..].iter().sum()).solid();
     let out = { last.norm() }.linear(config.token_channels());
-    let velocity = out.same().to(DType::F32);
-    drop((x, y, text, last, out));
-    if batch > 1 {
-        let one = velocity.view(state.dims());
-        let _guided = one.same().same().same();
-    }
+    out.same()
 }
 
 struct Layout<'a> {

@@ -28,6 +28,14 @@ impl Embeds for PromptEmbeds {
         let (embeds, mask) = words(self).mixed(&words(other), weight, way)?;
         Ok(Self { embeds, mask, pooled: mix(&self.pooled, &other.pooled, weight, way)? })
     }
+
+    fn joined(&self, other: &Self) -> candle_core::Result<Self> {
+        Ok(Self {
+            embeds: self.embeds.joined(&other.embeds)?,
+            mask: self.mask.joined(&other.mask)?,
+            pooled: self.pooled.joined(&other.pooled)?,
+        })
+    }
 }
 
 /// All text encoders of a model.

@@ -10,10 +10,11 @@ use crate::models::wan::rope::RopeTables;
 use crate::models::wan::transformer::{TextContext, WanTransformer};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::conditions::Takes;
+use crate::pipeline::guided::{Texts, each};
 use crate::pipeline::latents::{LatentRgb, pack, unpack};
 use crate::pipeline::run::{Course, State, VideoModel, initial, pictures as shown, watched};
 use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
-use crate::sampler::guidance::{Passes, guide, rescale};
+use crate::sampler::guidance::Passes;
 use crate::text::clean::clean;
 use crate::tiling::Tiling;
 
@@ -29,22 +30,12 @@ pub struct Plan {
 /// What stays the same over all steps.
 pub struct Context {
     /// For the first transformer, where the run has a step of it.
-    high: Option<Texts>,
+    high: Option<Texts<TextContext>>,
     /// For the second.
-    low: Option<Texts>,
+    low: Option<Texts<TextContext>>,
     rope: RopeTables,
-    passes: Passes,
     /// The latents of the pictures, in the form in which the model takes them.
     pictures: Option<Tensor>,
-}
-
-/// The prompts as one transformer reads them.
-struct Texts {
-    positive: TextContext,
-    /// Where there is guidance.
-    negative: Option<TextContext>,
-    /// Negative and positive as one batch, where they go together.
-    both: Option<TextContext>,
 }
 
 impl VideoModel for WanPipeline {
@@ -134,28 +125,20 @@ impl VideoModel for WanPipeline {
     fn context(&self, request: &GenerateRequest, plan: &Plan) -> Result<Context, Error> {
         let encode = |prompt: &str| self.encode_prompt(prompt, request.truncate_prompt);
         let positive = touch::prompt(request, encode)?;
-        let negative = match self.is_guided(request) {
-            true => Some(encode(&request.negative_prompt)?),
-            false => None,
-        };
+        let negative = self.is_guided(request).then(|| encode(&request.negative_prompt)).transpose()?;
         self.text.give_back();
         let states = self.pictures.states(request, self)?;
         self.pictures.give_back();
         let pictures = pictures::latents(self, request)?;
         self.vae.give_back();
         let passes = Passes::new(request.guidance_passes, &self.device);
-        let texts = |transformer: &Slot<WanTransformer>| -> Result<Texts, Error> {
+        let texts = |transformer: &Slot<WanTransformer>| -> Result<Texts<TextContext>, Error> {
             let transformer = transformer.get()?;
-            let context = |text: &Tensor| -> Result<TextContext, Error> {
+            Texts::new(&passes, &positive, negative.as_ref(), |text| {
                 let mut context = transformer.text_context(text, states.as_ref())?;
                 context.route = request.touch.route.clone();
                 Ok(context)
-            };
-            let negative = negative.as_ref().map(context).transpose()?;
-            let positive = context(&positive)?;
-            let both = negative.as_ref().filter(|_| passes.is_together());
-            let both = both.map(|negative| TextContext::join(negative, &positive)).transpose()?;
-            Ok(Texts { positive, negative, both })
+            })
         };
         let timesteps = plan.schedule.course().timesteps;
         let any = |low: bool| timesteps.iter().any(|&timestep| self.is_low(timestep) == low);
@@ -170,7 +153,6 @@ impl VideoModel for WanPipeline {
             low,
             rope: RopeTables::new(&self.config, grid, &self.device)?,
             pictures,
-            passes,
         })
     }
 
@@ -205,22 +187,11 @@ impl VideoModel for WanPipeline {
             }
         };
         let latents = pack(&latents, patch)?;
-        let velocity = |text: &TextContext| -> Result<Tensor, Error> {
-            let batch = text.projected.dim(0)?;
-            let each = |tensor: &Tensor| Tensor::cat(&vec![tensor; batch], 0);
-            let velocity = transformer.forward(&each(&latents)?, &each(&timestep)?, text, &context.rope)?;
+        texts.guided(request, (index, course.steps()), guidance, |text, batch| {
+            let (latents, timestep) = (each(&latents, batch)?, each(&timestep, batch)?);
+            let velocity = transformer.forward(&latents, &timestep, text, &context.rope)?;
             Ok(unpack(&velocity.to_dtype(DType::F32)?, plan.cells, patch)?)
-        };
-        let Some(negative) = &texts.negative else { return velocity(&texts.positive) };
-        let both = || velocity(texts.both.as_ref().expect("invariant: texts that go together are joined"));
-        let [negative, positive] =
-            context.passes.predict(both, |entry| velocity([negative, &texts.positive][entry]))?;
-        let scale = request.guidance_at(index, course.steps(), guidance);
-        let guided = guide(&negative, &positive, scale)?;
-        if request.guidance_rescale > 0.0 {
-            return Ok(rescale(&guided, &positive, request.guidance_rescale)?);
-        }
-        Ok(guided)
+        })
     }
 
     fn advance(

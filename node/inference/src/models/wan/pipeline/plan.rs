@@ -13,6 +13,7 @@ use crate::models::wan::transformer::WanTransformer;
 use crate::models::wan::vae::{WanVae, WanVaeConfig};
 use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
 use crate::pipeline::GenerateRequest;
+use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
 use crate::plan::text::{t5, vision};
 use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
@@ -38,10 +39,9 @@ pub(crate) fn plan(
     let config = |part: &str| TransformerConfig::read(&folder.join(part).join("config.json"));
     let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
     let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
-    let guided = request.guidance > 1.0;
+    let texts = Texts::new(request.is_guided(), request, options);
     let (dtype, tokens) = (options.dtype, info.token_limit);
     let latents = [1, work.latent_channels, cells[0], cells[1], cells[2]];
-    let words = if guided { 2 } else { 1 };
     let given = request.conditions.len();
 
     let mut draft = Draft::new(options, request);
@@ -50,17 +50,14 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, true, text_dtype(dtype)).same();
-        let _first = each();
-        if guided {
-            each();
-        }
+        let _all: Vec<_> = (0..texts.count).map(|_| each()).collect();
     });
     if form == Form::Clip {
         let (seen, _) = read_vision(folder)?;
         let load = |vb| ClipVisionEncoder::load(&seen, &vb);
         let (eye, _) = draft.component("image encoder", DType::F32, load)?;
         draft.phase(PlanPhase::Conditions, &[eye], |ledger| {
-            let _held = (ledger.wide(&latents), ledger.ghost(&[words, tokens, text.d_model], dtype));
+            let _held = (ledger.wide(&latents), ledger.ghost(&[texts.count, tokens, text.d_model], dtype));
             vision(ledger, &seen, given.max(1));
         });
     }
@@ -70,7 +67,7 @@ pub(crate) fn plan(
     let (vae, decoder) = draft.component("vae", DType::F32, load)?;
     if given > 0 {
         draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
-            let _held = (ledger.wide(&latents), ledger.ghost(&[words, tokens, text.d_model], dtype));
+            let _held = (ledger.wide(&latents), ledger.ghost(&[texts.count, tokens, text.d_model], dtype));
             let frames = if form == Form::First { 1 } else { request.frames };
             let picture = ledger.wide(&[1, 3, 1, request.height, request.width]);
             let mut video = picture.clone();
@@ -83,7 +80,7 @@ pub(crate) fn plan(
             encode(&vae_config, &video);
         });
     }
-    let run = Run { cells, patch: work.patch, tokens, guided, given, form };
+    let run = Run { cells, patch: work.patch, tokens, texts, given, form };
     let mut transformers = vec![("transformer", config("transformer")?)];
     if boundary(folder, index, WanSampler::load(folder)?.train_timesteps())?.is_some() {
         transformers.push(("transformer 2", config(SECOND)?));
@@ -117,7 +114,7 @@ struct Run {
     patch: [usize; 3],
     /// Text tokens.
     tokens: usize,
-    guided: bool,
+    texts: Texts,
     /// Pictures.
     given: usize,
     form: Form,
@@ -137,12 +134,13 @@ fn denoise(
     let state = ledger.wide(latents);
     // What a sampler of several steps remembers.
     let _memory = ledger.wide(&[2, latents[1], latents[2], latents[3], latents[4]]);
-    let texts = transformers * if run.guided { 2 } else { 1 };
-    let _projected = ledger.ghost(&[texts, run.tokens, width], dtype);
-    let _keys_and_values = ledger.ghost(&[2 * texts * config.num_layers, run.tokens, width], dtype);
-    let text = ledger.ghost(&[1, run.tokens, width], dtype);
+    let texts = run.texts;
+    let read = transformers * texts.count;
+    let _projected = ledger.ghost(&[read, run.tokens, width], dtype);
+    let _keys_and_values = ledger.ghost(&[2 * read * config.num_layers, run.tokens, width], dtype);
+    let text = ledger.ghost(&[texts.batch, run.tokens, width], dtype);
     let seen = config.pos_embed_seq_len.or(config.image_dim.map(|_| run.tokens)).unwrap_or(0);
-    let _seen = ledger.ghost(&[2 * texts * config.num_layers, seen, width], dtype);
+    let _seen = ledger.ghost(&[2 * read * config.num_layers, seen, width], dtype);
     let _rope = ledger.wide(&[tokens, config.attention_head_dim]);
     let mut channels = latents[1];
     if run.given > 0 && run.form != Form::First {
@@ -154,21 +152,16 @@ fn denoise(
     let packed = input.turned(&[1, tokens, channels * run.patch.iter().product::<usize>()]);
     drop(input);
     let each = if run.given > 0 && run.form == Form::First { tokens } else { 1 };
-    let velocity = || {
-        let out = forward(config, &packed, each, &text, dtype).to(DType::F32);
-        out.turned(latents)
-    };
-    let positive = velocity();
-    if run.guided {
-        let negative = velocity();
-        let _guided = (positive.same(), negative.same(), negative.same());
-    }
+    texts.guided(latents, || {
+        let out = forward(config, &texts.each(&packed), each, &text, dtype).to(DType::F32);
+        out.turned(&[texts.batch, latents[1], latents[2], latents[3], latents[4]])
+    });
 }
 
 fn forward(config: &TransformerConfig, latents: &Ghost, each: usize, text: &Ghost, dtype: DType) -> Ghost {
     let width = config.inner();
     let mut x = latents.to(dtype).linear(width);
-    let embedded = x.turned(&[1, each, width]);
+    let embedded = x.turned(&[x.dim(0), each, width]);
     let modulation = embedded.linear(6 * width).to(DType::F32);
     for _ in 0..config.num_layers.min(2) {
         x = block(config, &x, &modulation, text, dtype);
@@ -187,7 +180,7 @@ fn modulated(x: &Ghost, shift: &Ghost, scale: &Ghost) -> Ghost {
 fn block(config: &TransformerConfig, x: &Ghost, modulation: &Ghost, text: &Ghost, dtype: DType) -> Ghost {
     let width = config.inner();
     let values = modulation.same().to(dtype);
-    let part = || values.turned(&[1, values.dim(1), width]);
+    let part = || values.turned(&[values.dim(0), values.dim(1), width]);
     let own = attend(config, &modulated(x, &part(), &part()));
     let x = {
         let _gate = part();
@@ -220,7 +213,7 @@ fn attend_text(config: &TransformerConfig, x: &Ghost, text: &Ghost) -> Ghost {
 }
 
 fn split(config: &TransformerConfig, x: &Ghost) -> Ghost {
-    x.view(&[1, x.dim(1), config.num_attention_heads, config.attention_head_dim])
+    x.view(&[x.dim(0), x.dim(1), config.num_attention_heads, config.attention_head_dim])
 }
 
 /// A causal convolution.

@@ -469,7 +469,7 @@ pub struct Timings {
     pub steps: f64,
     /// Latents to frames.
     pub decode: f64,
-    /// Frames to a file, with writing it.
+    /// What was left to encode when the frames were there, and writing the file.
     pub encode: f64,
 }
 

@@ -1,30 +1,14 @@
 //! What is computed once instead of twice: the text's embeddings, and guidance's predictions as one batch.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
+#[path = "support/forms.rs"]
+mod forms;
 
+use forms::{PIPELINES, golden, request};
 use kinoflock_inference::offload::InTurn;
 use kinoflock_inference::sampler::guidance::GuidancePasses;
 use kinoflock_inference::text::PromptEncoder;
-use kinoflock_inference::{Condition, Device, GenerateRequest, LoadOptions, Silent, Tensor, load, registry};
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name).join("pipeline")
-}
-
-/// A small guided request, with as many pictures as are wanted: at the beginning, and at the end.
-fn request(folder: &Path, pictures: usize) -> GenerateRequest {
-    let mut request = registry::facts(folder).unwrap().smallest();
-    (request.prompt, request.negative_prompt) = ("a red dog".to_owned(), "cold fog".to_owned());
-    (request.steps, request.guidance, request.truncate_prompt) = (2, 4.0, true);
-    request.decode.skip = true;
-    let shape = (1, 3, request.height, request.width);
-    let picture = || Tensor::full(0.5f32, shape, &Device::Cpu).unwrap();
-    let frames = [0, request.frames - 1];
-    request.conditions =
-        frames.iter().take(pictures).map(|&frame| Condition::new(picture(), frame)).collect();
-    request
-}
+use kinoflock_inference::{GenerateRequest, LoadOptions, Silent, load};
 
 #[test]
 fn a_prompt_is_encoded_once_however_often_it_is_asked_for() {
@@ -51,24 +35,11 @@ fn a_prompt_is_encoded_once_however_often_it_is_asked_for() {
 
 #[test]
 fn guidance_in_one_batch_gives_what_two_passes_give() {
-    for (name, pictures) in [
-        ("ltx-video-0.9.0", 0),
-        ("ltx-video-0.9.5", 0),
-        ("ltx-video-0.9.5", 1),
-        ("cogvideox-2b", 0),
-        ("cogvideox-5b-i2v", 1),
-        ("cogvideox-1.5", 0),
-        ("mochi-1", 0),
-        ("pyramid-flow-miniflux", 1),
-        ("pyramid-flow-sd3", 0),
-        ("wan2.1", 0),
-        ("wan2.1-flf2v", 2),
-        ("wan2.2-a14b", 0),
-        ("wan2.2-ti2v-5b", 1),
-    ] {
+    for &(name, pictures) in PIPELINES {
         let folder = golden(name);
         let mut pipeline = load(&folder, &LoadOptions::default()).unwrap();
-        let request = GenerateRequest { guidance_rescale: 0.3, ..request(&folder, pictures) };
+        let mut request = request(&folder, pictures);
+        (request.guidance_rescale, request.decode.skip) = (0.3, true);
         let mut run = |guidance_passes| {
             let request = GenerateRequest { guidance_passes, ..request.clone() };
             (pipeline.generate(&request, &mut Silent).unwrap(), pipeline.commitment(&request).unwrap())

@@ -57,7 +57,7 @@ const CASES: &[Case] = &[
     case("cogvideox-5b", [512, 512, 25], [128, 128, 25]),
     case("cogvideox-1.5", [160, 160, 241], [160, 160, 33]),
     Case { pictures: 1, ..case("cogvideox-1.5-i2v", [160, 160, 401], [160, 160, 33]) },
-    Case { pictures: 1, ..case("cogvideox-5b-i2v", [48, 32, 4801], [48, 32, 401]) },
+    Case { pictures: 1, ..case("cogvideox-5b-i2v", [48, 32, 4801], [48, 32, 1201]) },
     case("mochi-1", [512, 512, 25], [64, 64, 31]),
     Case { chunk: 12, ..case("mochi-1", [0; 3], [64, 64, 31]) },
     case("pyramid-flow-miniflux", [768, 768, 25], [128, 128, 17]),

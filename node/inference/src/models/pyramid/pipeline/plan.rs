@@ -134,41 +134,39 @@ fn denoise(
     let frames = seen.tokens();
     let (width, tokens) = (config.inner(), frames.iter().sum::<usize>());
     let own: usize = frames[frames.len() - seen.own..].iter().sum();
-    let _finished = ledger.wide(&volume);
+    let [_, channels, all, rows, columns] = volume;
+    let _finished = ledger.wide(&[1, channels, all.saturating_sub(seen.own), rows, columns]);
     let state = ledger.wide(&[1, own, config.token_channels()]);
     let context = ledger.ghost(&[texts.count, words, config.joint_attention_dim], dtype);
     let text = context.linear(width);
     drop(context);
-    let clips = ledger.wide(&[1, tokens, config.token_channels()]);
-    let frames = &frames[..];
+    let before = ledger.wide(&[1, tokens - own, config.token_channels()]);
     texts.guided(state.dims(), || {
-        let clips = texts.each(&clips);
-        let text = texts.at_once(&text);
-        forward(config, &clips, text, (frames, seen.own), dtype).to(DType::F32)
+        let _clips = (texts.each(&before), texts.each(&state));
+        forward(ledger, config, texts.at_once(&text), (&frames, seen.own), dtype).to(DType::F32)
     });
 }
 
 fn forward(
+    ledger: &Ledger,
     config: &TransformerConfig,
-    clips: &Ghost,
     mut text: Ghost,
     (frames, own): (&[usize], usize),
     dtype: DType,
 ) -> Ghost {
-    let (width, words) = (config.inner(), text.dim(1));
+    let (width, tokens) = (config.inner(), frames.iter().sum::<usize>());
+    let (batch, words) = (text.dim(0), text.dim(1));
     let pairs = config.axes.iter().sum::<usize>() / 2;
-    let all = words + clips.dim(1);
+    let all = words + tokens;
     let heads = config.num_attention_heads;
     let _rope = {
-        let table = || clips.another(&[all, pairs], DType::F32);
-        let tables = (table(), table());
-        let spread = || clips.another(&[all * heads, pairs], DType::F32);
-        let spread = (spread(), spread());
+        let tables = (ledger.wide(&[all, pairs]), ledger.wide(&[all, pairs]));
+        let spread = (ledger.wide(&[all * heads, pairs]), ledger.wide(&[all * heads, pairs]));
         drop(tables);
         spread
     };
     let mut x = {
-        let packed = clips.same();
+        let packed = ledger.wide(&[batch, tokens, config.token_channels()]);
         let joined = if frames.len() > own { packed.same() } else { packed.clone() };
         let x = joined.to(dtype).linear(width);
         if config.positions.is_some() { x.same() } else { x }

@@ -20,7 +20,7 @@ use crate::pipeline::FrameRule;
 use crate::pipeline::guided::{Entries, Texts, each};
 use crate::pipeline::touch::Embeds;
 use crate::sampler::guidance::{GuidancePasses, Passes};
-use crate::sink::whole;
+use crate::sink::Nowhere;
 use crate::tiling::Tiling;
 
 /// Frames a second, on which LTX-Video's positions depend.
@@ -197,7 +197,7 @@ impl Bench<'_> {
         let timestep = Tensor::new(&[0.05f32], &Device::Cpu)?;
         let settings =
             DecodeSettings { timestep: Some(&timestep), noise: Noise::None, tiling: Tiling::default() };
-        Ok(Figures { step, decode: self.least(|| whole(|sink| vae.decode(&z, &settings, sink, None)))? })
+        Ok(Figures { step, decode: self.least(|| vae.decode(&z, &settings, &mut Nowhere, None))? })
     }
 
     fn wan(&self) -> std::result::Result<Figures, Error> {
@@ -221,7 +221,7 @@ impl Bench<'_> {
         // As pipelines do: this autoencoder is f32 whatever the rest is.
         let vae = WanVae::load_decoder(&config, random_weights(DType::F32, self.device))?;
         let z = self.random((1, config.z_dim, cells[0], cells[1], cells[2]))?.to_dtype(DType::F32)?;
-        Ok(Figures { step, decode: self.least(|| whole(|sink| vae.decode(&z, Tiling::default(), sink)))? })
+        Ok(Figures { step, decode: self.least(|| vae.decode(&z, Tiling::default(), &mut Nowhere))? })
     }
 
     /// Seconds of a guided step's predictions, both from the same text.

@@ -143,7 +143,7 @@ fn tiles_and_half_numbers_need_less() {
     let whole = decode(&request);
     (request.decode.tile, request.decode.chunk) = (Some(128), Some(16));
     assert!(decode(&request) <= whole);
-    let gpu = |dtype| PlanOptions { cpu: false, dtype, text_on_cpu: false };
+    let gpu = |dtype| PlanOptions { cpu: false, dtype, ..PlanOptions::default() };
     let weights = |options: &PlanOptions| MemoryPlan::new(&folder, &request, options).unwrap().weights();
     assert_eq!(weights(&gpu(DType::F32)), 2 * weights(&gpu(DType::BF16)));
     let apart = PlanOptions { text_on_cpu: true, ..gpu(DType::BF16) };

@@ -333,6 +333,8 @@ pub struct Storage {
     pub audit_limit: u64,
     /// How long they are kept.
     pub audit_keep: Duration,
+    /// Bytes of adapters kept between jobs.
+    pub adapters_limit: u64,
     /// Whether other nodes may have the files of models under open licences.
     pub share_models: bool,
     /// Names or ids of models to fetch from others and hold, at most [`MAX_KEPT`].
@@ -538,6 +540,7 @@ fn check_storage(section: &file::StorageSection, folders: Option<&Folders>) -> R
         replicas_limit: section.replicas_limit.0,
         audit_limit: section.audit_limit.0,
         audit_keep: section.audit_keep.duration(),
+        adapters_limit: section.adapters_limit.0,
         share_models: section.share_models,
         keep: match section.keep.len() {
             given if given > MAX_KEPT => {

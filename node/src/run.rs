@@ -68,6 +68,7 @@ mod requests;
 mod selftest;
 mod slices;
 mod start;
+mod status;
 
 pub use start::{RunError, main};
 

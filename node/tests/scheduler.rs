@@ -4,21 +4,15 @@
 use std::time::Duration;
 
 use kinoflock_node::config::{Limits, PolicyConfig, QueueConfig, Serve};
-use kinoflock_node::policy::{Class, Rule, rule_of};
+use kinoflock_node::policy::{Class, Rule};
 use kinoflock_node::scheduler::{
     Admission, Cancelled, Cause, DeviceId, DeviceMode, Event, MAX_STARTS, Outcome, RestoredJob, Stage,
 };
-use kinoflock_protocol::refusal::{Reason, Refusal};
+use kinoflock_protocol::refusal::Reason;
 
 #[path = "scheduler/world.rs"]
 mod world;
 use world::*;
-
-fn rule(result: Result<impl std::fmt::Debug, Refusal>) -> Rule {
-    let refusal = result.unwrap_err();
-    assert!(!refusal.limit.is_empty() && !refusal.given.is_empty(), "limit and given value: {refusal}");
-    rule_of(&refusal).unwrap()
-}
 
 #[test]
 fn a_job_runs_from_quote_to_done() {
@@ -157,60 +151,6 @@ fn an_idle_requester_saves_up_nothing() {
     let b: Vec<_> = (0..3).map(|_| world.submit(public(2, 2), wanted(10)).unwrap()).collect();
     let order: Vec<_> = (0..6).map(|_| world.finish(0)).collect();
     assert_eq!(order, [a[0], b[0], a[1], b[1], a[2], b[2]]);
-}
-
-#[test]
-fn leases_are_bounded_per_requester_per_network_and_in_total() {
-    let mut world = World::new();
-    for _ in 0..2 {
-        world.quote(public(1, 1), wanted(1)).unwrap();
-    }
-    assert_eq!(rule(world.quote(public(1, 1), wanted(1))), Rule::LeasesPerRequester);
-    for key in 2..8 {
-        world.quote(public(key, 1), wanted(1)).unwrap();
-    }
-    assert_eq!(rule(world.quote(public(99, 1), wanted(1))), Rule::LeasesPerPrefix);
-    world.pass(15);
-    assert_eq!(world.others.iter().filter(|event| matches!(event, Event::LeaseExpired { .. })).count(), 8);
-    world.quote(public(99, 1), wanted(1)).unwrap();
-}
-
-#[test]
-fn filling_the_lease_table_locks_no_other_network_out() {
-    let mut world = World::new();
-    for net in 1..=4 {
-        for key in 0..8 {
-            world.quote(public(u64::from(net) * 100 + key, net), wanted(1)).unwrap();
-        }
-    }
-    let mine = world.quote(public(9_000, 9), wanted(1)).unwrap().lease;
-    for key in 0..8 {
-        let _ = world.quote(public(8_000 + key, 1), wanted(1));
-    }
-    let new = world.new_job(public(9_000, 9), wanted(1), mine);
-    assert!(matches!(world.order(&new), Ok(Admission::Store { .. })));
-}
-
-#[test]
-fn an_order_needs_its_own_open_lease_for_this_very_job() {
-    let mut world = World::new();
-    let unknown = kinoflock_protocol::id::LeaseId::from_bytes([9; 16]);
-    let new = world.new_job(public(1, 1), wanted(10), unknown);
-    assert_eq!(rule(world.order(&new)), Rule::LeaseUnknown);
-
-    let lease = world.quote(public(1, 1), wanted(10)).unwrap().lease;
-    let stolen = world.new_job(public(2, 1), wanted(10), lease);
-    assert_eq!(rule(world.order(&stolen)), Rule::LeaseOther);
-    let larger = world.new_job(public(1, 1), wanted(11), lease);
-    assert_eq!(rule(world.order(&larger)), Rule::LeaseShape);
-    let after = world.new_job(public(1, 1), wanted(10), lease);
-    assert_eq!(rule(world.order(&after)), Rule::LeaseUnknown, "a lease is used once");
-
-    let lease = world.quote(public(1, 1), wanted(10)).unwrap().lease;
-    world.pass(15);
-    let late = world.new_job(public(1, 1), wanted(10), lease);
-    assert_eq!(rule(world.order(&late)), Rule::LeaseExpired);
-    assert_eq!(rule(world.order(&after)), Rule::LeaseUnknown, "used up is not expired");
 }
 
 #[test]

@@ -163,6 +163,7 @@ impl Engine for TestEngine {
         if self.orders.number("noise").is_some() {
             blake3::Hasher::new_keyed(&key).finalize_xof().fill(&mut frames.data);
         }
+        context.frames(frames)?;
         let latents = latents(&key, request.frames as usize);
         let latents_shape = vec![1, 4, request.frames as usize, 2, 2];
         let start = latents_bytes(&step_latents(&key, 0).map_err(|error| fault(&error))?);
@@ -172,7 +173,7 @@ impl Engine for TestEngine {
         let commitment = Commitment { conditioning: key, samplers: samplers.collect() };
         let steps_done = request.steps - first;
         let kept = BTreeMap::new();
-        Ok(Made { frames, latents, latents_shape, kept, state_hashes, commitment, steps_done })
+        Ok(Made { latents, latents_shape, kept, state_hashes, commitment, steps_done })
     }
 
     fn audit(&mut self, audit: &AuditRun, context: &mut Context<'_>) -> Result<AuditReport, Failure> {

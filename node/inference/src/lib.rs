@@ -23,6 +23,7 @@ pub mod plan;
 pub mod registry;
 pub mod rng;
 pub mod sampler;
+pub mod sink;
 pub mod text;
 pub mod tiling;
 pub mod vision;

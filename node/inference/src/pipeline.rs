@@ -3,7 +3,7 @@
 //!
 //! The order of calls to an [`Observer`] within one [`Pipeline::generate`]: `phase(Text)`, `phase(Step)`, then for each
 //! step `cancelled`, `step`, and where asked for `preview` and `checkpoint`, then `phase(Decode)` with `cancelled`
-//! before it. Where components go in turn, `phase(Load)` comes instead of `phase(Text)`, and again where another transformer
+//! before it, and `frames` with `cancelled` between. Where components go in turn, `phase(Load)` comes instead of `phase(Text)`, and again where another transformer
 //! is read between steps. A cancelled run answers [`Error::Cancelled`] within one step.
 
 pub mod conditions;
@@ -442,6 +442,8 @@ pub trait Observer {
     fn step(&mut self, _event: &StepEvent<'_>) {}
     /// A rough picture of what the clip becomes, one pixel a latent cell, one frame a latent frame.
     fn preview(&mut self, _frames: &RgbFrames) {}
+    /// The next finished frames of the clip, while others may still be decoded.
+    fn frames(&mut self, _frames: RgbFrames) {}
     /// A state from which the run can be taken up again.
     fn checkpoint(&mut self, _checkpoint: &Checkpoint) {}
     /// Asked before every step and between the pieces of a decode; true ends the run with [`Error::Cancelled`].

@@ -21,6 +21,7 @@ pub(crate) mod ledger;
 pub(crate) mod text;
 pub(crate) mod weights;
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -31,6 +32,7 @@ use serde::Serialize;
 use crate::adapter::names::TRANSFORMER;
 use crate::error::Error;
 use crate::offload::Offload;
+use crate::pipeline::run::AT_ONCE;
 use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
 use crate::weights::Weights;
 use adapters::Beside;
@@ -387,17 +389,50 @@ impl Draft {
     }
 }
 
-/// What follows a decode to `video`, `(1, 3, frames, height, width)`: values from 0 to 1, then bytes.
-pub(crate) fn shown(video: Ghost) {
-    let [_, channels, frames, height, width] = video.dims()[..] else { return };
-    let one = || video.turned(&[1, channels, 1, height, width]).to(DType::F32);
-    let chain = (one(), one(), one());
-    let made = video.turned(&[frames, channels, height, width]).to(DType::F32);
-    drop((video, chain));
-    let unit = made.same();
-    drop(made);
-    let _one = (unit.turned(&[1, channels, height, width]), unit.turned(&[1, channels, height, width]));
-    let _bytes = unit.another(unit.dims(), DType::U8);
+/// Where the frames of a decode go: they become bytes, one by one, which are kept.
+pub(crate) struct GhostFilm {
+    ledger: Ledger,
+    /// Frames, height and width of the clip.
+    size: [usize; 3],
+    bytes: RefCell<Vec<Ghost>>,
+}
+
+impl GhostFilm {
+    /// For a request's frames.
+    pub(crate) fn new(ledger: &Ledger, request: &GenerateRequest) -> Self {
+        let size = [request.frames, request.height, request.width];
+        Self { ledger: ledger.clone(), size, bytes: RefCell::default() }
+    }
+
+    /// Keeps the bytes of some frames.
+    fn keep(&self, frames: usize) {
+        let [_, height, width] = self.size;
+        self.bytes.borrow_mut().push(self.ledger.at_home(&[frames, height, width, 3], DType::U8));
+    }
+
+    /// Keeps those of all frames but the last `frames`, which is what is there when these come.
+    pub(crate) fn fill_before(&self, frames: usize) {
+        self.bytes.borrow_mut().clear();
+        self.keep(self.size[0].saturating_sub(frames));
+    }
+
+    /// Frames that come together from tiles.
+    pub(crate) fn canvas(&self, dims: &[usize]) -> Ghost {
+        self.ledger.at_home(dims, DType::F32).view(dims)
+    }
+
+    /// Takes the frames of a video `(1, 3, frames, height, width)`.
+    pub(crate) fn put(&self, video: &Ghost) {
+        let [_, channels, frames, height, width] = video.dims()[..] else { return };
+        if self.bytes.borrow().is_empty() {
+            self.keep(frames);
+        } else {
+            self.fill_before(0);
+        }
+        let some = self.ledger.at_home(&[frames.min(AT_ONCE), height, width, channels], DType::U8);
+        let one = || video.turned(&[channels, height, width]).to(DType::F32);
+        let _one = (one(), one(), some);
+    }
 }
 
 /// The type in which a T5 encoder computes where the rest has `dtype`: it overflows in f16.

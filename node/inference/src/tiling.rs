@@ -8,14 +8,22 @@
 //!
 //! A decoder that norms over whole pictures has no such tiles: [`blend`] fades overlapping ones into each other.
 //!
-//! Peak memory is the finished video, the activations of the part that runs whole, and one tile with its margins.
+//! Frames are handed on as the last tile of their run finishes them. Peak memory is one run of finished frames, the
+//! activations of the part that runs whole, and one tile with its margins.
 
 pub mod blend;
+mod canvas;
 
-use candle_core::{DType, Device, Result, Tensor};
-use rayon::prelude::*;
+use std::ops::Range;
 
-use crate::nn::cpu::View;
+use candle_core::{Result, Tensor};
+
+use crate::sink::Sink;
+use canvas::Canvas;
+
+/// Elements that the finest activation of a run of frames may have before a clip whose decoder remembers is cut into runs
+/// unasked.
+pub(crate) const MOST_ELEMENTS: usize = 1 << 30;
 
 /// How to cut.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -117,20 +125,34 @@ impl Plan {
         self.axes.iter().zip(self.size).map(|(axis, size)| computed(axis) / size.max(1) as f64).product()
     }
 
-    /// Runs `decode` on every tile of `x`, `(batch, time, height, width, channels)`, and joins the cores of the
-    /// results, `(batch, channels, frames, height, width)`.
+    /// Frames of the longest run.
+    fn longest(&self) -> usize {
+        self.axes[0].iter().map(|segment| self.frames(segment).len()).max().unwrap_or(0)
+    }
+
+    /// The frames that a core's positions become.
+    fn frames(&self, segment: &Segment) -> Range<usize> {
+        let first = |position: usize| if position == 0 { 0 } else { (position - 1) * self.ratio.time + 1 };
+        first(segment.core.0)..first(segment.core.1)
+    }
+
+    /// Runs `decode` on every tile of `x`, `(batch, time, height, width, channels)`, and hands on the frames of their
+    /// cores. A tile may be decoded in runs of frames.
     ///
     /// # Errors
-    /// What `decode` or the device reports.
+    /// What `decode`, `sink` or the device reports.
     pub fn decode(
         &self,
         x: &Tensor,
-        mut decode: impl FnMut(&Tensor, Place) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let mut canvas: Option<Canvas> = None;
+        sink: &mut dyn Sink,
+        mut decode: impl FnMut(&Tensor, Place, &mut dyn Sink) -> Result<()>,
+    ) -> Result<()> {
+        let ends = |axis: usize| self.axes[axis].len().saturating_sub(1);
+        let size = [1, 2].map(|axis| self.size[axis] * self.ratio.space);
         for t in &self.axes[0] {
-            for h in &self.axes[1] {
-                for w in &self.axes[2] {
+            let mut canvas = Canvas::new(size);
+            for (row, h) in self.axes[1].iter().enumerate() {
+                for (column, w) in self.axes[2].iter().enumerate() {
                     let segments = [*t, *h, *w];
                     let place = Place {
                         start: segments.map(|s| s.outer.0),
@@ -141,18 +163,107 @@ impl Plan {
                     for (axis, segment) in segments.iter().enumerate() {
                         tile = tile.narrow(axis + 1, segment.outer.0, segment.len())?;
                     }
-                    let out = decode(&tile.contiguous()?, place)?;
-                    match &mut canvas {
-                        Some(canvas) => canvas.put(&out, segments)?,
-                        None => canvas.insert(Canvas::new(&out, self)?).put(&out, segments)?,
-                    }
+                    sink.go_on()?;
+                    let is_last = row == ends(1) && column == ends(2);
+                    let mut core = Core {
+                        plan: self,
+                        segments,
+                        canvas: &mut canvas,
+                        done: 0,
+                        is_last,
+                        sink: &mut *sink,
+                    };
+                    decode(&tile.contiguous()?, place, &mut core)?;
+                    core.check()?;
                 }
             }
         }
-        match canvas {
-            Some(canvas) => canvas.finish(x),
-            None => candle_core::bail!("an activation of size {:?} has no tiles", self.size),
+        Ok(())
+    }
+
+    /// What a memory plan needs to know of a decode that goes in these tiles from block `first` on.
+    #[must_use]
+    pub fn cut(&self, first: usize) -> Cut {
+        Cut { first, tile: self.greatest(), frames: self.longest() }
+    }
+}
+
+/// A decode that goes in tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// The block from which on it does.
+    pub first: usize,
+    /// The greatest tile with its margins: frames, rows and columns of the activation there.
+    pub tile: [usize; 3],
+    /// Frames that come together before they are handed on, at most.
+    pub frames: usize,
+}
+
+/// Takes a tile's frames, and lays their core down where it belongs.
+struct Core<'a> {
+    plan: &'a Plan,
+    segments: [Segment; 3],
+    canvas: &'a mut Canvas,
+    /// Frames of the tile that have come.
+    done: usize,
+    /// Whether frames are finished with this tile.
+    is_last: bool,
+    sink: &'a mut dyn Sink,
+}
+
+impl Core<'_> {
+    /// Frames, rows and columns that the tile becomes.
+    fn planned(&self) -> [usize; 3] {
+        let ([t, h, w], ratio) = (self.segments.map(|s| s.len()), self.plan.ratio);
+        [(t - 1) * ratio.time + 1, h * ratio.space, w * ratio.space]
+    }
+
+    fn check(&self) -> Result<()> {
+        let planned = self.planned()[0];
+        if self.done != planned {
+            candle_core::bail!("a tile decoded to {} frames, planned were {planned}", self.done);
         }
+        Ok(())
+    }
+}
+
+impl Sink for Core<'_> {
+    fn go_on(&mut self) -> Result<()> {
+        self.sink.go_on()
+    }
+
+    /// Position `g > 0` in time becomes frames `(g - 1) time + 1` to `g time`.
+    fn put(&mut self, tile: Tensor) -> Result<()> {
+        let (batch, channels, frames, rows, columns) = tile.dims5()?;
+        let planned = self.planned();
+        if [rows, columns] != planned[1..] || self.done + frames > planned[0] {
+            candle_core::bail!("a tile decoded to {:?}, planned was {planned:?}", tile.shape());
+        }
+        let ([t, h, w], ratio) = (self.segments, self.plan.ratio);
+        let wanted = self.plan.frames(&t);
+        // The frames of this part, counted from the clip's first.
+        let from = t.outer.0 * ratio.time + self.done;
+        self.done += frames;
+        let first = wanted.start.max(from);
+        if first >= wanted.end.min(from + frames) {
+            return Ok(());
+        }
+        let down = (h.core.0 * ratio.space)..(h.core.1 * ratio.space);
+        let across = (w.core.0 * ratio.space)..(w.core.1 * ratio.space);
+        let (top, left) = (h.outer.0 * ratio.space, w.outer.0 * ratio.space);
+        let width = self.plan.size[2] * ratio.space;
+        self.canvas.reach([batch, channels], wanted.len());
+        self.canvas.paint(first - wanted.start, (&tile, first - from), |plane, tile| {
+            for y in down.clone() {
+                let row = (y - top) * columns + across.start - left;
+                plane[y * width..][across.clone()].copy_from_slice(&tile[row..row + across.len()]);
+            }
+        })?;
+        drop(tile);
+        if !self.is_last {
+            return Ok(());
+        }
+        self.canvas.hand_on(from + frames - wanted.start, self.sink)
     }
 }
 
@@ -168,69 +279,14 @@ fn cut(size: usize, len: Option<usize>, margin: usize) -> Vec<Segment> {
         .collect()
 }
 
-/// The video as it comes together, f32 in the machine's memory.
-struct Canvas {
-    data: Vec<f32>,
-    planes: [usize; 2],
-    size: [usize; 3],
-    ratio: Ratio,
-    dtype: DType,
-}
-
-impl Canvas {
-    fn new(tile: &Tensor, plan: &Plan) -> Result<Self> {
-        let (batch, channels, ..) = tile.dims5()?;
-        let ratio = plan.ratio;
-        let size =
-            [(plan.size[0] - 1) * ratio.time + 1, plan.size[1] * ratio.space, plan.size[2] * ratio.space];
-        let data = vec![0f32; batch * channels * size.iter().product::<usize>()];
-        Ok(Self { data, planes: [batch, channels], size, ratio, dtype: tile.dtype() })
-    }
-
-    /// Copies a tile's core. Position `g > 0` in time becomes frames `(g - 1) time + 1` to `g time`.
-    fn put(&mut self, tile: &Tensor, [t, h, w]: [Segment; 3]) -> Result<()> {
-        let (_, _, frames, rows, columns) = tile.dims5()?;
-        let ratio = self.ratio;
-        let needed = [(t.len() - 1) * ratio.time + 1, h.len() * ratio.space, w.len() * ratio.space];
-        if [frames, rows, columns] != needed {
-            candle_core::bail!("a tile decoded to {:?}, planned was {needed:?}", tile.shape());
-        }
-        let tile = tile.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
-        let view = View::new(&tile)?;
-        let source = view.slice()?;
-        let [whole_frames, height, width] = self.size;
-        let first = |position: usize| if position == 0 { 0 } else { (position - 1) * ratio.time + 1 };
-        let range = first(t.core.0)..first(t.core.1);
-        let offset = t.outer.0 * ratio.time;
-        let across = (w.core.0 * ratio.space)..(w.core.1 * ratio.space);
-        let left = across.start - w.outer.0 * ratio.space;
-        self.data.par_chunks_mut(height * width).enumerate().for_each(|(index, plane)| {
-            let (frame, volume) = (index % whole_frames, index / whole_frames);
-            if !range.contains(&frame) {
-                return;
-            }
-            let local = volume * frames + (frame - offset);
-            for y in h.core.0 * ratio.space..h.core.1 * ratio.space {
-                let row = (local * rows + (y - h.outer.0 * ratio.space)) * columns + left;
-                plane[y * width..][across.clone()].copy_from_slice(&source[row..row + across.len()]);
-            }
-        });
-        Ok(())
-    }
-
-    fn finish(self, like: &Tensor) -> Result<Tensor> {
-        let ([batch, channels], [frames, height, width]) = (self.planes, self.size);
-        Tensor::from_vec(self.data, (batch, channels, frames, height, width), &Device::Cpu)?
-            .to_device(like.device())?
-            .to_dtype(self.dtype)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::*;
+    use candle_core::Device;
     use proptest::prelude::*;
+
+    use super::*;
+    use crate::sink::whole;
 
     /// Every position becomes `ratio` frames and pixels that hold its own value.
     fn grow(x: &Tensor, ratio: Ratio) -> Tensor {
@@ -255,10 +311,20 @@ mod tests {
             let margin = Margin { time: margin + 1, space: margin };
             let x = Tensor::randn(0f32, 1.0, (2, t, h, w, 3), &Device::Cpu).unwrap();
             let plan = Plan::new(Tiling { tile, chunk }, ratio, margin, [t, h, w]);
-            let joined = plan.decode(&x, |tile, _| Ok(grow(tile, ratio))).unwrap();
-            let whole = grow(&x, ratio);
-            prop_assert_eq!(joined.dims(), whole.dims());
-            let difference = (joined - whole).unwrap().abs().unwrap().sum_all().unwrap();
+            // Frame by frame, as a decoder that goes in runs gives them.
+            let by_frames = |tile: &Tensor, _: Place, sink: &mut dyn Sink| {
+                let grown = grow(tile, ratio);
+                (0..grown.dim(2)?).try_for_each(|frame| sink.put(grown.narrow(2, frame, 1)?))
+            };
+            let joined = whole(|sink| plan.decode(&x, sink, by_frames)).unwrap();
+            let at_once = whole(|sink| plan.decode(&x, sink, |tile, _, sink| sink.put(grow(tile, ratio)))).unwrap();
+            let plain = grow(&x, ratio);
+            prop_assert_eq!(joined.dims(), plain.dims());
+            prop_assert_eq!(
+                joined.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+                at_once.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            );
+            let difference = (joined - plain).unwrap().abs().unwrap().sum_all().unwrap();
             prop_assert_eq!(difference.to_scalar::<f32>().unwrap(), 0.0);
             prop_assert!(plan.overhead() >= 1.0);
         }

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use kinoflock_inference::models::mochi::pipeline::{load_transformer, load_vae};
+use kinoflock_inference::sink::{Sink, whole};
 use kinoflock_inference::tiling::Tiling;
 use kinoflock_inference::{
     DType, Device, GenerateRequest, LoadOptions, Phase, Pipeline, RgbFrames, Silent, Tensor,
@@ -187,7 +188,7 @@ fn an_empty_prompt_is_no_token_where_the_index_says_so() {
 fn a_decode_in_runs_is_the_whole_decode_and_one_in_tiles_is_near_it() {
     let (vae, _) = load_vae(&golden(), &LoadOptions::default(), false).unwrap();
     let z = Tensor::randn(0f32, 1.0, (2, 12, 5, 8, 9), &Device::Cpu).unwrap();
-    let decode = |tile, chunk| vae.decode(&z, Tiling { tile, chunk }, &mut || Ok(())).unwrap();
+    let decode = |tile, chunk| whole(|sink| vae.decode(&z, Tiling { tile, chunk }, sink)).unwrap();
     let whole = decode(None, None);
     assert_eq!(whole.dims(), [2, 3, 25, 64, 72]);
     for chunk in [1, 6, 12, 18, 100] {
@@ -206,13 +207,19 @@ fn a_decode_in_runs_is_the_whole_decode_and_one_in_tiles_is_near_it() {
 fn a_decode_in_runs_can_be_cancelled_between_them() {
     let (vae, _) = load_vae(&golden(), &LoadOptions::default(), false).unwrap();
     let z = Tensor::randn(0f32, 1.0, (1, 12, 4, 2, 2), &Device::Cpu).unwrap();
-    let mut asked = 0;
-    let mut stop = || {
-        asked += 1;
-        if asked > 2 { Err(candle_core::Error::Msg("stop".to_owned())) } else { Ok(()) }
-    };
+    struct Stop(usize);
+    impl Sink for Stop {
+        fn go_on(&mut self) -> candle_core::Result<()> {
+            self.0 += 1;
+            if self.0 > 2 { Err(candle_core::Error::Msg("stop".to_owned())) } else { Ok(()) }
+        }
+        fn put(&mut self, _frames: Tensor) -> candle_core::Result<()> {
+            Ok(())
+        }
+    }
+    let mut stop = Stop(0);
     assert!(vae.decode(&z, Tiling { tile: None, chunk: Some(6) }, &mut stop).is_err());
-    assert_eq!(asked, 3);
+    assert_eq!(stop.0, 3);
 }
 
 #[test]

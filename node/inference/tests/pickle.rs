@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use kinoflock_inference::models::pyramid::pipeline::load_vae;
+use kinoflock_inference::sink::whole;
 use kinoflock_inference::tiling::Tiling;
 use kinoflock_inference::weights::{self, Weights};
 use kinoflock_inference::{DType, Device, LoadOptions, Tensor};
@@ -95,7 +96,7 @@ fn the_vae_decodes_alike_from_both_forms() {
         Tensor::arange(0f32, 48.0, &Device::Cpu).unwrap().cos().unwrap().reshape((1, 4, 2, 2, 3)).unwrap();
     let decoded = |folder: &Path| {
         let (vae, parameters) = load_vae(folder, &LoadOptions::default(), true).unwrap();
-        let video = vae.decode(&z, Tiling::default(), &mut || Ok(())).unwrap();
+        let video = whole(|sink| vae.decode(&z, Tiling::default(), sink)).unwrap();
         (parameters, video.flatten_all().unwrap().to_vec1::<f32>().unwrap())
     };
     assert_eq!(decoded(folder.path()), decoded(source.parent().unwrap()));

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use kinoflock_inference::models::pyramid::PyramidPipeline;
+use kinoflock_inference::pipeline::run::decoded;
 use kinoflock_inference::{
     Checkpoint, DType, Device, Error, GenerateRequest, LoadOptions, Observer, Phase, Pipeline, Silent, Tensor,
 };
@@ -244,11 +245,11 @@ fn runs_of_frames_give_the_whole_decode_and_tiles_nearly() {
     let mut request = request(&pipeline);
     let latents = Tensor::arange(0f32, 4.0 * 4.0 * 128.0, &Device::Cpu).unwrap().sin().unwrap();
     let latents = latents.reshape((1, 4, 4, 8, 16)).unwrap();
-    let whole = pipeline.decode_video(&latents, &request, &Silent).unwrap();
+    let whole = decoded(&pipeline, &request, &latents).unwrap();
     assert_eq!(whole.dims(), [25, 3, 64, 128]);
     let mut difference = |tile, chunk| {
         (request.decode.tile, request.decode.chunk) = (tile, chunk);
-        let made = pipeline.decode_video(&latents, &request, &Silent).unwrap();
+        let made = decoded(&pipeline, &request, &latents).unwrap();
         let difference = (made - &whole).unwrap().abs().unwrap();
         let largest = difference.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
         (largest, difference.mean_all().unwrap().to_scalar::<f32>().unwrap())

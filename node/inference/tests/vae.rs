@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use kinoflock_inference::models::ltx::vae::{DecodeSettings, LtxVae, LtxVaeConfig, Noise};
 use kinoflock_inference::nn::set_generic_only;
+use kinoflock_inference::sink::whole;
 use kinoflock_inference::tiling::Tiling;
 use serde_json::Value;
 
@@ -58,7 +59,7 @@ fn compute(vae: &LtxVae, golden: &str, inputs: &HashMap<String, Tensor>) -> Hash
         noise: if noise.is_empty() { Noise::None } else { Noise::Given(&noise) },
         tiling: Tiling::default(),
     };
-    let decoded = vae.decode(&inputs["in.z"], &settings, Some(&mut trace)).unwrap();
+    let decoded = whole(|sink| vae.decode(&inputs["in.z"], &settings, sink, Some(&mut trace))).unwrap();
     results.insert("out.decoded".to_owned(), decoded);
     results
 }
@@ -114,7 +115,7 @@ fn latents_come_back_from_normalising() {
 fn a_decoder_that_needs_a_timestep_says_so() {
     let vae = load("ltx-video-0.9.5");
     let z = Tensor::zeros((1, 8, 1, 1, 1), DType::F32, &Device::Cpu).unwrap();
-    let error = vae.decode(&z, &DecodeSettings::default(), None).unwrap_err().to_string();
+    let error = whole(|sink| vae.decode(&z, &DecodeSettings::default(), sink, None)).unwrap_err().to_string();
     assert!(error.contains("timestep"), "{error}");
 }
 
@@ -124,7 +125,7 @@ fn half_types_stay_near_the_float_result() {
     let inputs = read("ltx-video-0.9.0", "goldens/vae_decode.safetensors");
     for (dtype, limit) in [(DType::F16, 0.02), (DType::BF16, 0.2)] {
         let z = inputs["in.z"].to_dtype(dtype).unwrap();
-        let out = vae.decode(&z, &DecodeSettings::default(), None).unwrap();
+        let out = whole(|sink| vae.decode(&z, &DecodeSettings::default(), sink, None)).unwrap();
         assert_eq!(out.dtype(), dtype);
         let found = difference(&out, &inputs["out.decoded"]);
         assert!(found < limit, "{dtype:?} is off by {found}");
@@ -135,9 +136,9 @@ fn half_types_stay_near_the_float_result() {
 fn tiled(vae: &LtxVae, z: &Tensor, noise: Noise, tiling: Tiling) -> f32 {
     let temb = Tensor::new(&[0.05f32], &Device::Cpu).unwrap();
     let mut settings = DecodeSettings { timestep: Some(&temb), noise, tiling: Tiling::default() };
-    let whole = vae.decode(z, &settings, None).unwrap();
+    let untiled = whole(|sink| vae.decode(z, &settings, sink, None)).unwrap();
     settings.tiling = tiling;
-    difference(&vae.decode(z, &settings, None).unwrap(), &whole)
+    difference(&whole(|sink| vae.decode(z, &settings, sink, None)).unwrap(), &untiled)
 }
 
 #[test]

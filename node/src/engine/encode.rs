@@ -4,7 +4,7 @@
 //! Colours are BT.709, limited range, and the stream says so.
 
 use kinoflock_inference::RgbFrames;
-use muxide::api::{MuxerBuilder, VideoCodec};
+use muxide::api::{Muxer, MuxerBuilder, VideoCodec};
 use openh264::encoder::{
     BitRate, Encoder, EncoderConfig, FrameRate, FrameType, IntraFramePeriod, QpRange, RateControlMode,
     UsageType, VuiConfig,
@@ -69,6 +69,16 @@ pub enum EncodeError {
         /// Pixels.
         height: usize,
     },
+    /// Frames of another size than the ones before.
+    #[error(
+        "a frame of {}x{} does not belong into a clip of {}x{}", given.0, given.1, needed.0, needed.1
+    )]
+    Size {
+        /// Width and height, pixels.
+        given: (usize, usize),
+        /// Those of the clip.
+        needed: (usize, usize),
+    },
     /// A frame rate that gives no times.
     #[error("{given} frames per second cannot be encoded: it must be a number above 0 and at most {limit}")]
     Rate {
@@ -94,6 +104,7 @@ impl EncodeError {
             Self::Odd { .. } => "odd_size",
             Self::TooSmall { .. } => "size_too_small",
             Self::TooLarge { .. } => "size_too_large",
+            Self::Size { .. } => "frame_size",
             Self::Rate { .. } => "frame_rate",
             Self::Encoder(_) => "encoder",
             Self::Container(_) => "container",
@@ -129,29 +140,74 @@ pub fn check_size(width: usize, height: usize, fps: f64) -> Result<(), EncodeErr
 /// # Errors
 /// When the frames are none, of a size that H.264 4:2:0 cannot hold, or the rate is no positive number.
 pub fn encode_mp4(frames: &RgbFrames, fps: f64, quality: Quality) -> Result<Vec<u8>, EncodeError> {
-    frames::check(frames)?;
-    check_size(frames.width, frames.height, fps)?;
-    let mut encoder = encoder(fps, quality)?;
-    let mut file = Vec::new();
-    let (width, height) = (frames.width as u32, frames.height as u32);
-    let mut muxer = MuxerBuilder::new(&mut file)
-        .video(VideoCodec::H264, width, height, fps)
-        .build()
-        .map_err(container)?;
-    let mut yuv = Yuv420::new(frames.width, frames.height);
-    let (size, strides) = ((yuv.width, yuv.height), (yuv.width, yuv.width / 2, yuv.width / 2));
-    for index in 0..frames.count {
-        yuv.set_rgb(frames.frame(index).expect("invariant: the frames were checked"));
-        let seconds = index as f64 / fps;
-        let source = YUVSlices::new((&yuv.y, &yuv.u, &yuv.v), size, strides);
-        let time = Timestamp::from_millis((seconds * 1000.0).round() as u64);
-        let packet =
-            encoder.encode_at(&source, time).map_err(|error| EncodeError::Encoder(error.to_string()))?;
-        let key = matches!(packet.frame_type(), FrameType::IDR | FrameType::I);
-        muxer.write_video(seconds, &packet.to_vec(), key).map_err(container)?;
+    let mut encoder = ClipEncoder::new((frames.width, frames.height), fps, quality)?;
+    encoder.push(frames)?;
+    encoder.finish()
+}
+
+/// A clip whose frames come one after the other.
+pub struct ClipEncoder {
+    encoder: Encoder,
+    muxer: Muxer<Vec<u8>>,
+    yuv: Yuv420,
+    fps: f64,
+    /// Frames that are encoded.
+    count: usize,
+}
+
+impl ClipEncoder {
+    /// One for frames of this width and height.
+    ///
+    /// # Errors
+    /// What [`check_size`] finds, or what the encoder reports.
+    pub fn new((width, height): (usize, usize), fps: f64, quality: Quality) -> Result<Self, EncodeError> {
+        check_size(width, height, fps)?;
+        let muxer = MuxerBuilder::new(Vec::new())
+            .video(VideoCodec::H264, width as u32, height as u32, fps)
+            .build()
+            .map_err(container)?;
+        Ok(Self { encoder: encoder(fps, quality)?, muxer, yuv: Yuv420::new(width, height), fps, count: 0 })
     }
-    muxer.finish().map_err(container)?;
-    Ok(file)
+
+    /// Encodes the frames that follow.
+    ///
+    /// # Errors
+    /// When they are none, of another size than the clip, or the encoder fails.
+    pub fn push(&mut self, frames: &RgbFrames) -> Result<(), EncodeError> {
+        frames::check(frames)?;
+        let size = (self.yuv.width, self.yuv.height);
+        if (frames.width, frames.height) != size {
+            let given = (frames.width, frames.height);
+            return Err(EncodeError::Size { given, needed: size });
+        }
+        let strides = (size.0, size.0 / 2, size.0 / 2);
+        for index in 0..frames.count {
+            self.yuv.set_rgb(frames.frame(index).expect("invariant: the frames were checked"));
+            let seconds = self.count as f64 / self.fps;
+            let source = YUVSlices::new((&self.yuv.y, &self.yuv.u, &self.yuv.v), size, strides);
+            let time = Timestamp::from_millis((seconds * 1000.0).round() as u64);
+            let packet = self
+                .encoder
+                .encode_at(&source, time)
+                .map_err(|error| EncodeError::Encoder(error.to_string()))?;
+            let key = matches!(packet.frame_type(), FrameType::IDR | FrameType::I);
+            self.muxer.write_video(seconds, &packet.to_vec(), key).map_err(container)?;
+            self.count += 1;
+        }
+        Ok(())
+    }
+
+    /// The bytes of the clip's file.
+    ///
+    /// # Errors
+    /// When there is no frame, or the container cannot be written.
+    pub fn finish(mut self) -> Result<Vec<u8>, EncodeError> {
+        if self.count == 0 {
+            return Err(FramesError::Empty.into());
+        }
+        self.muxer.finish_in_place().map_err(container)?;
+        Ok(self.muxer.into_writer())
+    }
 }
 
 fn encoder(fps: f64, quality: Quality) -> Result<Encoder, EncodeError> {

@@ -13,28 +13,27 @@
 //! A frame is a 32-bit little-endian length and so many bytes ([`kinoflock_protocol::frame`]), a message one value of
 //! the protocol's codec. Clips, latents and checkpoints are files; only their names are here.
 
-use std::io::{Read, Write};
-
-use kinoflock_inference::Commitment;
-use kinoflock_protocol::audit::Leaf;
-use kinoflock_protocol::codec::{self, Bytes, CodecError, List, Text};
-use kinoflock_protocol::frame::{self, FrameError};
+use kinoflock_protocol::codec::{Bytes, List, Text};
 use kinoflock_protocol::id::{BlobId, JobId, ModelId};
 use kinoflock_protocol::limits::{MAX_ADAPTERS, MAX_KEYFRAMES, MAX_LINE, MAX_NAME, MAX_PREVIEW, MAX_PROMPT};
 use serde::{Deserialize, Serialize};
 
 pub use self::adapter::AdapterUse;
 pub use self::audit::{AuditReport, AuditRun, Hash, StatePaths};
+pub use self::pipe::{
+    Greeting, MAX_FRAME, WIRE_VERSION, WireError, decode, read_message, to_frame, write_message,
+};
+pub use self::report::{
+    DoneReport, FileReport, LatentsSummary, MAX_SAMPLES, MAX_STEP_RECORD, STEPS, StepRecord, Timings,
+};
 pub use self::touch::{Mixed, Numbers, Places, Touch};
 
 mod adapter;
 mod audit;
+mod pipe;
+mod report;
 mod touch;
 
-/// The version of these messages. Both sides are of one release, or the daemon says that they are not.
-pub const WIRE_VERSION: u32 = 5;
-/// Greatest message, bytes: three prompts and the numbers of every operation, or a preview, with room.
-pub const MAX_FRAME: usize = 128 * 1024;
 /// Greatest path, bytes of UTF-8.
 pub const MAX_PATH: usize = 4096;
 /// Most timesteps that a run may name.
@@ -44,100 +43,10 @@ pub const MAX_PICTURES: usize = MAX_KEYFRAMES + 2;
 /// Greatest explanation of a failure, bytes of UTF-8: cut where it is longer.
 pub const MAX_TEXT: usize = MAX_LINE;
 
-/// The mark that opens the conversation.
-const MARK: [u8; 4] = *b"kfwk";
-
 /// A path on this machine.
 pub type WirePath = Text<MAX_PATH>;
 /// A short name.
 pub type Name = Text<MAX_NAME>;
-
-/// Why the other side was not understood.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum WireError {
-    /// The pipe failed.
-    #[error("worker pipe: {0}")]
-    Io(#[from] std::io::Error),
-    /// A frame over the limit or cut.
-    #[error("worker pipe: {0}")]
-    Frame(#[from] FrameError),
-    /// A frame that is no message.
-    #[error("worker pipe: {0}")]
-    Codec(#[from] CodecError),
-    /// The other side does not speak this language at all.
-    #[error(
-        "the program at the other end of the worker pipe is no kinoflock worker: it began with {given:02x?}"
-    )]
-    NotAWorker {
-        /// What it began with instead of the mark.
-        given: [u8; 4],
-    },
-    /// Another version.
-    #[error(
-        "worker speaks version {theirs} of the engine's language, this daemon speaks {ours}: install both from one release"
-    )]
-    Version {
-        /// This side's version.
-        ours: u32,
-        /// The other side's.
-        theirs: u32,
-    },
-}
-
-impl WireError {
-    /// Stable name for the wire and for metrics.
-    #[must_use]
-    pub fn code(&self) -> &'static str {
-        match self {
-            Self::Io(_) => "worker_pipe",
-            Self::Frame(error) => error.code(),
-            Self::Codec(error) => error.code(),
-            Self::NotAWorker { .. } => "not_a_worker",
-            Self::Version { .. } => "worker_version",
-        }
-    }
-}
-
-/// The first eight bytes each way. Their form is the same in all versions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Greeting {
-    /// The version that the sender speaks.
-    pub version: u32,
-}
-
-impl Greeting {
-    /// Bytes of a greeting.
-    pub const LEN: usize = 8;
-
-    /// This release's greeting.
-    pub const OURS: Self = Self { version: WIRE_VERSION };
-
-    /// The bytes.
-    #[must_use]
-    pub fn to_bytes(self) -> [u8; Self::LEN] {
-        let mut bytes = [0; Self::LEN];
-        bytes[..4].copy_from_slice(&MARK);
-        bytes[4..].copy_from_slice(&self.version.to_le_bytes());
-        bytes
-    }
-
-    /// Reads the other side's greeting, and checks that it speaks our version.
-    ///
-    /// # Errors
-    /// [`WireError::NotAWorker`] or [`WireError::Version`].
-    pub fn check(bytes: [u8; Self::LEN]) -> Result<Self, WireError> {
-        let [mark @ .., a, b, c, d] = bytes;
-        if mark != MARK {
-            return Err(WireError::NotAWorker { given: mark });
-        }
-        let theirs = u32::from_le_bytes([a, b, c, d]);
-        if theirs != WIRE_VERSION {
-            return Err(WireError::Version { ours: WIRE_VERSION, theirs });
-        }
-        Ok(Self { version: theirs })
-    }
-}
 
 /// From the node to its worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -310,30 +219,6 @@ pub struct Output {
     pub states: Option<WirePath>,
 }
 
-/// Name of the file with a run's [`StepRecord`].
-pub const STEPS: &str = "steps";
-/// Greatest [`StepRecord`], bytes: 64 for each of the most steps that a run may have.
-pub const MAX_STEP_RECORD: usize = 8 << 20;
-
-/// What a run committed to, one entry for each state.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StepRecord {
-    /// The leaves under the root.
-    pub leaves: Vec<Leaf>,
-    /// Hashes of the latents.
-    pub latents: Vec<BlobId>,
-}
-
-impl StepRecord {
-    /// The record of these states, whose hashes are `latents`.
-    #[must_use]
-    pub fn new(latents: &[[u8; 32]], commitment: &Commitment) -> Self {
-        let latents: Vec<_> = latents.iter().map(|hash| BlobId::from_bytes(*hash)).collect();
-        let leaf = |(latents, sampler)| Leaf::new(latents, sampler, &commitment.conditioning);
-        Self { leaves: latents.iter().zip(&commitment.samplers).map(leaf).collect(), latents }
-    }
-}
-
 /// The file of the state after so many steps.
 #[must_use]
 pub fn state_name(index: usize) -> String {
@@ -447,104 +332,6 @@ pub struct StepReport {
     pub seconds: f64,
 }
 
-/// A file that the worker wrote and synced.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileReport {
-    /// Where.
-    pub path: WirePath,
-    /// Bytes.
-    pub len: u64,
-    /// blake3 of its content.
-    pub blake3: BlobId,
-}
-
-/// Seconds that each phase took.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Timings {
-    /// Reading the weights; 0 where they were loaded.
-    pub load: f64,
-    /// The prompt.
-    pub text: f64,
-    /// All steps of this run.
-    pub steps: f64,
-    /// Latents to frames.
-    pub decode: f64,
-    /// Frames to a file, with writing it.
-    pub encode: f64,
-}
-
-impl Timings {
-    /// Seconds without loading: what the job itself cost.
-    #[must_use]
-    pub fn compute(&self) -> f64 {
-        self.text + self.steps + self.decode + self.encode
-    }
-}
-
-/// What a run made.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct DoneReport {
-    /// Which job.
-    pub job: JobId,
-    /// The MP4.
-    pub clip: FileReport,
-    /// The latents, if they were wanted.
-    pub latents: Option<FileReport>,
-    /// Root over the states of all steps: [`kinoflock_protocol::audit::root`].
-    pub step_root: Option<BlobId>,
-    /// Steps computed in this run, without those before a checkpoint that it went on from.
-    pub steps_done: u32,
-    /// Frames in the clip.
-    pub frames: u32,
-    /// Pixels.
-    pub width: u32,
-    /// Pixels.
-    pub height: u32,
-    /// How long each phase took.
-    pub timings: Timings,
-    /// Whether every frame has one colour throughout, the same in all: what a broken model makes.
-    pub constant: bool,
-    /// What the final latents are like.
-    pub latents_summary: LatentsSummary,
-}
-
-/// Greatest number of latent values that a summary samples.
-pub const MAX_SAMPLES: usize = kinoflock_protocol::limits::MAX_SAMPLES;
-
-/// Figures of the final latents `[1, C, F, H, W]`, for the self-test.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct LatentsSummary {
-    /// Number of values.
-    pub count: u64,
-    /// Mean.
-    pub mean: f64,
-    /// Standard deviation.
-    pub deviation: f64,
-    /// Whether all values are finite.
-    pub finite: bool,
-    /// Value `i * count / n` for each of the `n` samples.
-    pub samples: List<f32, MAX_SAMPLES>,
-}
-
-impl LatentsSummary {
-    /// The figures of these values.
-    #[must_use]
-    pub fn of(values: &[f32]) -> Self {
-        let count = values.len();
-        let finite = values.iter().all(|value| value.is_finite());
-        let mean = values.iter().map(|value| f64::from(*value)).sum::<f64>() / count.max(1) as f64;
-        let spread = values.iter().map(|value| (f64::from(*value) - mean).powi(2)).sum::<f64>();
-        let samples = count.min(MAX_SAMPLES);
-        Self {
-            count: count as u64,
-            mean,
-            deviation: (spread / count.max(1) as f64).sqrt(),
-            finite,
-            samples: List::first_of((0..samples).map(|i| values[i * count / samples])),
-        }
-    }
-}
-
 /// Why something failed.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
@@ -597,50 +384,4 @@ impl Phase {
             Self::Encode => "encode",
         }
     }
-}
-
-/// A message as it goes over the pipe.
-///
-/// # Errors
-/// [`WireError::Frame`] for one over [`MAX_FRAME`].
-pub fn to_frame<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
-    Ok(frame::frame(&codec::encode(message), MAX_FRAME)?)
-}
-
-/// Writes a message and flushes.
-///
-/// # Errors
-/// When the message is over the limit or the pipe fails.
-pub fn write_message<T: Serialize>(pipe: &mut impl Write, message: &T) -> Result<(), WireError> {
-    pipe.write_all(&to_frame(message)?)?;
-    Ok(pipe.flush()?)
-}
-
-/// Reads a message; `None` at the end of the pipe.
-///
-/// # Errors
-/// When the pipe fails or ends within a message, or the bytes are no message.
-pub fn read_message<T: for<'de> Deserialize<'de>>(pipe: &mut impl Read) -> Result<Option<T>, WireError> {
-    let mut header = [0; frame::HEADER_BYTES];
-    let mut filled = 0;
-    while filled < header.len() {
-        match pipe.read(&mut header[filled..]) {
-            Ok(0) if filled == 0 => return Ok(None),
-            Ok(0) => return Err(FrameError::Cut { missing: header.len() - filled }.into()),
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    let mut content = vec![0; frame::parse_header(header, MAX_FRAME)?];
-    pipe.read_exact(&mut content)?;
-    Ok(Some(decode(&content)?))
-}
-
-/// A message from the content of its frame.
-///
-/// # Errors
-/// When the bytes are no message.
-pub fn decode<T: for<'de> Deserialize<'de>>(content: &[u8]) -> Result<T, WireError> {
-    Ok(codec::decode(content, MAX_FRAME)?)
 }

@@ -25,6 +25,7 @@ use kinoflock_protocol::codec::Bytes;
 use kinoflock_protocol::id::{BlobId, JobId, ModelId};
 use kinoflock_protocol::limits::MAX_PREVIEW;
 
+use self::film::Film;
 use super::frames;
 use super::wire::{
     self, AuditReport, AuditRun, Failure, FromWorker, Greeting, LoadRequest, LoadedReport, OpenRequest,
@@ -32,6 +33,7 @@ use super::wire::{
 };
 
 mod adapters;
+mod film;
 pub mod local;
 mod output;
 mod pictures;
@@ -104,11 +106,9 @@ pub struct LoadedModel {
     pub cached: bool,
 }
 
-/// What a run made, before it is a file.
+/// What a run made beside the frames, which [`Context::frames`] has.
 #[derive(Debug)]
 pub struct Made {
-    /// The clip's frames.
-    pub frames: RgbFrames,
     /// The latents' values.
     pub latents: Vec<f32>,
     /// Their shape.
@@ -149,6 +149,8 @@ pub struct Context<'a> {
     steps_done: u32,
     /// Checkpoints of this run that are on disk, oldest first.
     checkpoints: VecDeque<PathBuf>,
+    /// The clip, from its first frames on.
+    film: Option<Film>,
 }
 
 impl<'a> Context<'a> {
@@ -162,6 +164,7 @@ impl<'a> Context<'a> {
             step_since: Instant::now(),
             steps_done: 0,
             checkpoints: VecDeque::new(),
+            film: None,
         }
     }
 }
@@ -190,6 +193,22 @@ impl Context<'_> {
         if let Some(png) = png {
             self.tell(&FromWorker::Preview { job: self.request.job, step: self.steps_done, png });
         }
+    }
+
+    /// Takes the clip's next finished frames: they are encoded while others are still made.
+    ///
+    /// # Errors
+    /// When no encoder can be started.
+    pub fn frames(&mut self, frames: RgbFrames) -> Result<(), Failure> {
+        let film = match &mut self.film {
+            Some(film) => film,
+            None => {
+                let size = (self.request.width as usize, self.request.height as usize);
+                self.film.insert(Film::new(size, self.request.fps)?)
+            }
+        };
+        film.push(frames);
+        Ok(())
     }
 
     /// Leaves a state from which the job can go on, if the daemon wants checkpoints. `latents` is the hash of the

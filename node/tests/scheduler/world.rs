@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kinoflock_node::config::{Limits, PolicyConfig, QueueConfig, Serve};
 use kinoflock_node::memory::DeviceSet;
-use kinoflock_node::policy::{Class, Policy, Wanted};
+use kinoflock_node::policy::{Class, Policy, Rule, Wanted, rule_of};
 use kinoflock_node::scheduler::{
     Admission, Cause, DeviceId, DeviceSetup, Event, Measured, NetPrefix, NewJob, Origin, Promise, Room,
     Scheduler, Setup,
@@ -17,6 +17,13 @@ use kinoflock_protocol::work::{JobShape, Work};
 
 /// Work units a second of every device: a job of work 10 takes 10 s.
 pub(crate) const RATE: u64 = 1;
+
+/// The operator's rule by which something was refused; a refusal tells limit and given value.
+pub(crate) fn rule(result: Result<impl std::fmt::Debug, Refusal>) -> Rule {
+    let refusal = result.unwrap_err();
+    assert!(!refusal.limit.is_empty() && !refusal.given.is_empty(), "limit and given value: {refusal}");
+    rule_of(&refusal).unwrap()
+}
 
 pub(crate) struct World {
     pub(crate) scheduler: Scheduler,

@@ -21,6 +21,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt::Debug;
 
+#[path = "samples/audits.rs"]
+mod audits;
+#[path = "samples/rpc.rs"]
+mod rpc;
+use audits::*;
+use rpc::*;
+pub(crate) use rpc::{requests, responses};
+
 /// A stream of values from a seed (SplitMix64).
 pub(crate) struct Draw(pub(crate) u64);
 
@@ -587,92 +595,6 @@ pub(crate) fn manifest(d: &mut Draw) -> ModelManifest {
     }
 }
 
-fn audit_request(d: &mut Draw) -> AuditRequest {
-    AuditRequest {
-        job: job_id(d),
-        receipt: ReceiptId::from_bytes(d.bytes()),
-        node: node(d),
-        step: d.u32(),
-        issued_at: UnixMillis(d.u64()),
-        nonce: Nonce::from_bytes(d.bytes()),
-    }
-}
-
-fn audit_grant(d: &mut Draw) -> AuditGrant {
-    AuditGrant {
-        job: job_id(d),
-        receipt: ReceiptId::from_bytes(d.bytes()),
-        auditor: PublicKey::from(node(d)),
-        issued_at: UnixMillis(d.u64()),
-        expires_at: UnixMillis(d.u64()),
-    }
-}
-
-fn opening(d: &mut Draw) -> Opening {
-    Opening {
-        index: d.u32(),
-        latents: blob_id(d),
-        sealed: blob(d),
-        proof: Proof(d.list(|d| Leaf(d.bytes()))),
-    }
-}
-
-fn requests_of_audit(d: &mut Draw) -> List<Request, 16> {
-    List::first_of([Request::Audit { request: envelope(d), grant: d.some(envelope) }])
-}
-
-fn requests_of_lists(d: &mut Draw) -> List<Request, 16> {
-    List::first_of([Request::Publish(envelope(d))])
-}
-
-fn responses_of_audit(d: &mut Draw) -> List<Response, 16> {
-    List::first_of([Response::Audit(AuditReply { leaves: d.u64(), openings: d.list(opening) })])
-}
-
-fn audit_outcome(d: &mut Draw) -> AuditOutcome {
-    use AuditDifference::{Frames, Opening, Start, Step};
-    use AuditObstacle::{Auditor, Unreachable, Withheld};
-    match d.below(3) {
-        0 => AuditOutcome::Honest,
-        1 => AuditOutcome::Differs([Opening, Start, Step, Frames][d.below(4) as usize]),
-        _ => AuditOutcome::CouldNotLook {
-            obstacle: [Withheld, Unreachable, Auditor][d.below(3) as usize],
-            why: d.text(),
-        },
-    }
-}
-
-fn audit_verdict(d: &mut Draw) -> AuditVerdict {
-    AuditVerdict {
-        job: job_id(d),
-        receipt: ReceiptId::from_bytes(d.bytes()),
-        maker: node(d),
-        auditor: node(d),
-        step: d.u32(),
-        outcome: audit_outcome(d),
-        deviation: Micro(d.u64() as i64),
-        tolerance: Micro(d.u64() as i64),
-        precision: [AuditPrecision::Full, AuditPrecision::Half][d.below(2) as usize],
-        looked_at: d.at(),
-    }
-}
-
-fn audit_order(d: &mut Draw) -> AuditOrder {
-    AuditOrder { job: envelope(d), receipt: envelope(d), grant: envelope(d), maker: node_address(d) }
-}
-
-fn requests_of_order_audit(d: &mut Draw) -> List<Request, 16> {
-    List::first_of([Request::OrderAudit(Box::new(audit_order(d)))])
-}
-
-fn responses_of_order_audit(d: &mut Draw) -> List<Response, 16> {
-    List::first_of([
-        Response::AuditState(AuditState::Waiting),
-        Response::AuditState(AuditState::Looking),
-        Response::AuditState(AuditState::Done(envelope(d))),
-    ])
-}
-
 fn node_address(d: &mut Draw) -> NodeAddress {
     NodeAddress { id: node(d), addresses: d.list(Draw::text) }
 }
@@ -721,91 +643,4 @@ const GOLDEN_REASONS: u64 = 29;
 pub(crate) fn refusal(d: &mut Draw) -> Refusal {
     let reason = Reason::ALL[d.below(GOLDEN_REASONS) as usize];
     Refusal { reason, rule: d.text(), limit: d.text(), given: d.text(), advice: d.text() }
-}
-
-fn blob_request(d: &mut Draw) -> BlobRequest {
-    BlobRequest { id: blob_id(d), outline: d.flag(), first_chunk: d.u64(), chunks: d.u64() }
-}
-
-fn blob_replies(d: &mut Draw) -> List<BlobReply, 8> {
-    List::first_of([
-        BlobReply::Found { blob: blob(d), outline: d.some(outline) },
-        BlobReply::NotFound,
-        BlobReply::Busy { retry_after: d.millis() },
-        BlobReply::Refused(refusal(d)),
-    ])
-}
-
-fn events(d: &mut Draw) -> List<Progress, 16> {
-    let events = [
-        JobEvent::AwaitingInputs { missing: d.list(blob_id) },
-        JobEvent::Queued { position: d.u32(), eta: d.millis() },
-        JobEvent::Loading,
-        JobEvent::Step { done: d.u32(), total: d.u32(), eta: d.millis() },
-        JobEvent::Preview { step: d.u32(), png: Bytes::new(d.bytes::<20>().to_vec()).unwrap() },
-        JobEvent::Checkpoint { checkpoint: envelope(d) },
-        JobEvent::Encoding,
-        JobEvent::Done { receipt: envelope(d) },
-        JobEvent::Failed { code: d.text(), text: d.text(), retryable: d.flag() },
-        JobEvent::Cancelled,
-    ];
-    List::first_of(events.map(|event| Progress { job: job_id(d), seq: d.u64(), event }))
-}
-
-fn progress_frames(d: &mut Draw) -> List<ProgressFrame, 8> {
-    List::first_of([
-        ProgressFrame::Open,
-        ProgressFrame::Event(one_of(d, events)),
-        ProgressFrame::Refused(refusal(d)),
-        ProgressFrame::Busy { retry_after: d.millis() },
-    ])
-}
-
-pub(crate) fn requests(d: &mut Draw) -> List<Request, 16> {
-    List::first_of([
-        Request::Capacity,
-        Request::FindNodes(FindNodes {
-            model: d.some(model_id),
-            shape: d.some(shape),
-            limit: d.u32(),
-            forward: d.u32().is_multiple_of(2),
-        }),
-        Request::Quote(quote_request(d)),
-        Request::Submit { order: envelope(d), job: envelope(d), mirrored: d.some(mirrored).map(Box::new) },
-        Request::Status(envelope(d)),
-        Request::Cancel(envelope(d)),
-        Request::Answer(envelope(d)),
-        Request::Release { lease: lease(d), reason: ReleaseReason::ChoseAnother },
-        Request::Manifest(model_id(d)),
-        Request::Cards(model_id(d)),
-    ])
-}
-
-pub(crate) fn responses(d: &mut Draw) -> List<Response, 16> {
-    use JobState as S;
-    let states = [S::AwaitingInputs, S::Queued, S::Running, S::Done, S::Failed, S::Cancelled];
-    List::first_of([
-        Response::Capacity(envelope(d)),
-        Response::Nodes(d.list(envelope)),
-        Response::Quote(envelope(d)),
-        Response::Accepted { job: job_id(d), position: d.u32(), eta: d.millis() },
-        Response::Status(JobStatus {
-            job: job_id(d),
-            state: states[d.below(6) as usize],
-            seq: d.u64(),
-            position: d.u32(),
-            eta: d.millis(),
-            receipt: d.some(envelope),
-            replicas: d.list(node),
-            error: d.some(|d| JobFailure { code: d.text(), text: d.text(), retryable: d.flag() }),
-        }),
-        Response::Cancelled { job: job_id(d) },
-        Response::Acknowledged,
-        Response::Manifest(Bytes::new(kinoflock_protocol::codec::encode(&manifest(d))).unwrap()),
-        Response::Cards(d.list(envelope)),
-        Response::Refused(refusal(d)),
-        Response::Busy { retry_after: d.millis() },
-        Response::UnsupportedVersion { speaks: 1, sent: 2 },
-        Response::error("internal", "what went wrong"),
-    ])
 }

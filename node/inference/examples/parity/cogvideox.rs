@@ -5,9 +5,11 @@ use kinoflock_inference::models::cogvideox::config::TransformerConfig;
 use kinoflock_inference::models::cogvideox::pipeline::{load_transformer, load_vae};
 use kinoflock_inference::models::cogvideox::positions::RopeTables;
 use kinoflock_inference::models::cogvideox::transformer::Positions;
+use kinoflock_inference::pipeline::run::decoded;
 use kinoflock_inference::registry::ModelIndex;
 use kinoflock_inference::sampler::{DiffusionConfig, DiffusionSampler, DiffusionSchedule};
-use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Silent, Tensor};
+use kinoflock_inference::sink::whole;
+use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Tensor};
 
 use super::common::{self, numbers, record, text};
 use super::golden::{Case, Outputs};
@@ -156,7 +158,7 @@ fn vae_decode(case: &Case) -> Result<Outputs, String> {
     let mut outputs = Vec::new();
     let z = case.input("in.z")?;
     let tile = case.maybe("tile")?;
-    let decoded = vae.decode(z, tile, &mut || Ok(()), Some(&mut record(&mut outputs))).map_err(text)?;
+    let decoded = whole(|sink| vae.decode(z, tile, sink, Some(&mut record(&mut outputs)))).map_err(text)?;
     outputs.push(("out.decoded".to_owned(), "", decoded));
     Ok(outputs)
 }
@@ -199,7 +201,7 @@ fn run(case: &Case) -> Result<Outputs, String> {
         outputs.push(("out.latents".to_owned(), "", last.clone()));
     }
     if case.wanted().iter().any(|name| name == "out.frames") {
-        let video = pipeline.decode_video(&latents, &request, &Silent).map_err(text)?;
+        let video = decoded(&pipeline, &request, &latents).map_err(text)?;
         outputs.push(("out.frames".to_owned(), "", video.unsqueeze(0).map_err(text)?));
     }
     Ok(outputs)

@@ -4,8 +4,10 @@ use kinoflock_inference::models::ltx::config::TransformerConfig;
 use kinoflock_inference::models::ltx::pipeline::{LtxClass, LtxPipeline, load_transformer, load_vae, pack};
 use kinoflock_inference::models::ltx::rope::{Positions, Rope, RopeTables};
 use kinoflock_inference::models::ltx::vae::{DecodeSettings, Noise};
+use kinoflock_inference::pipeline::run::decoded;
 use kinoflock_inference::registry::ModelIndex;
-use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Pipeline, SecondPass, Silent, Tensor};
+use kinoflock_inference::sink::whole;
+use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Pipeline, SecondPass, Tensor};
 
 use super::common::{self, numbers, record, text};
 use super::golden::{Case, Outputs};
@@ -81,9 +83,9 @@ fn vae_decode(case: &Case) -> Result<Outputs, String> {
         None => case.maybe::<f64>("decode_timestep")?.map(scalar).transpose()?,
     };
     let settings = DecodeSettings { timestep: timestep.as_ref(), noise, ..DecodeSettings::default() };
-    let mut outputs = Vec::new();
+    let (mut outputs, z) = (Vec::new(), case.input("in.z")?);
     let decoded =
-        vae.decode(case.input("in.z")?, &settings, Some(&mut record(&mut outputs))).map_err(text)?;
+        whole(|sink| vae.decode(z, &settings, sink, Some(&mut record(&mut outputs)))).map_err(text)?;
     outputs.push(("out.decoded".to_owned(), "", decoded));
     Ok(outputs)
 }
@@ -149,7 +151,7 @@ fn run(case: &Case) -> Result<Outputs, String> {
         if packed { pack(&latents, pipeline.info().work.patch).map_err(text)? } else { latents.clone() };
     outputs.push(("out.latents".to_owned(), "", own));
     if case.wanted().iter().any(|name| name == "out.frames") {
-        let video = pipeline.decode_video(&latents, &request, &Silent).map_err(text)?;
+        let video = decoded(&pipeline, &request, &latents).map_err(text)?;
         outputs.push(("out.frames".to_owned(), "", video.unsqueeze(0).map_err(text)?));
     }
     Ok(outputs)

@@ -2,10 +2,12 @@
 
 use kinoflock_inference::models::mochi::pipeline::{MochiPipeline, load_transformer, load_vae};
 use kinoflock_inference::pipeline::latents::{pack, unpack};
+use kinoflock_inference::pipeline::run::decoded;
 use kinoflock_inference::registry::ModelIndex;
 use kinoflock_inference::sampler::{ScheduleRequest, linear_quadratic};
+use kinoflock_inference::sink::whole;
 use kinoflock_inference::tiling::Tiling;
-use kinoflock_inference::{LoadOptions, Pipeline, Silent, Tensor};
+use kinoflock_inference::{LoadOptions, Pipeline, Tensor};
 
 use super::common::{self, numbers, record, text};
 use super::golden::{Case, Outputs};
@@ -91,7 +93,7 @@ fn vae_decode(case: &Case) -> Result<Outputs, String> {
     let decoded = vae.decode_traced(z, &mut record(&mut outputs)).map_err(text)?;
     outputs.push(("out.decoded".to_owned(), "", decoded));
     let tiling = Tiling { tile: None, chunk: Some(1) };
-    let decoded = vae.decode(z, tiling, &mut || Ok(())).map_err(text)?;
+    let decoded = whole(|sink| vae.decode(z, tiling, sink)).map_err(text)?;
     outputs.push(("out.decoded".to_owned(), "in runs", decoded));
     Ok(outputs)
 }
@@ -139,7 +141,7 @@ fn run(case: &Case) -> Result<Outputs, String> {
     outputs.push(("out.sigmas".to_owned(), "", numbers(&schedule.sigmas)?));
     outputs.push(("out.timesteps".to_owned(), "", numbers(&schedule.timesteps)?));
     if case.wanted().iter().any(|name| name == "out.frames") {
-        let video: Tensor = pipeline.decode_video(&latents, &request, &Silent).map_err(text)?;
+        let video: Tensor = decoded(&pipeline, &request, &latents).map_err(text)?;
         outputs.push(("out.frames".to_owned(), "", video.unsqueeze(0).map_err(text)?));
     }
     outputs.push(("out.latents".to_owned(), "", latents));

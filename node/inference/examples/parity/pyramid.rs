@@ -6,9 +6,11 @@ use kinoflock_inference::models::pyramid::pipeline::{
     LatentScale, find_transformer, load_transformer, load_vae,
 };
 use kinoflock_inference::pipeline::Pipeline;
+use kinoflock_inference::pipeline::run::decoded;
 use kinoflock_inference::sampler::{PyramidConfig, PyramidSchedule};
+use kinoflock_inference::sink::whole;
 use kinoflock_inference::tiling::Tiling;
-use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Silent, Tensor};
+use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Tensor};
 
 use super::common::{self, numbers, record, row, text};
 use super::golden::{Case, Outputs};
@@ -125,7 +127,7 @@ fn vae_decode(case: &Case) -> Result<Outputs, String> {
         let window = kind.strip_prefix("_chunk").and_then(|frames| frames.parse::<usize>().ok());
         let chunk = window.map(|frames| frames * vae.config().downsample_scale);
         let z = if kind == "_1frame" { z.narrow(2, 0, 1).map_err(text)? } else { z.clone() };
-        let decoded = vae.decode(&z, Tiling { tile: None, chunk }, &mut || Ok(())).map_err(text)?;
+        let decoded = whole(|sink| vae.decode(&z, Tiling { tile: None, chunk }, sink)).map_err(text)?;
         outputs.push((name, "", decoded));
     }
     Ok(outputs)
@@ -165,7 +167,7 @@ fn run(case: &Case) -> Result<Outputs, String> {
         let mut request = request.clone();
         request.decode.chunk = chunk;
         let label = if chunk.is_some() { "run by run" } else { "" };
-        let video = pipeline.decode_video(&latents, &request, &Silent).map_err(text)?;
+        let video = decoded(&pipeline, &request, &latents).map_err(text)?;
         outputs.push(("out.frames".to_owned(), label, video.unsqueeze(0).map_err(text)?));
     }
     outputs.push(("out.latents".to_owned(), "", latents.to_device(&Device::Cpu).map_err(text)?));

@@ -3,12 +3,14 @@
 use kinoflock_inference::models::wan::pipeline::{WanPipeline, WanSampler, load_transformer, load_vae};
 use kinoflock_inference::models::wan::rope::RopeTables;
 use kinoflock_inference::pipeline::latents::{pack, unpack};
+use kinoflock_inference::pipeline::run::decoded;
 use kinoflock_inference::registry::ModelIndex;
 use kinoflock_inference::sampler::{
     FlowMatchConfig, Schedule, ScheduleRequest, UniPc, UniPcConfig, UniPcState,
 };
+use kinoflock_inference::sink::whole;
 use kinoflock_inference::tiling::Tiling;
-use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Silent, Tensor};
+use kinoflock_inference::{Device, GenerateRequest, LoadOptions, Tensor};
 
 use super::common::{self, numbers, record, request, text};
 use super::golden::{Case, Outputs};
@@ -112,7 +114,7 @@ fn vae_decode(case: &Case) -> Result<Outputs, String> {
     let z = case.input("in.z")?;
     let ways = [("", None), ("runs of 12 frames", Some(12))];
     let decoded = ways.map(|(label, chunk)| {
-        let video = vae.decode(z, Tiling { chunk, ..Tiling::default() }, &mut || Ok(())).map_err(text)?;
+        let video = whole(|sink| vae.decode(z, Tiling { chunk, ..Tiling::default() }, sink)).map_err(text)?;
         Ok(("out.decoded".to_owned(), label, video))
     });
     decoded.into_iter().collect()
@@ -158,7 +160,7 @@ fn run(case: &Case) -> Result<Outputs, String> {
     outputs.push(("out.timesteps".to_owned(), "", numbers(schedule.course().timesteps)?));
     outputs.push(("out.latents".to_owned(), "", latents.clone()));
     if case.wanted().iter().any(|name| name == "out.frames") {
-        let video: Tensor = pipeline.decode_video(&latents, &request, &Silent).map_err(text)?;
+        let video: Tensor = decoded(&pipeline, &request, &latents).map_err(text)?;
         outputs.push(("out.frames".to_owned(), "", video.unsqueeze(0).map_err(text)?));
     }
     Ok(outputs)

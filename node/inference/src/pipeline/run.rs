@@ -10,6 +10,7 @@ mod check;
 mod colours;
 mod digest;
 mod entry;
+mod film;
 mod parts;
 
 use std::collections::BTreeMap;
@@ -18,7 +19,8 @@ use candle_core::{DType, Device, Tensor};
 
 pub use check::{check_prompt, check_sizes};
 use digest::digest;
-pub use parts::{initial, pictures, watched};
+pub(crate) use film::AT_ONCE;
+pub use parts::{decoded, initial};
 
 use super::conditions::Takes;
 use super::{
@@ -32,6 +34,7 @@ use crate::offload::Placement;
 use crate::pipeline::latents::LatentRgb;
 use crate::pipeline::touch::{NOISE, check_kept, memory_prefix, step_name};
 use crate::sampler::checkpoint::latents_bytes;
+use crate::sink::Sink;
 
 /// The points that a run goes through.
 #[derive(Debug, Clone, Copy)]
@@ -253,16 +256,11 @@ pub trait VideoModel: Send {
     /// When the shape does not fit.
     fn volume(&self, plan: &Self::Plan, latents: &Tensor) -> Result<Tensor, Error>;
 
-    /// That volume as pictures `[F, 3, H, W]` with values in 0 to 1.
+    /// That volume as a video `(1, 3, frames, height, width)` of -1 to 1, which `sink` is given as it is finished.
     ///
     /// # Errors
-    /// [`Error::Cancelled`] with any counts between the pieces of a decode, or what the device reports.
-    fn decode(
-        &self,
-        request: &GenerateRequest,
-        volume: &Tensor,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error>;
+    /// What the device or `sink` reports.
+    fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error>;
 }
 
 impl<M: VideoModel> Pipeline for M {

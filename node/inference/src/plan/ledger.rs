@@ -89,6 +89,11 @@ impl Ledger {
         }
     }
 
+    /// Values in the machine's memory, which are not here if the tensors are on another device.
+    pub(crate) fn at_home(&self, dims: &[usize], dtype: DType) -> Ghost {
+        self.ghost(if self.0.cpu { dims } else { &[0] }, dtype)
+    }
+
     /// A new tensor of f32.
     pub(crate) fn wide(&self, dims: &[usize]) -> Ghost {
         self.ghost(dims, DType::F32)
@@ -300,29 +305,52 @@ pub(crate) fn attention(query: &Ghost, key: &Ghost, value: &Ghost) -> Ghost {
     scaled.another(&out, query.dtype).same()
 }
 
-/// Goes through a loop over runs of frames that are kept and joined along `axis`: `first` frames, then `len` each. Runs
-/// that are like the one before them are gone through once, so that the longest clip costs no more than a short one.
-pub(crate) fn in_runs(
-    total: usize,
-    (first, len): (usize, usize),
-    axis: usize,
-    mut go: impl FnMut(usize, bool) -> Ghost,
-) -> Ghost {
+/// Runs of frames that a loop goes through: how many frames, and how many runs like the one before it stand for, of which
+/// none has to be gone through.
+fn runs(total: usize, (first, len): (usize, usize)) -> Vec<(usize, Option<usize>)> {
     /// Runs after which all are alike, but for the last.
     const SETTLED: usize = 3;
     let (first, len) = (first.clamp(1, total.max(1)), len.max(1));
-    let mut parts = vec![go(first, true)];
     let count = (total - first.min(total)).div_ceil(len);
-    for index in 0..count {
-        let alike = index >= SETTLED && index + 1 < count;
-        if !alike {
-            parts.push(go(len.min(total - first - index * len), false));
-        } else if index == SETTLED {
-            let last = parts.last().expect("invariant: runs were gone through");
-            let mut dims = last.dims.clone();
-            dims[axis] *= count - 1 - SETTLED;
-            parts.push(last.turned(&dims));
-        }
+    let mut all = vec![(first, None)];
+    all.extend((0..count.min(SETTLED)).map(|index| (len.min(total - first - index * len), None)));
+    if count > SETTLED + 1 {
+        all.push((len, Some(count - 1 - SETTLED)));
+    }
+    if count > SETTLED {
+        all.push((total - first - (count - 1) * len, None));
+    }
+    all
+}
+
+/// Goes through a loop over runs of frames: `first` frames, then `len` each. `go` is told how many and whether they are the
+/// first. Runs that are like the one before them are gone through once, so that the longest clip costs no more than a short
+/// one.
+pub(crate) fn each_run(total: usize, sizes: (usize, usize), mut go: impl FnMut(usize, bool)) {
+    let gone = runs(total, sizes).into_iter().filter(|(_, alike)| alike.is_none());
+    for (index, (frames, _)) in gone.enumerate() {
+        go(frames, index == 0);
+    }
+}
+
+/// [`each_run`], with results that are kept and joined along `axis`.
+pub(crate) fn in_runs(
+    total: usize,
+    sizes: (usize, usize),
+    axis: usize,
+    mut go: impl FnMut(usize, bool) -> Ghost,
+) -> Ghost {
+    let mut parts: Vec<Ghost> = Vec::new();
+    for (frames, alike) in runs(total, sizes) {
+        let part = match (alike, parts.last()) {
+            (Some(count), Some(last)) => {
+                let mut dims = last.dims.clone();
+                dims[axis] *= count;
+                last.turned(&dims)
+            }
+            _ => go(frames, parts.is_empty()),
+        };
+        parts.push(part);
     }
     cat(&parts.iter().collect::<Vec<_>>(), axis)
 }

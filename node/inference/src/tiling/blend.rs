@@ -4,10 +4,10 @@
 //! tiles overlap by a quarter and are faded into each other, which hides the difference and does not remove it: the result
 //! is close to the whole decode, not equal to it. Tiles are of one size and lie at even distances.
 
-use candle_core::{DType, Device, Result, Tensor};
-use rayon::prelude::*;
+use candle_core::{Result, Tensor};
 
-use crate::nn::cpu::View;
+use super::canvas::Canvas;
+use crate::sink::Sink;
 
 /// Parts of a tile's side of which one overlaps at least.
 const OVERLAP: usize = 4;
@@ -46,28 +46,36 @@ impl BlendPlan {
         self.tile
     }
 
-    /// Runs `decode` on every tile of `z`, `(batch, channels, time, rows, columns)`, and fades the results,
-    /// `(batch, channels, frames, height, width)`, into each other; on the machine's memory, f32.
+    /// Runs `decode` on every tile of `z`, `(batch, channels, time, rows, columns)`, fades the results,
+    /// `(batch, channels, frames, height, width)`, into each other, and hands frames on as the last tile finishes them. A
+    /// tile may be decoded in runs of frames.
     ///
     /// # Errors
-    /// What `decode` or the device reports.
-    pub fn decode(&self, z: &Tensor, mut decode: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
-        let mut canvas: Option<Canvas> = None;
+    /// What `decode`, `sink` or the device reports.
+    pub fn decode(
+        &self,
+        z: &Tensor,
+        sink: &mut dyn Sink,
+        mut decode: impl FnMut(&Tensor, &mut dyn Sink) -> Result<()>,
+    ) -> Result<()> {
+        let mut canvas = Canvas::new(self.size.map(|cells| cells * self.ratio));
         for (i, &top) in self.starts[0].iter().enumerate() {
             for (j, &left) in self.starts[1].iter().enumerate() {
                 let part = z.narrow(3, top, self.tile[0])?.narrow(4, left, self.tile[1])?.contiguous()?;
-                let out = decode(&part)?;
-                let canvas = match &mut canvas {
-                    Some(canvas) => canvas,
-                    None => canvas.insert(Canvas::new(&out, self)?),
+                sink.go_on()?;
+                let mut tile = Tile {
+                    start: [top, left].map(|cells| cells * self.ratio),
+                    width: self.size[1] * self.ratio,
+                    weights: [self.weights(0, i), self.weights(1, j)],
+                    canvas: &mut canvas,
+                    done: 0,
+                    is_last: i + 1 == self.starts[0].len() && j + 1 == self.starts[1].len(),
+                    sink: &mut *sink,
                 };
-                canvas.add(&out, [self.weights(0, i), self.weights(1, j)], [top, left])?;
+                decode(&part, &mut tile)?;
             }
         }
-        match canvas {
-            Some(canvas) => Tensor::from_vec(canvas.data, canvas.shape, &Device::Cpu),
-            None => candle_core::bail!("pictures of {:?} cells have no tiles", self.size),
-        }
+        Ok(())
     }
 
     /// How much each pixel of a tile counts along an axis: all tiles at a pixel count 1 together.
@@ -97,51 +105,60 @@ fn starts(size: usize, tile: usize) -> Vec<usize> {
     (0..=last).map(|i| (i * room).checked_div(last).unwrap_or(0)).collect()
 }
 
-/// The video as it comes together.
-struct Canvas {
-    data: Vec<f32>,
-    shape: (usize, usize, usize, usize, usize),
-    ratio: usize,
+/// Takes a tile's frames, and adds them to those of the tiles before.
+struct Tile<'a> {
+    /// Its first row and column, pixels.
+    start: [usize; 2],
+    /// Pixels in a row of the whole picture.
+    width: usize,
+    weights: [Vec<f32>; 2],
+    canvas: &'a mut Canvas,
+    /// Frames that have come.
+    done: usize,
+    /// Whether frames are finished with this tile.
+    is_last: bool,
+    sink: &'a mut dyn Sink,
 }
 
-impl Canvas {
-    fn new(tile: &Tensor, plan: &BlendPlan) -> Result<Self> {
-        let (batch, channels, frames, ..) = tile.dims5()?;
-        let (height, width) = (plan.size[0] * plan.ratio, plan.size[1] * plan.ratio);
-        let data = vec![0f32; batch * channels * frames * height * width];
-        Ok(Self { data, shape: (batch, channels, frames, height, width), ratio: plan.ratio })
+impl Sink for Tile<'_> {
+    fn go_on(&mut self) -> Result<()> {
+        self.sink.go_on()
     }
 
-    fn add(&mut self, tile: &Tensor, weights: [Vec<f32>; 2], start: [usize; 2]) -> Result<()> {
-        let (batch, channels, frames, height, width) = self.shape;
-        let [down, across] = &weights;
-        if tile.dims() != [batch, channels, frames, down.len(), across.len()] {
+    fn put(&mut self, tile: Tensor) -> Result<()> {
+        let (batch, channels, frames, height, width) = tile.dims5()?;
+        let [down, across] = &self.weights;
+        if [height, width] != [down.len(), across.len()] {
             let planned = [down.len(), across.len()];
             candle_core::bail!("a tile decoded to {:?}, planned was {planned:?}", tile.shape());
         }
-        let tile = tile.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
-        let view = View::new(&tile)?;
-        let source = view.slice()?;
-        let (top, left) = (start[0] * self.ratio, start[1] * self.ratio);
-        self.data.par_chunks_mut(height * width).zip(source.par_chunks(down.len() * across.len())).for_each(
-            |(plane, tile)| {
-                for (y, row) in tile.chunks_exact(across.len()).enumerate() {
-                    let out = &mut plane[(top + y) * width + left..][..across.len()];
-                    for ((o, x), w) in out.iter_mut().zip(row).zip(across) {
-                        *o += x * (w * down[y]);
-                    }
+        let ([top, left], whole) = (self.start, self.width);
+        self.canvas.reach([batch, channels], self.done + frames);
+        self.canvas.paint(self.done, (&tile, 0), |plane, tile| {
+            for (y, row) in tile.chunks_exact(width).enumerate() {
+                let out = &mut plane[(top + y) * whole + left..][..width];
+                for ((o, x), w) in out.iter_mut().zip(row).zip(across) {
+                    *o += x * (w * down[y]);
                 }
-            },
-        );
-        Ok(())
+            }
+        })?;
+        drop(tile);
+        self.done += frames;
+        if !self.is_last {
+            return Ok(());
+        }
+        self.canvas.hand_on(self.done, self.sink)
     }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::*;
+    use candle_core::Device;
     use proptest::prelude::*;
+
+    use super::*;
+    use crate::sink::whole;
 
     proptest! {
         #[test]
@@ -157,10 +174,14 @@ mod tests {
                     .reshape((b, c, t, h * ratio, w * ratio))
             };
             let plan = BlendPlan::new(pixels, ratio, [rows, columns]);
-            let faded = plan.decode(&z, grow).unwrap();
-            let whole = grow(&z).unwrap();
-            prop_assert_eq!(faded.dims(), whole.dims());
-            let difference = (faded - whole).unwrap().abs().unwrap().flatten_all().unwrap();
+            // Frame by frame, as a decoder that goes in runs gives them.
+            let by_frames = |tile: &Tensor, sink: &mut dyn Sink| {
+                (0..tile.dim(2)?).try_for_each(|frame| sink.put(grow(&tile.narrow(2, frame, 1)?)?))
+            };
+            let faded = whole(|sink| plan.decode(&z, sink, by_frames)).unwrap();
+            let plain = grow(&z).unwrap();
+            prop_assert_eq!(faded.dims(), plain.dims());
+            let difference = (faded - plain).unwrap().abs().unwrap().flatten_all().unwrap();
             prop_assert!(difference.max(0).unwrap().to_scalar::<f32>().unwrap() < 1e-5);
         }
     }

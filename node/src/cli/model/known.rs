@@ -25,7 +25,7 @@ pub(super) fn list(json: bool) -> anyhow::Result<ExitCode> {
     }
     text.push_str(
         "from    what clips are made from\n\
-         size    parameters of the transformer, in billions, where they are known\n\
+         size    parameters of the transformer, in billions\n\
          copies  whether the licence lets everybody pass on copies; nodes give each other\n\
         \x20       files of those with yes\n\
          *       its terms must be accepted\n",

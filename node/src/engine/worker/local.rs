@@ -98,7 +98,7 @@ impl Engine for LocalEngine {
             .map_err(|error| Failure::new(error.code(), &error.to_string(), false))?;
         let Loaded { pipeline, .. } = self.loaded.as_mut().ok_or_else(not_open)?;
         let generate = generate_request(request, pipeline.as_ref())?;
-        let mut watcher = Watcher { context, step_hash: [0; 32] };
+        let mut watcher = Watcher { context, step_hash: [0; 32], fault: None };
         let commitment = pipeline.commitment(&generate).map_err(|error| failure(&error))?;
         if watcher.context.wants_states() {
             let start = pipeline.start(&generate).map_err(|error| failure(&error))?;
@@ -107,7 +107,11 @@ impl Engine for LocalEngine {
                 watcher.state(left.steps_done, &left.latents);
             }
         }
-        match pipeline.generate(&generate, &mut watcher) {
+        let generated = pipeline.generate(&generate, &mut watcher);
+        if let Some(fault) = watcher.fault {
+            return Err(fault.into());
+        }
+        match generated {
             Ok(generated) => Ok(made(generated, commitment)?),
             Err(Error::Cancelled { .. }) => Err(Stop::Cancelled),
             Err(error) => Err(failure(&error).into()),
@@ -162,6 +166,8 @@ impl LocalEngine {
 struct Watcher<'a, 'b> {
     context: &'a mut Context<'b>,
     step_hash: [u8; 32],
+    /// Why the frames could not be taken: the run ends then.
+    fault: Option<Failure>,
 }
 
 impl Watcher<'_, '_> {
@@ -198,6 +204,12 @@ impl Observer for Watcher<'_, '_> {
         self.context.preview(frames);
     }
 
+    fn frames(&mut self, frames: RgbFrames) {
+        if let Err(fault) = self.context.frames(frames) {
+            self.fault = Some(fault);
+        }
+    }
+
     fn checkpoint(&mut self, checkpoint: &Checkpoint) {
         // A state that cannot be read back from the device is no reason to fail the job.
         if let Ok(bytes) = checkpoint.to_bytes() {
@@ -206,7 +218,7 @@ impl Observer for Watcher<'_, '_> {
     }
 
     fn cancelled(&self) -> bool {
-        self.context.cancelled()
+        self.fault.is_some() || self.context.cancelled()
     }
 }
 
@@ -360,7 +372,6 @@ fn made(generated: Generated, commitment: Commitment) -> Result<Made, Failure> {
         latents_shape: generated.latents.dims().to_vec(),
         latents: values(&generated.latents)?,
         kept,
-        frames: generated.frames,
         state_hashes: [&[generated.start_hash], generated.step_hashes.as_slice()].concat(),
         commitment,
         steps_done: generated.steps_done as u32,

@@ -1,33 +1,34 @@
-//! From frames to files: encodes, writes, syncs, and reports hash and length.
+//! From frames to files: waits for the encoder, writes, syncs, and reports hash and length.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use kinoflock_inference::RgbFrames;
 use kinoflock_inference::pipeline::touch::FINAL;
 use kinoflock_protocol::id::BlobId;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
+use super::film::Clip;
 use super::{Context, Made, Stop};
-use crate::engine::encode::{self, Quality};
 use crate::engine::wire::{self, DoneReport, Failure, FileReport, LatentsSummary, Phase, WirePath};
 
 /// The tensor's name in a latents file.
 pub(crate) const LATENTS: &str = "latents";
 
-/// Encodes what was made, writes the files that the job wants, and reports.
+/// Ends the clip, writes the files that the job wants, and reports.
 pub(super) fn finish(made: &Made, context: &mut Context<'_>) -> Result<DoneReport, Stop> {
     if context.cancelled() {
         return Err(Stop::Cancelled);
     }
     context.phase(Phase::Encode);
     let request = context.request;
-    let clip = encode::encode_mp4(&made.frames, request.fps, Quality::Archive)
-        .map_err(|error| Failure::new(error.code(), &error.to_string(), false))?;
-    let clip = write(Path::new(request.output.clip.as_str()), &clip)?;
+    let Some(film) = context.film.take() else {
+        return Err(Failure::new("no_frames", "the engine made no frames", false).into());
+    };
+    let Clip { bytes, frames, constant } = film.develop()?;
+    let clip = write(Path::new(request.output.clip.as_str()), &bytes)?;
     let latents = match &request.output.latents {
         Some(path) => Some(write(Path::new(path.as_str()), &latents_file(&tensors(made))?)?),
         None => None,
@@ -45,11 +46,11 @@ pub(super) fn finish(made: &Made, context: &mut Context<'_>) -> Result<DoneRepor
         latents,
         step_root: kinoflock_protocol::audit::root(&steps.leaves),
         steps_done: made.steps_done,
-        frames: made.frames.count as u32,
-        width: made.frames.width as u32,
-        height: made.frames.height as u32,
+        frames: frames as u32,
+        width: request.width,
+        height: request.height,
         timings: context.timings,
-        constant: is_constant(&made.frames),
+        constant,
         latents_summary: LatentsSummary::of(&made.latents),
     })
 }
@@ -113,10 +114,4 @@ pub(super) fn latents_file(tensors: &[Named<'_>]) -> Result<Vec<u8>, Failure> {
     // One entry only: the order of several is not fixed.
     let metadata = HashMap::from([("format".to_owned(), "kinoflock-latents-1".to_owned())]);
     safetensors::serialize(views, Some(metadata)).map_err(fault)
-}
-
-/// Whether every pixel of every frame has the same colour.
-fn is_constant(frames: &RgbFrames) -> bool {
-    let pixels = frames.data.as_chunks::<3>().0;
-    pixels.windows(2).all(|pair| pair[0] == pair[1])
 }

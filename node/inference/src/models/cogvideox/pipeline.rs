@@ -21,8 +21,7 @@ use crate::error::Error;
 use crate::folder::{Extras, WEIGHTS_STEM, open_weights};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::VideoModel;
-use crate::pipeline::{GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json};
+use crate::pipeline::{GenerateRequest, LoadOptions, PipelineInfo, config_error, read_json};
 use crate::registry::ModelIndex;
 use crate::sampler::{DiffusionConfig, DiffusionSampler, DiffusionSchedule};
 use crate::text::PromptEncoder;
@@ -115,19 +114,6 @@ impl CogVideoXPipeline {
     /// [`Error::PromptTooLong`] where it is and `truncate` is false, or what the device reports.
     pub fn encode_prompt(&self, prompt: &str, truncate: bool) -> Result<Tensor, Error> {
         Ok(self.text.encode(prompt, truncate, false)?.0)
-    }
-
-    /// Latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1, as a request says.
-    ///
-    /// # Errors
-    /// A cancel between the runs of a decode, or what the device reports.
-    pub fn decode_video(
-        &self,
-        latents: &Tensor,
-        request: &GenerateRequest,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
-        self.decode(request, latents, observer)
     }
 }
 

@@ -16,6 +16,7 @@ use candle_nn::VarBuilder;
 use super::config::VaeConfig;
 use crate::nn::frame_cache::FrameCache;
 use crate::nn::moments::Moments;
+use crate::sink::Sink;
 use blocks::{Decoder, Encoder};
 
 /// Frames of a video in a run of the encoder.
@@ -93,21 +94,21 @@ impl CogVideoXVae {
         z * if self.config.invert_scale_latents { 1.0 / factor } else { factor }
     }
 
-    /// Denormalised latents to a video `(batch, 3, frames, height, width)` of about -1 to 1; `watch` is asked before
-    /// every run and ends the decode with its error.
+    /// Denormalised latents to a video `(batch, 3, frames, height, width)` of about -1 to 1, which `sink` is given run by
+    /// run.
     ///
     /// With `tile`, pictures are decoded in overlapping squares of about that many pixels, and overlaps are blended, as
     /// the reference does. The group norms then look at a tile alone: a tiled decode is near the whole one, not the same.
     ///
     /// # Errors
-    /// When shapes do not fit, the device fails, or `watch` says so.
+    /// When shapes do not fit, the device fails, or `sink` does.
     pub fn decode(
         &self,
         z: &Tensor,
         tile: Option<usize>,
-        watch: &mut dyn FnMut() -> Result<()>,
+        sink: &mut dyn Sink,
         mut trace: Option<Trace<'_>>,
-    ) -> Result<Tensor> {
+    ) -> Result<()> {
         let (_, channels, _, height, width) = z.dims5()?;
         if channels != self.config.latent_channels {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.latent_channels);
@@ -115,26 +116,21 @@ impl CogVideoXVae {
         let ratio = self.config.spatial_ratio();
         match square(tile, ratio) {
             Some(cells) if height > cells || width > cells => {
-                tiles::decode(z, cells, ratio, &mut |tile| self.decode_runs(tile, watch, &mut None))
+                tiles::decode(z, cells, ratio, sink, |tile, sink| self.decode_runs(tile, sink, &mut None))
             }
-            _ => self.decode_runs(z, watch, &mut trace),
+            _ => self.decode_runs(z, sink, &mut trace),
         }
     }
 
-    fn decode_runs(
-        &self,
-        z: &Tensor,
-        watch: &mut dyn FnMut() -> Result<()>,
-        trace: &mut Option<Trace<'_>>,
-    ) -> Result<Tensor> {
+    fn decode_runs(&self, z: &Tensor, sink: &mut dyn Sink, trace: &mut Option<Trace<'_>>) -> Result<()> {
         let mut cache = FrameCache::default();
-        let parts = runs(z.dim(2)?, DECODE_RUN).into_iter().map(|(start, len)| {
-            watch()?;
+        for (start, len) in runs(z.dim(2)?, DECODE_RUN) {
+            sink.go_on()?;
             cache.rewind();
             let run = channels_last(&z.narrow(2, start, len)?)?;
-            channels_first(&self.decoder.forward(&run, &mut cache, trace)?)
-        });
-        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 2)
+            sink.put(channels_first(&self.decoder.forward(&run, &mut cache, trace)?)?)?;
+        }
+        Ok(())
     }
 
     /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not scaled.

@@ -27,10 +27,7 @@ pub use crate::folder::{TEXT_STEM, WEIGHTS_STEM};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
 pub use crate::pipeline::latents::{pack, unpack};
-use crate::pipeline::run::VideoModel;
-use crate::pipeline::{
-    Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json,
-};
+use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, PipelineInfo, config_error, read_json};
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
 use crate::text::PromptEncoder;
@@ -169,19 +166,6 @@ impl LtxPipeline {
     /// When its timesteps do not fall or it has no steps.
     pub fn schedule(&self, request: &GenerateRequest) -> Result<Schedule, Error> {
         parts::schedule(self, request)
-    }
-
-    /// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1, as a request says.
-    ///
-    /// # Errors
-    /// A cancel between the pieces of a decode, or what the device reports.
-    pub fn decode_video(
-        &self,
-        latents: &Tensor,
-        request: &GenerateRequest,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
-        self.decode(request, latents, observer)
     }
 
     /// The embeddings `[1, tokens, width]` of a prompt and their mask `[1, tokens]` (u8).

@@ -21,7 +21,8 @@ use encoder::Encoder;
 
 use crate::nn::moments::Moments;
 use crate::rng::{Stream, normal_tensor};
-use crate::tiling::{Place, Tiling};
+use crate::sink::Sink;
+use crate::tiling::{Cut, Place, Tiling};
 
 /// Where a decoder's injected noise comes from.
 #[derive(Debug, Clone)]
@@ -187,16 +188,18 @@ impl LtxVae {
     }
 
     /// Denormalised latents `(batch, channels, time, height, width)` to a video `(batch, 3, frames, height, width)`
-    /// of about -1 to 1. In a tiled decode a trace sees the blocks that run whole.
+    /// of about -1 to 1, which `sink` is given at once or, in tiles, run by run. In a tiled decode a trace sees the blocks
+    /// that run whole.
     ///
     /// # Errors
-    /// When a timestep-conditioned decoder gets no timestep, shapes do not fit, or the device fails.
+    /// When a timestep-conditioned decoder gets no timestep, shapes do not fit, the device fails, or `sink` does.
     pub fn decode(
         &self,
         z: &Tensor,
         settings: &DecodeSettings,
+        sink: &mut dyn Sink,
         mut trace: Option<Trace<'_>>,
-    ) -> Result<Tensor> {
+    ) -> Result<()> {
         let (_, channels, ..) = z.dims5()?;
         if channels != self.config.latent_channels {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.latent_channels);
@@ -204,14 +207,13 @@ impl LtxVae {
         let Some(decoder) = &self.decoder else {
             candle_core::bail!("this VAE was loaded without its decoder")
         };
-        decoder.decode(z, settings, &mut trace)
+        decoder.decode(z, settings, sink, &mut trace)
     }
 
-    /// From which upward block on a decode of so many latent cells goes in tiles, and the greatest of them with its margins;
-    /// `None` where it stays whole.
-    pub(crate) fn cut(&self, tiling: Tiling, cells: [usize; 3]) -> Option<(usize, [usize; 3])> {
+    /// How a decode of so many latent cells goes in tiles, from which upward block on; `None` where it stays whole.
+    pub(crate) fn cut(&self, tiling: Tiling, cells: [usize; 3]) -> Option<Cut> {
         let (first, plan) = self.decoder.as_ref()?.plan(tiling, cells)?;
-        Some((first, plan.greatest()))
+        Some(plan.cut(first))
     }
 
     /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not normalised.

@@ -19,8 +19,7 @@ use crate::error::Error;
 use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, open_weights};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::VideoModel;
-use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error};
+use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, PipelineInfo, config_error};
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
 use crate::text::PromptEncoder;
@@ -104,19 +103,6 @@ impl MochiPipeline {
     /// When it has no steps or gives its own timesteps.
     pub fn schedule(&self, request: &GenerateRequest) -> Result<Schedule, Error> {
         parts::schedule(self, request)
-    }
-
-    /// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1, as a request says.
-    ///
-    /// # Errors
-    /// A cancel between the pieces of a decode, or what the device reports.
-    pub fn decode_video(
-        &self,
-        latents: &Tensor,
-        request: &GenerateRequest,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
-        self.decode(request, latents, observer)
     }
 
     /// The embeddings `[1, tokens, width]` of a prompt and their mask `[1, tokens]` (u8).

@@ -19,6 +19,7 @@ use self::decoder::Decoder;
 use self::encoder::Encoder;
 pub use crate::models::ltx::vae::Trace;
 use crate::nn::moments::Moments;
+use crate::sink::Sink;
 use crate::tiling::Tiling;
 use crate::tiling::blend::BlendPlan;
 
@@ -99,25 +100,20 @@ impl MochiVae {
     }
 
     /// Denormalised latents `(batch, channels, time, height, width)` to a video `(batch, 3, frames, height, width)`
-    /// of about -1 to 1; `between` is called before each piece.
+    /// of about -1 to 1, which `sink` is given run by run.
     ///
     /// # Errors
-    /// When shapes do not fit, the device fails, or what `between` gives.
-    pub fn decode(
-        &self,
-        z: &Tensor,
-        tiling: Tiling,
-        between: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Tensor> {
+    /// When shapes do not fit, the device fails, or `sink` does.
+    pub fn decode(&self, z: &Tensor, tiling: Tiling, sink: &mut dyn Sink) -> Result<()> {
         self.check_latents(z)?;
         let (_, _, _, rows, columns) = z.dims5()?;
         if let Some(pixels) = tiling.tile {
             let plan = BlendPlan::new(pixels, self.config.spatial_ratio(), [rows, columns]);
             if plan.tiles() > 1 {
-                return plan.decode(z, |tile| self.decoder.decode(tile, tiling.chunk, between));
+                return plan.decode(z, sink, |tile, sink| self.decoder.decode(tile, tiling.chunk, sink));
             }
         }
-        self.decoder.decode(z, tiling.chunk, between)
+        self.decoder.decode(z, tiling.chunk, sink)
     }
 
     /// [`MochiVae::decode`] of the whole clip at once, which shows every block's result.

@@ -27,7 +27,7 @@ use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::{GenerateRequest, LoadOptions, Observer, PipelineInfo};
+use crate::pipeline::{LoadOptions, PipelineInfo};
 use crate::sampler::PyramidSchedule;
 pub(crate) use folder::implied_class;
 pub use folder::{TextParts, find_transformer, load_clip, load_transformer, load_vae};
@@ -150,18 +150,5 @@ impl PyramidPipeline {
             0 => Ok(first),
             later => Tensor::cat(&[first, one(latents.narrow(2, 1, later)?, self.settings.later_frames)?], 2),
         }
-    }
-
-    /// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1, as a request says.
-    ///
-    /// # Errors
-    /// A cancel between the pieces of a decode, or what the device reports.
-    pub fn decode_video(
-        &self,
-        latents: &Tensor,
-        request: &GenerateRequest,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
-        parts::decode(self, request, latents, observer)
     }
 }

@@ -21,8 +21,9 @@ use encoder::Encoder;
 
 use crate::nn::frame_cache::FrameCache;
 use crate::nn::moments::Moments;
-use crate::tiling::Tiling;
+use crate::sink::Sink;
 use crate::tiling::blend::BlendPlan;
+use crate::tiling::{MOST_ELEMENTS, Tiling};
 
 /// The autoencoder.
 #[derive(Debug, Clone)]
@@ -57,16 +58,11 @@ impl PyramidVae {
     }
 
     /// Denormalised latents `(batch, channels, time, height, width)` to a video `(batch, 3, frames, height, width)` of
-    /// about -1 to 1. `watch` is called between runs and tiles and may stop the decode with an error.
+    /// about -1 to 1, which `sink` is given run by run.
     ///
     /// # Errors
-    /// When the channels differ, the device fails, or what `watch` gives.
-    pub fn decode(
-        &self,
-        z: &Tensor,
-        tiling: Tiling,
-        watch: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Tensor> {
+    /// When the channels differ, the device fails, or `sink` does.
+    pub fn decode(&self, z: &Tensor, tiling: Tiling, sink: &mut dyn Sink) -> Result<()> {
         let (_, channels, _, height, width) = z.dims5()?;
         if channels != self.config.latent_channels() {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.latent_channels());
@@ -74,43 +70,45 @@ impl PyramidVae {
         let plan =
             tiling.tile.map(|side| BlendPlan::new(side, self.config.downsample_scale, [height, width]));
         match plan.filter(|plan| plan.tiles() > 1) {
-            None => self.decode_tile(z, tiling.chunk, watch),
-            Some(plan) => plan.decode(z, |tile| {
-                watch()?;
-                self.decode_tile(tile, tiling.chunk, watch)
-            }),
+            None => self.decode_tile(z, tiling.chunk, sink),
+            Some(plan) => plan.decode(z, sink, |tile, sink| self.decode_tile(tile, tiling.chunk, sink)),
         }
     }
 
     /// A whole picture or a tile of it, at once or in runs of about `chunk` frames; the first run has one latent frame
     /// more, which is its first frame.
-    fn decode_tile(
-        &self,
-        z: &Tensor,
-        chunk: Option<usize>,
-        watch: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Tensor> {
-        let frames = z.dim(2)?;
+    fn decode_tile(&self, z: &Tensor, chunk: Option<usize>, sink: &mut dyn Sink) -> Result<()> {
+        let (_, _, frames, height, width) = z.dims5()?;
         let z = z.permute((0, 2, 3, 4, 1))?.contiguous()?;
-        let Some(chunk) = chunk else {
-            return channels_first(&self.decoder.forward(&z, true, &mut Pass::Whole)?);
+        let Some(window) = self.window([frames, height, width], chunk) else {
+            return sink.put(channels_first(&self.decoder.forward(&z, true, &mut Pass::Whole)?)?);
         };
-        let window = (chunk / self.config.downsample_scale).max(1);
         let mut cache = FrameCache::default();
-        let mut runs = Vec::new();
         let mut start = 0;
         while start < frames {
             if start > 0 {
-                watch()?;
+                sink.go_on()?;
             }
             let length = if start == 0 { window + 1 } else { window }.min(frames - start);
             cache.rewind();
             let run = z.narrow(1, start, length)?.contiguous()?;
             let video = self.decoder.forward(&run, start == 0, &mut Pass::Runs(&mut cache))?;
-            runs.push(channels_first(&video)?);
+            sink.put(channels_first(&video)?)?;
             start += length;
         }
-        Tensor::cat(&runs, 2)
+        Ok(())
+    }
+
+    /// Latent frames in a run of a decode of so many latent cells; `None` where it goes at once.
+    pub(super) fn window(&self, [frames, height, width]: [usize; 3], chunk: Option<usize>) -> Option<usize> {
+        let scale = self.config.downsample_scale;
+        let finest = self.config.decoder_block_out_channels.first().copied().unwrap_or(1);
+        let each = scale * height * scale * width * scale * finest;
+        match chunk {
+            Some(chunk) => Some((chunk / scale).max(1)),
+            None if each * frames <= MOST_ELEMENTS => None,
+            None => Some((MOST_ELEMENTS / each.max(1)).max(1)),
+        }
     }
 
     /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not normalised.

@@ -26,10 +26,7 @@ use crate::error::Error;
 use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_renamed, open_weights};
 use crate::offload::{InTurn, Placement, Slot};
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::VideoModel;
-use crate::pipeline::{
-    Defaults, GenerateRequest, LoadOptions, Observer, PipelineInfo, config_error, read_json,
-};
+use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, PipelineInfo, config_error, read_json};
 use crate::registry::ModelIndex;
 use crate::text::PromptEncoder;
 use crate::text::clean::clean;
@@ -167,19 +164,6 @@ impl WanPipeline {
     /// When it has no steps, or timesteps that the sampler cannot take.
     pub fn schedule(&self, request: &GenerateRequest) -> Result<WanSchedule, Error> {
         self.sampler.schedule(request)
-    }
-
-    /// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1, as a request says.
-    ///
-    /// # Errors
-    /// A cancel between the pieces of a decode, or what the device reports.
-    pub fn decode_video(
-        &self,
-        latents: &Tensor,
-        request: &GenerateRequest,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
-        self.decode(request, latents, observer)
     }
 
     /// The embeddings `[1, tokens, width]` of a prompt, zeros where it is filled up.

@@ -17,12 +17,12 @@ use candle_nn::VarBuilder;
 
 pub use config::WanVaeConfig;
 use decoder::Decoder;
-pub use decoder::Watch;
 use encoder::Encoder;
 
 use crate::nn::conv3d::Conv3d;
 use crate::nn::moments::Moments;
-use crate::tiling::Tiling;
+use crate::sink::{Sink, Through};
+use crate::tiling::{Cut, Tiling};
 
 /// The autoencoder.
 #[derive(Debug, Clone)]
@@ -92,27 +92,28 @@ impl WanVae {
     }
 
     /// Denormalised latents `(batch, channels, time, height, width)` to a video `(batch, 3, frames, height, width)` of
-    /// -1 to 1. `watch` is called between pieces.
+    /// -1 to 1, which `sink` is given run by run.
     ///
     /// # Errors
-    /// When shapes do not fit, the device fails, or `watch` does.
-    pub fn decode(&self, z: &Tensor, tiling: Tiling, watch: Watch<'_>) -> Result<Tensor> {
+    /// When shapes do not fit, the device fails, or `sink` does.
+    pub fn decode(&self, z: &Tensor, tiling: Tiling, sink: &mut dyn Sink) -> Result<()> {
         let (_, channels, ..) = z.dims5()?;
         if channels != self.config.z_dim {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.z_dim);
         }
         let x = self.post_quant.forward(&z.permute((0, 2, 3, 4, 1))?.contiguous()?)?;
-        let video = self.decoder.forward(&x, tiling, watch)?;
-        let raised = video.maximum(-1f32)?;
-        drop(video);
-        raised.minimum(1f32)
+        let change = |video: Tensor| {
+            let raised = video.maximum(-1f32)?;
+            drop(video);
+            raised.minimum(1f32)
+        };
+        self.decoder.forward(&x, tiling, &mut Through { sink, change })
     }
 
-    /// From which level on a decode of so many latent cells goes in tiles, and the greatest of them with its margins;
-    /// `None` where pictures stay whole.
-    pub(crate) fn cut(&self, tiling: Tiling, cells: [usize; 3]) -> Option<(usize, [usize; 3])> {
+    /// How a decode of so many latent cells goes in tiles, from which level on; `None` where pictures stay whole.
+    pub(crate) fn cut(&self, tiling: Tiling, cells: [usize; 3]) -> Option<Cut> {
         let (first, plan) = self.decoder.plan(Tiling { chunk: None, ..tiling }, cells)?;
-        Some((first, plan.greatest()))
+        Some(plan.cut(first))
     }
 
     /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not normalised.

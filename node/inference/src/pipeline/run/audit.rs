@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::check::check;
 use super::digest::digest;
+use super::film::Film;
 use super::{State, VideoModel, entry, settle};
 use crate::audit::{Commitment, Transition};
 use crate::error::Error;
@@ -63,9 +64,11 @@ pub(super) fn frames<M: VideoModel>(
     let latents = checked(latents, model.latents_shape(&plan, model.course(&plan).steps()))?;
     let volume = entry::finished(model, request, model.volume(&plan, &latents)?)?;
     let request = &settle(model, request)?;
-    let video = model.decode(request, &volume, &Silent);
+    let mut silent = Silent;
+    let mut film = Film::new(request, &mut silent);
+    let decoded = model.decode(request, &volume, &mut film);
     model.give_back(Phase::Decode);
-    Ok(RgbFrames::from_unit(&video?)?)
+    film.develop(decoded)
 }
 
 fn checked(latents: &Tensor, needed: Vec<usize>) -> Result<Tensor, Error> {

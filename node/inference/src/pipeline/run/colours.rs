@@ -1,12 +1,12 @@
 //! Colours of previews for a model whose folder names none: learnt from what its own decoder makes of a small field of
 //! noise, in which every cell has latents of its own. No figure of another program is taken on trust.
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 
-use super::VideoModel;
+use super::{VideoModel, decoded};
 use crate::error::Error;
+use crate::pipeline::GenerateRequest;
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::{GenerateRequest, Silent};
 use crate::rng::{Stream, normal_tensor};
 
 /// Cells for each unknown of the map.
@@ -25,8 +25,7 @@ pub(super) fn learnt<M: VideoModel>(model: &M, request: &GenerateRequest) -> Res
     let side = (cells.sqrt().ceil() as usize).max(LEAST_SIDE).next_multiple_of(2);
     let field = normal_tensor(SEED, Stream::Initial, (1, channels, 1, side, side), &Device::Cpu)?;
     let request = GenerateRequest { decode_noise: Vec::new(), ..request.clone() };
-    let video = model.decode(&request, &field, &Silent)?;
-    let picture = video.narrow(0, 0, 1)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+    let picture = decoded(model, &request, &field)?.narrow(0, 0, 1)?.to_device(&Device::Cpu)?;
     let colours = picture.avg_pool2d(work.spatial_ratio)?;
     Ok(LatentRgb::fitted(&field.reshape((channels, side * side))?, &colours.reshape((3, side * side))?)?)
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::film::Film;
 use super::{State, VideoModel};
 use crate::error::Error;
 use crate::frames::RgbFrames;
@@ -114,10 +115,11 @@ pub(super) fn frames<M: VideoModel>(
     if observer.cancelled() {
         return Err(Error::Cancelled { steps_done: steps, steps });
     }
-    let video = model.decode(request, volume, observer).map_err(|error| match error {
+    let mut film = Film::new(request, observer);
+    let decoded = model.decode(request, volume, &mut film);
+    model.give_back(Phase::Decode);
+    film.develop(decoded).map_err(|error| match error {
         Error::Cancelled { .. } => Error::Cancelled { steps_done: steps, steps },
         other => super::during(other, "decoding"),
-    });
-    model.give_back(Phase::Decode);
-    Ok(RgbFrames::from_unit(&video?)?)
+    })
 }

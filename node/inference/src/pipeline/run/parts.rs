@@ -2,8 +2,10 @@
 
 use candle_core::{DType, Tensor};
 
+use super::VideoModel;
 use crate::error::Error;
-use crate::pipeline::{GenerateRequest, Observer, touch};
+use crate::pipeline::{GenerateRequest, touch};
+use crate::sink::whole;
 
 /// The latents that a run begins with: noise from the seed as a volume `[1, C, F, H, W]`, or the request's, given as
 /// that volume or in the model's own shape. `own` brings a volume into that shape.
@@ -27,40 +29,15 @@ pub fn initial(
     }
 }
 
-/// Runs a decode in pieces: `decode` is given a function to call between pieces, which fails once the observer wants to
-/// stop; that failure becomes [`Error::Cancelled`].
-///
-/// # Errors
-/// What `decode` reports, or a cancel.
-pub fn watched<T>(
-    observer: &dyn Observer,
-    decode: impl FnOnce(&mut dyn FnMut() -> candle_core::Result<()>) -> candle_core::Result<T>,
-) -> Result<T, Error> {
-    let mut stopped = false;
-    let mut watch = || {
-        stopped = stopped || observer.cancelled();
-        if stopped { candle_core::bail!("cancelled") } else { Ok(()) }
-    };
-    let decoded = decode(&mut watch);
-    match decoded {
-        Err(_) if stopped => Err(Error::Cancelled { steps_done: 0, steps: 0 }),
-        other => Ok(other?),
-    }
-}
-
-/// A decoded video `(1, 3, frames, height, width)` of -1 to 1 as pictures `[frames, 3, height, width]` of 0 to 1, f32.
-/// They are made one by one, so that besides the video only they are held.
+/// The frames of a volume as pictures `[frames, 3, height, width]` of 0 to 1, f32.
 ///
 /// # Errors
 /// What the device reports.
-pub fn pictures(video: Tensor) -> candle_core::Result<Tensor> {
-    let frames = video.squeeze(0)?.transpose(0, 1)?;
-    drop(video);
-    let one = |index: usize| {
-        let frame = frames.narrow(0, index, 1)?.to_dtype(DType::F32)?;
-        frame.affine(0.5, 0.5)?.clamp(0f32, 1f32)
-    };
-    let made = (0..frames.dim(0)?).map(one).collect::<candle_core::Result<Vec<_>>>()?;
-    drop(frames);
-    Tensor::cat(&made, 0)
+pub fn decoded<M: VideoModel>(
+    model: &M,
+    request: &GenerateRequest,
+    volume: &Tensor,
+) -> Result<Tensor, Error> {
+    let video = whole(|sink| model.decode(request, volume, sink))?.squeeze(0)?.transpose(0, 1)?;
+    Ok(video.to_dtype(DType::F32)?.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
 }

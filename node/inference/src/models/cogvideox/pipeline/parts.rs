@@ -9,11 +9,12 @@ use crate::models::cogvideox::transformer::Positions;
 use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel, initial};
+use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{DiffusionSampler, DiffusionSchedule};
+use crate::sink::Sink;
 
 /// What the sampler of second order remembers: the clean latents that the step before predicted.
 const EARLIER: &str = "earlier";
@@ -221,16 +222,10 @@ impl VideoModel for CogVideoXPipeline {
         Ok(kept.transpose(1, 2)?.contiguous()?)
     }
 
-    fn decode(
-        &self,
-        request: &GenerateRequest,
-        volume: &Tensor,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
+    fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error> {
         let vae = self.vae.get()?;
         let z = vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
-        let video = watched(observer, |watch| vae.decode(&z, request.decode.tile, watch, None))?;
-        Ok(pictures(video)?)
+        Ok(vae.decode(&z, request.decode.tile, sink, None)?)
     }
 }
 

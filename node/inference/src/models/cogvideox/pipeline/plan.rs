@@ -13,9 +13,9 @@ use crate::models::cogvideox::transformer::CogVideoXTransformer;
 use crate::models::cogvideox::vae::{CogVideoXVae, DECODE_RUN, runs, square};
 use crate::nn::conv3d::Conv3dConfig;
 use crate::pipeline::{GenerateRequest, LoadOptions};
-use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
+use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run};
 use crate::plan::text::t5;
-use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
+use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
 use crate::registry::ModelIndex;
 use crate::text::T5Encoder;
 
@@ -82,7 +82,7 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Decode, &[vae], |ledger| {
         let volume = ledger.wide(&[1, work.latent_channels, frames, rows, columns]);
         let z = volume.same().to(dtype);
-        shown(decode(&vae_config, &z, request.decode.tile));
+        decode(&vae_config, &z, request.decode.tile, &GhostFilm::new(ledger, request));
     });
     Ok(draft.finish(request))
 }
@@ -171,33 +171,33 @@ fn cube(output: usize) -> Conv3dConfig {
 }
 
 /// From denormalised latents `(1, channels, time, height, width)` to a video of the same order.
-fn decode(config: &VaeConfig, z: &Ghost, tile: Option<usize>) -> Ghost {
-    let [_, _, t, h, w] = z.dims()[..] else { return z.clone() };
+fn decode(config: &VaeConfig, z: &Ghost, tile: Option<usize>, film: &GhostFilm) {
+    let [_, _, t, h, w] = z.dims()[..] else { return };
     let ratio = config.spatial_ratio();
     let Some(cells) = square(tile, ratio).filter(|&cells| h > cells || w > cells) else {
-        return decode_runs(config, z);
+        return decode_runs(config, z, |part| film.put(&part));
     };
     let (rows, columns) = (cells.min(h), cells.min(w));
     let part = z.narrow(3, rows).narrow(4, columns);
     let frames = (t - 1) * config.temporal_ratio() + 1;
-    // Finished bands, the row above and this one; then the bands are joined.
-    let bands = z.turned(&[1, config.out_channels, frames, h * ratio, w * ratio]);
+    // Finished bands, the row above and this one; the last square's frames finish the video's.
+    let _bands = z.turned(&[1, config.out_channels, frames, h.saturating_sub(rows) * ratio, w * ratio]);
     let row = || z.turned(&[1, config.out_channels, frames, rows * ratio, w * ratio]);
-    let above = (row(), row());
-    decode_runs(config, &part);
-    drop(above.1);
-    bands.same()
+    let _squares = (row(), row());
+    decode_runs(config, &part, |part| {
+        film.put(&part.turned(&[1, config.out_channels, part.dim(2), h * ratio, w * ratio]));
+    });
 }
 
-fn decode_runs(config: &VaeConfig, z: &Ghost) -> Ghost {
+fn decode_runs(config: &VaeConfig, z: &Ghost, put: impl Fn(Ghost)) {
     let mut cache = GhostCache::default();
     let first = runs(z.dim(2), DECODE_RUN)[0].1;
-    in_runs(z.dim(2), (first, DECODE_RUN), 2, |len, _| {
+    each_run(z.dim(2), (first, DECODE_RUN), |len, _| {
         cache.rewind();
         let run = z.turned(&[1, len, z.dim(3), z.dim(4), z.dim(1)]);
         let video = decoder(config, &run, &mut cache);
-        video.turned(&[1, video.dim(4), video.dim(1), video.dim(2), video.dim(3)])
-    })
+        put(video.turned(&[1, video.dim(4), video.dim(1), video.dim(2), video.dim(3)]));
+    });
 }
 
 fn decoder(config: &VaeConfig, z: &Ghost, cache: &mut GhostCache) -> Ghost {

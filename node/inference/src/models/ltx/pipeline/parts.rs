@@ -13,11 +13,12 @@ use crate::models::ltx::vae::{DecodeSettings, Noise};
 use crate::offload::Placement;
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, Volume};
-use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel, initial};
+use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
+use crate::sink::Sink;
 use crate::tiling::Tiling;
 
 /// Where the condition pipeline's schedule turns from linear to quadratic.
@@ -223,13 +224,8 @@ impl VideoModel for LtxPipeline {
         Ok(unpack(&own, plan.volume.cells, plan.volume.patch)?)
     }
 
-    fn decode(
-        &self,
-        request: &GenerateRequest,
-        volume: &Tensor,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
-        decode(self, request, volume, observer)
+    fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error> {
+        decode(self, request, volume, sink)
     }
 }
 
@@ -404,13 +400,13 @@ fn velocity(
     Ok(guided)
 }
 
-/// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1.
+/// Normalised latents `[1, C, F, H, W]` to a video.
 fn decode(
     model: &LtxPipeline,
     request: &GenerateRequest,
     latents: &Tensor,
-    observer: &dyn Observer,
-) -> Result<Tensor, Error> {
+    sink: &mut dyn Sink,
+) -> Result<(), Error> {
     let vae = model.vae.get()?;
     let conditioned = model.vae_config.decoder.timestep_conditioning;
     let mut given = request.decode_noise.as_slice();
@@ -431,14 +427,7 @@ fn decode(
     let noise = if given.is_empty() { Noise::Seed(request.seed) } else { Noise::Given(given) };
     let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
     let settings = DecodeSettings { timestep: timestep.as_ref(), noise, tiling };
-    let z = z.to_dtype(model.dtype)?;
-    // Only a decode in pieces is watched: showing a block's result copies it.
-    let video = if tiling == Tiling::default() {
-        vae.decode(&z, &settings, None)?
-    } else {
-        watched(observer, |watch| vae.decode(&z, &settings, Some(&mut |_, _| watch())))?
-    };
-    Ok(pictures(video)?)
+    Ok(vae.decode(&z.to_dtype(model.dtype)?, &settings, sink, None)?)
 }
 
 fn decode_noise(given: &Tensor, z: &Tensor) -> Result<Tensor, Error> {

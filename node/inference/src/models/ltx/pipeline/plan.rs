@@ -20,10 +20,10 @@ use crate::pipeline::latents::Volume;
 use crate::pipeline::{GenerateRequest, LoadOptions};
 use crate::plan::ledger::{Ghost, Ledger, attention, cat};
 use crate::plan::text::t5;
-use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
+use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
 use crate::registry::ModelIndex;
 use crate::text::T5Encoder;
-use crate::tiling::Tiling;
+use crate::tiling::{Cut, Tiling};
 
 /// The plan of a request.
 ///
@@ -100,7 +100,7 @@ pub(crate) fn plan(
         let cut = decoder.cut(tiling, volume.cells);
         let z = ledger.wide(&volume.shape());
         let z = z.same().same().to(dtype);
-        shown(decode(&vae_config, &z, tiling, cut));
+        decode(&vae_config, &z, cut, &GhostFilm::new(ledger, request));
     });
     Ok(draft.finish(request))
 }
@@ -216,40 +216,30 @@ fn mix(config: &TransformerConfig, query: &Ghost, key: &Ghost, value: &Ghost) ->
 }
 
 /// The decoder's way from denormalised latents, `(1, channels, time, height, width)`, to a video of the same order.
-fn decode(config: &LtxVaeConfig, z: &Ghost, tiling: Tiling, cut: Option<(usize, [usize; 3])>) -> Ghost {
+fn decode(config: &LtxVaeConfig, z: &Ghost, cut: Option<Cut>, film: &GhostFilm) {
     let decoder = &config.decoder;
-    // Only a decode in pieces shows what its blocks give, which is a copy.
-    let show = |x: &Ghost| {
-        if !tiling.is_whole() {
-            x.same();
-        }
-    };
-    let [_, channels, t, h, w] = z.dims()[..] else { return z.clone() };
+    let [_, channels, t, h, w] = z.dims()[..] else { return };
     let mut x = z.turned(&[1, t, h, w, channels]).cube(decoder.width, 3);
-    show(&x);
     x = resnets(&x, decoder.layers, decoder.inject_noise);
-    show(&x);
-    let whole = cut.map_or(decoder.blocks.len(), |(first, _)| first);
+    let whole = cut.map_or(decoder.blocks.len(), |cut| cut.first);
     for block in &decoder.blocks[..whole] {
         x = up(block, &x);
-        show(&x);
     }
-    let Some((first, [t, h, w])) = cut else { return finish(config, x) };
-    let tile = x.turned(&[1, t, h, w, x.dim(4)]);
-    let grow = |size: [usize; 3]| {
-        let blocks = decoder.blocks.iter().filter(|block| block.scale).count() as u32;
-        let space = config.patch_size << blocks;
-        let time = config.patch_size_t << blocks;
-        [1, 3, (size[0] - 1) * time + 1, size[1] * space, size[2] * space]
+    let Some(Cut { first, tile: [t, rows, columns], frames }) = cut else {
+        return film.put(&finish(config, x));
     };
+    let space = config.patch_size << decoder.blocks.iter().filter(|block| block.scale).count();
+    film.fill_before(frames);
+    // The frames that the tiles are put into, from the second tile on.
+    let canvas = film.canvas(&[1, 3, frames, h * space, w * space]);
+    let tile = x.turned(&[1, t, rows, columns, x.dim(4)]);
     let mut part = tile.clone();
-    // The video that the tiles are put into, from the second tile on.
-    let canvas = x.turned(&grow([z.dim(2), z.dim(3), z.dim(4)])).to(DType::F32);
     for block in &decoder.blocks[first..] {
         part = up(block, &part);
     }
     drop(finish(config, part).to(DType::F32));
-    canvas
+    drop(tile);
+    film.put(&canvas);
 }
 
 fn finish(config: &LtxVaeConfig, x: Ghost) -> Ghost {

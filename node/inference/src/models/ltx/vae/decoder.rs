@@ -11,6 +11,7 @@ use crate::nn::conv3d::{Conv3d, Conv3dConfig};
 use crate::nn::embedding::PixArtTimestepEmbedding;
 use crate::nn::norm::Norm;
 use crate::nn::shuffle::unpatchify;
+use crate::sink::Sink;
 use crate::tiling::{Margin, Plan, Ratio, Tiling};
 
 /// Tiles begin as early in the decoder as costs at most this many times the work in what follows.
@@ -87,8 +88,9 @@ impl Decoder {
         &self,
         z: &Tensor,
         settings: &DecodeSettings,
+        sink: &mut dyn Sink,
         trace: &mut Option<Trace<'_>>,
-    ) -> Result<Tensor> {
+    ) -> Result<()> {
         let timestep = match (&self.conditioning, settings.timestep) {
             (None, _) => None,
             (Some(c), Some(t)) => Some((t.to_dtype(DType::F32)?.flatten_all()? * c.multiplier)?),
@@ -100,21 +102,23 @@ impl Decoder {
         let cut = self.plan(settings.tiling, [t, h, w]);
         let mut x = self.conv_in.forward(&z.permute((0, 2, 3, 4, 1))?.contiguous()?)?;
         show(trace, "decoder.conv_in", &x)?;
+        sink.go_on()?;
         x = self.middle.forward(&x, timestep, &mut draws)?;
         show(trace, "decoder.mid_block", &x)?;
         let whole = cut.as_ref().map_or(self.blocks.len(), |(first, _)| *first);
         for (i, block) in self.blocks[..whole].iter().enumerate() {
             x = block.forward(&x, timestep, &mut draws)?;
             show(trace, &format!("decoder.up_blocks.{i}"), &x)?;
+            sink.go_on()?;
         }
-        let Some((first, plan)) = cut else { return self.finish(x, timestep, trace) };
-        plan.decode(&x, |tile, place| {
+        let Some((first, plan)) = cut else { return sink.put(self.finish(x, timestep, trace)?) };
+        plan.decode(&x, sink, |tile, place, sink| {
             let mut draws = draws.within(place);
             let mut x = tile.clone();
             for block in &self.blocks[first..] {
                 x = block.forward(&x, timestep, &mut draws)?;
             }
-            self.finish(x, timestep, &mut None)
+            sink.put(self.finish(x, timestep, &mut None)?)
         })
     }
 

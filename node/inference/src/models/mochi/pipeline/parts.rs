@@ -9,10 +9,11 @@ use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
 use crate::offload::Placement;
 use crate::pipeline::latents::{LatentRgb, Volume, pack, unpack};
-use crate::pipeline::run::{Course, State, VideoModel, initial, pictures, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel, initial};
+use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
 use crate::sampler::{Schedule, ScheduleRequest, linear_quadratic};
+use crate::sink::Sink;
 use crate::tiling::Tiling;
 
 /// Noise that is taken away in the linear half of the steps.
@@ -169,17 +170,11 @@ impl VideoModel for MochiPipeline {
         Ok(unpack(latents, plan.volume.cells, plan.volume.patch)?)
     }
 
-    fn decode(
-        &self,
-        request: &GenerateRequest,
-        volume: &Tensor,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
+    fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error> {
         let vae = self.vae.get()?;
         let z = vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
         let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
-        let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
-        Ok(pictures(video)?)
+        Ok(vae.decode(&z, tiling, sink)?)
     }
 }
 

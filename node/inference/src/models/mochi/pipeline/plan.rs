@@ -13,9 +13,9 @@ use crate::models::mochi::vae::{MochiVae, MochiVaeConfig};
 use crate::nn::conv3d::Conv3dConfig;
 use crate::pipeline::latents::Volume;
 use crate::pipeline::{GenerateRequest, LoadOptions};
-use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
+use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run};
 use crate::plan::text::t5;
-use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
+use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
 use crate::registry::ModelIndex;
 use crate::text::T5Encoder;
 use crate::tiling::blend::BlendPlan;
@@ -68,7 +68,7 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Decode, &[vae], |ledger| {
         let state = ledger.wide(&volume.shape());
         let z = state.same().same().to(dtype);
-        shown(decode(&vae_config, &z, request.decode.tile, run));
+        decode(&vae_config, &z, (request.decode.tile, run), &GhostFilm::new(ledger, request));
     });
     Ok(draft.finish(request))
 }
@@ -166,19 +166,20 @@ fn cube(output: usize) -> Conv3dConfig {
 }
 
 /// From denormalised latents `(1, channels, time, height, width)` to a video of the same order.
-fn decode(config: &MochiVaeConfig, z: &Ghost, tile: Option<usize>, run: usize) -> Ghost {
-    let [_, _, t, h, w] = z.dims()[..] else { return z.clone() };
+fn decode(config: &MochiVaeConfig, z: &Ghost, (tile, run): (Option<usize>, usize), film: &GhostFilm) {
+    let [_, _, t, h, w] = z.dims()[..] else { return };
     let (time, space) = (config.temporal_ratio(), config.spatial_ratio());
     let plan = tile.map(|pixels| BlendPlan::new(pixels, space, [h, w])).filter(|plan| plan.tiles() > 1);
-    let Some(plan) = plan else { return decode_runs(config, z, run) };
-    let canvas = z.turned(&[1, config.out_channels, (t - 1) * time + 1, h * space, w * space]).to(DType::F32);
+    let Some(plan) = plan else { return decode_runs(config, z, run, |part| film.put(&part)) };
+    let canvas = film.canvas(&[1, config.out_channels, (t - 1) * time + 1, h * space, w * space]);
     let [rows, columns] = plan.tile();
     let part = z.turned(&[1, z.dim(1), t, rows, columns]);
-    let _tile = decode_runs(config, &part, run).to(DType::F32);
-    canvas
+    decode_runs(config, &part, run, |part| {
+        film.put(&film.canvas(&[1, 3, part.dim(2), canvas.dim(3), canvas.dim(4)]));
+    });
 }
 
-fn decode_runs(config: &MochiVaeConfig, z: &Ghost, run: usize) -> Ghost {
+fn decode_runs(config: &MochiVaeConfig, z: &Ghost, run: usize, put: impl Fn(Ghost)) {
     let frames = z.dim(2);
     let cut = |video: &Ghost| {
         let mut dims = video.dims().to_vec();
@@ -186,14 +187,14 @@ fn decode_runs(config: &MochiVaeConfig, z: &Ghost, run: usize) -> Ghost {
         video.turned(&dims)
     };
     if run >= frames {
-        return cut(&forward(config, z, None));
+        return put(cut(&forward(config, z, None)));
     }
     let mut cache = GhostCache::default();
-    in_runs(frames, (run, run), 2, |len, is_first| {
+    each_run(frames, (run, run), |len, is_first| {
         cache.rewind();
         let part = forward(config, &z.narrow(2, len), Some(&mut cache));
-        if is_first { cut(&part) } else { part }
-    })
+        put(if is_first { cut(&part) } else { part });
+    });
 }
 
 fn forward(config: &MochiVaeConfig, z: &Ghost, mut cache: Option<&mut GhostCache>) -> Ghost {

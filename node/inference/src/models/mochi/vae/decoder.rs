@@ -11,9 +11,8 @@ use crate::nn::frame_cache::FrameCache;
 use crate::nn::linear::Linear;
 use crate::nn::ops::silu;
 use crate::nn::shuffle::{block_first, depth_to_space};
-
-/// Elements that the finest activation of a run of frames may have before a clip is cut into runs unasked.
-const MOST_ELEMENTS: usize = 1 << 30;
+use crate::sink::Sink;
+use crate::tiling::MOST_ELEMENTS;
 
 /// The decoder.
 #[derive(Debug, Clone)]
@@ -63,30 +62,23 @@ impl Decoder {
         })
     }
 
-    /// `(batch, channels, time, height, width)` to `(batch, 3, frames, height, width)`, in runs of about `chunk` frames;
-    /// `between` is called before each run.
-    pub(super) fn decode(
-        &self,
-        z: &Tensor,
-        chunk: Option<usize>,
-        between: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Tensor> {
+    /// `(batch, channels, time, height, width)` to `(batch, 3, frames, height, width)`, in runs of about `chunk` frames.
+    pub(super) fn decode(&self, z: &Tensor, chunk: Option<usize>, sink: &mut dyn Sink) -> Result<()> {
         let frames = z.dim(2)?;
         let run = self.run_length(z, chunk)?;
         if run >= frames {
-            between()?;
-            return self.start_cut(&self.forward(z, None, &mut None)?);
+            sink.go_on()?;
+            return sink.put(self.start_cut(&self.forward(z, None, &mut None)?)?);
         }
         let mut cache = FrameCache::default();
-        let mut parts = Vec::with_capacity(frames.div_ceil(run));
         for start in (0..frames).step_by(run) {
-            between()?;
+            sink.go_on()?;
             cache.rewind();
             let part = z.narrow(2, start, run.min(frames - start))?;
             let part = self.forward(&part, Some(&mut cache), &mut None)?;
-            parts.push(if start == 0 { self.start_cut(&part)? } else { part });
+            sink.put(if start == 0 { self.start_cut(&part)? } else { part })?;
         }
-        Tensor::cat(&parts, 2)
+        Ok(())
     }
 
     /// The whole clip, with every block's result shown.

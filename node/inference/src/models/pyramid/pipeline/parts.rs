@@ -12,9 +12,10 @@ use crate::models::pyramid::transformer::TextContext;
 use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::{Course, State, VideoModel, pictures, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel};
+use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
 use crate::sampler::guidance::{guide, rescale};
+use crate::sink::Sink;
 use crate::tiling::Tiling;
 
 /// What a run remembers beside the latents: those of the units that are done, `[1, C, frames, H, W]`.
@@ -221,13 +222,11 @@ impl VideoModel for PyramidPipeline {
         Ok(latents.clone())
     }
 
-    fn decode(
-        &self,
-        request: &GenerateRequest,
-        volume: &Tensor,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
-        decode(self, request, volume, observer)
+    fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error> {
+        let vae = self.vae.get()?;
+        let z = self.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
+        let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
+        Ok(vae.decode(&z, tiling, sink)?)
     }
 }
 
@@ -260,18 +259,4 @@ fn finished<'a>(plan: &Plan, unit: usize, state: &'a State) -> Result<Option<&'a
         }
         None => Err(Error::Checkpoint { reason: "it lacks the units that are done".to_owned() }),
     }
-}
-
-/// Normalised latents `[1, C, F, H, W]` to pictures `[F, 3, H, W]` with values in 0 to 1.
-pub(super) fn decode(
-    model: &PyramidPipeline,
-    request: &GenerateRequest,
-    latents: &Tensor,
-    observer: &dyn Observer,
-) -> Result<Tensor, Error> {
-    let vae = model.vae.get()?;
-    let z = model.denormalize(&latents.to_device(&model.device)?)?.to_dtype(model.dtype)?;
-    let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
-    let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
-    Ok(pictures(video)?)
 }

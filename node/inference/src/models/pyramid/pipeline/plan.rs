@@ -14,10 +14,10 @@ use crate::models::pyramid::facts::facts;
 use crate::models::pyramid::transformer::PyramidTransformer;
 use crate::models::pyramid::vae::{PyramidVae, PyramidVaeConfig};
 use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
-use crate::pipeline::{GenerateRequest, LoadOptions};
-use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
+use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
+use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run};
 use crate::plan::text::{clip_text, t5};
-use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
+use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
 use crate::text::{ClipTextEncoder, T5Encoder};
 use crate::tiling::blend::BlendPlan;
 
@@ -65,7 +65,7 @@ pub(crate) fn plan(
     }
     let (transformer, _) =
         draft.component("transformer", dtype, files(&part), |vb| PyramidTransformer::load(&config, &vb))?;
-    let (vae, _) = draft
+    let (vae, decoder) = draft
         .component("vae", dtype, files(&folder.join(VAE_FOLDER)), |vb| PyramidVae::load(&vae_config, &vb))?;
     draft.phase(PlanPhase::Text, &encoders, |ledger| {
         let _start = ledger.wide(&volume);
@@ -94,7 +94,8 @@ pub(crate) fn plan(
     draft.phase(PlanPhase::Decode, &[vae], |ledger| {
         let state = ledger.wide(&volume);
         let z = state.same().to(dtype);
-        shown(decode(&vae_config, &z, request.decode.tile, request.decode.chunk));
+        let decode = Decode { config: &vae_config, vae: &decoder, options: request.decode };
+        decode.go(&z, &GhostFilm::new(ledger, request));
     });
     Ok(draft.finish(request))
 }
@@ -261,30 +262,41 @@ fn cube(output: usize) -> Conv3dConfig {
 }
 
 /// From denormalised latents `(1, channels, time, height, width)` to a video of the same order.
-fn decode(config: &PyramidVaeConfig, z: &Ghost, tile: Option<usize>, chunk: Option<usize>) -> Ghost {
-    let [_, _, t, h, w] = z.dims()[..] else { return z.clone() };
-    let scale = config.downsample_scale;
-    let plan = tile.map(|side| BlendPlan::new(side, scale, [h, w])).filter(|plan| plan.tiles() > 1);
-    let Some(plan) = plan else { return decode_tile(config, z, chunk) };
-    let channels = config.decoder_out_channels;
-    let canvas = z.turned(&[1, channels, (t - 1) * scale + 1, h * scale, w * scale]).to(DType::F32);
-    let [rows, columns] = plan.tile();
-    let part = z.turned(&[1, z.dim(1), t, rows, columns]);
-    let _tile = decode_tile(config, &part, chunk).to(DType::F32);
-    canvas
+struct Decode<'a> {
+    config: &'a PyramidVaeConfig,
+    vae: &'a PyramidVae,
+    options: DecodeOptions,
 }
 
-fn decode_tile(config: &PyramidVaeConfig, z: &Ghost, chunk: Option<usize>) -> Ghost {
-    let [_, channels, frames, h, w] = z.dims()[..] else { return z.clone() };
-    let z = z.turned(&[1, frames, h, w, channels]);
-    let channels_first = |x: &Ghost| x.turned(&[1, x.dim(4), x.dim(1), x.dim(2), x.dim(3)]);
-    let Some(chunk) = chunk else { return channels_first(&decoder(config, &z, true, None)) };
-    let window = (chunk / config.downsample_scale).max(1);
-    let mut cache = GhostCache::default();
-    in_runs(frames, (window + 1, window), 2, |len, begins| {
-        cache.rewind();
-        channels_first(&decoder(config, &z.narrow(1, len), begins, Some(&mut cache)))
-    })
+impl Decode<'_> {
+    fn go(&self, z: &Ghost, film: &GhostFilm) {
+        let [_, channels, t, h, w] = z.dims()[..] else { return };
+        let scale = self.config.downsample_scale;
+        let plan = self.options.tile.map(|side| BlendPlan::new(side, scale, [h, w]));
+        let Some(plan) = plan.filter(|plan| plan.tiles() > 1) else {
+            return self.tile(z, |part| film.put(&part));
+        };
+        let canvas = film.canvas(&[1, 3, (t - 1) * scale + 1, h * scale, w * scale]);
+        let [rows, columns] = plan.tile();
+        let part = z.turned(&[1, channels, t, rows, columns]);
+        self.tile(&part, |part| {
+            film.put(&film.canvas(&[1, 3, part.dim(2), canvas.dim(3), canvas.dim(4)]));
+        });
+    }
+
+    fn tile(&self, z: &Ghost, put: impl Fn(Ghost)) {
+        let [_, channels, frames, h, w] = z.dims()[..] else { return };
+        let z = z.turned(&[1, frames, h, w, channels]);
+        let channels_first = |x: &Ghost| x.turned(&[1, x.dim(4), x.dim(1), x.dim(2), x.dim(3)]);
+        let Some(window) = self.vae.window([frames, h, w], self.options.chunk) else {
+            return put(channels_first(&decoder(self.config, &z, true, None)));
+        };
+        let mut cache = GhostCache::default();
+        each_run(frames, (window + 1, window), |len, begins| {
+            cache.rewind();
+            put(channels_first(&decoder(self.config, &z.narrow(1, len), begins, Some(&mut cache))));
+        });
+    }
 }
 
 fn decoder(config: &PyramidVaeConfig, z: &Ghost, begins: bool, mut cache: Option<&mut GhostCache>) -> Ghost {

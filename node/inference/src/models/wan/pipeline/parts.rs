@@ -11,9 +11,10 @@ use crate::models::wan::transformer::{TextContext, WanTransformer};
 use crate::offload::{Placement, Slot};
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::latents::{LatentRgb, pack, unpack};
-use crate::pipeline::run::{Course, State, VideoModel, initial, pictures as shown, watched};
-use crate::pipeline::{GenerateRequest, Observer, Phase, PipelineInfo, touch};
+use crate::pipeline::run::{Course, State, VideoModel, initial};
+use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
 use crate::sampler::guidance::{Passes, guide, rescale};
+use crate::sink::Sink;
 use crate::text::clean::clean;
 use crate::tiling::Tiling;
 
@@ -253,17 +254,11 @@ impl VideoModel for WanPipeline {
         Ok(latents.clone())
     }
 
-    fn decode(
-        &self,
-        request: &GenerateRequest,
-        volume: &Tensor,
-        observer: &dyn Observer,
-    ) -> Result<Tensor, Error> {
+    fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error> {
         let vae = self.vae.get()?;
         let z = vae.denormalize(&volume.to_device(&self.device)?)?;
         let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
-        let video = watched(observer, |watch| vae.decode(&z, tiling, watch))?;
-        Ok(shown(video)?)
+        Ok(vae.decode(&z, tiling, sink)?)
     }
 }
 

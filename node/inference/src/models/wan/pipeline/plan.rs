@@ -1,5 +1,6 @@
 //! What a run of Wan holds in memory: its computation gone through without values.
 
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::DType;
@@ -14,12 +15,12 @@ use crate::models::wan::transformer::WanTransformer;
 use crate::models::wan::vae::{WanVae, WanVaeConfig};
 use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
 use crate::pipeline::{GenerateRequest, LoadOptions};
-use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, in_runs};
+use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run, in_runs};
 use crate::plan::text::{t5, vision};
-use crate::plan::{Draft, MemoryPlan, PlanOptions, PlanPhase, shown, text_dtype};
+use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
 use crate::registry::ModelIndex;
 use crate::text::T5Encoder;
-use crate::tiling::Tiling;
+use crate::tiling::{Cut, Tiling};
 use crate::vision::{ClipVisionEncoder, open_vision, read_vision};
 
 /// The plan of a request.
@@ -107,15 +108,9 @@ pub(crate) fn plan(
         let volume = ledger.wide(&latents);
         let z = volume.same().same();
         let cut = decoder.cut(tiling, cells);
-        let video = {
-            let x = z.turned(&[1, cells[0], cells[1], cells[2], work.latent_channels]);
-            let x = x.conv3d(&point(work.latent_channels));
-            let raw = decode(&vae_config, &x, tiling, cut);
-            let raised = raw.same();
-            drop(raw);
-            raised.same()
-        };
-        shown(video);
+        let x = z.turned(&[1, cells[0], cells[1], cells[2], work.latent_channels]);
+        let x = x.conv3d(&point(work.latent_channels));
+        decode(&vae_config, &x, (tiling, cut), &GhostFilm::new(ledger, request));
     });
     Ok(draft.finish(request))
 }
@@ -246,45 +241,64 @@ fn cube(output: usize) -> Conv3dConfig {
 }
 
 /// The decoder's way from latents, channels last, to a video `(1, 3, frames, height, width)`.
-fn decode(config: &WanVaeConfig, z: &Ghost, tiling: Tiling, cut: Option<(usize, [usize; 3])>) -> Ghost {
+fn decode(config: &WanVaeConfig, z: &Ghost, (tiling, cut): (Tiling, Option<Cut>), film: &GhostFilm) {
     let widths = config.decoder_widths();
     let x = {
         let mut cache = GhostCache::default();
         middle(&z.conv3d(&cube(widths[0])), &mut cache)
     };
-    let levels = config.dim_mult.len();
     let run = (tiling.chunk.unwrap_or(0) / config.temporal_ratio()).max(1);
-    let Some((first, [t, h, w])) = cut else { return decode_run(config, &x, (0, levels), run) };
-    let x = if first == 0 { x } else { decode_run(config, &x, (0, first), run) };
+    let Some(Cut { first, tile: [t, h, w], frames }) = cut else {
+        return decode_run(config, &x, 0, run, |part| film.put(&part));
+    };
+    let x = if first == 0 {
+        x
+    } else {
+        let mut cache = GhostCache::default();
+        in_runs(x.dim(1), (run, run), 1, |len, _| go_levels(config, &x, (0..first, len), &mut cache))
+    };
     let grown = config.temperal_downsample.iter().rev().take(first).filter(|&&doubles| doubles).count();
     let space = config.spatial_ratio();
-    let frames = (z.dim(1) - 1) * config.temporal_ratio() + 1;
-    let canvas = x.turned(&[1, config.out_channels, frames, z.dim(2) * space, z.dim(3) * space]);
+    let canvas = film.canvas(&[1, 3, frames, z.dim(2) * space, z.dim(3) * space]);
     let tile = x.turned(&[1, t, h, w, x.dim(4)]);
-    decode_run(config, &tile, (first, levels), run << grown);
-    canvas
+    // What the last tile finishes leaves the canvas.
+    decode_run(config, &tile, first, run << grown, |part| {
+        let few = [1, 3, part.dim(2), canvas.dim(3), canvas.dim(4)];
+        film.put(&film.canvas(&few));
+    });
 }
 
-/// Levels from one on to another, in runs of frames.
-fn decode_run(config: &WanVaeConfig, x: &Ghost, (first, end): (usize, usize), run: usize) -> Ghost {
-    let (positions, is_end) = (x.dim(1), end == config.dim_mult.len());
+/// Levels from one on to the end, in runs of frames that are handed on.
+fn decode_run(config: &WanVaeConfig, x: &Ghost, first: usize, run: usize, put: impl Fn(Ghost)) {
     let mut cache = GhostCache::default();
-    in_runs(positions, (run, run), if is_end { 2 } else { 1 }, |len, _| {
-        cache.rewind();
-        let mut part = x.narrow(1, len).solid();
-        for index in first..end {
-            part = level(config, index, &part, &mut cache);
-        }
-        if is_end {
-            part = part.norm();
-            let pixels = cache.conv(&cube(config.out_channels), &part);
-            let p = config.patch();
-            let size =
-                [1, config.out_channels / (p * p), pixels.dim(1), pixels.dim(2) * p, pixels.dim(3) * p];
-            part = pixels.turned(&size);
-        }
-        part
-    })
+    each_run(x.dim(1), (run, run), |len, _| {
+        let part = go_levels(config, x, (first..config.dim_mult.len(), len), &mut cache);
+        let normed = part.norm();
+        drop(part);
+        let pixels = cache.conv(&cube(config.out_channels), &normed);
+        let p = config.patch();
+        let size = [1, config.out_channels / (p * p), pixels.dim(1), pixels.dim(2) * p, pixels.dim(3) * p];
+        let raw = pixels.turned(&size);
+        drop(pixels);
+        let raised = raw.same();
+        drop(raw);
+        put(raised.same());
+    });
+}
+
+/// Some levels of the next run.
+fn go_levels(
+    config: &WanVaeConfig,
+    x: &Ghost,
+    (levels, len): (Range<usize>, usize),
+    cache: &mut GhostCache,
+) -> Ghost {
+    cache.rewind();
+    let mut part = x.narrow(1, len).solid();
+    for index in levels {
+        part = level(config, index, &part, cache);
+    }
+    part
 }
 
 fn level(config: &WanVaeConfig, index: usize, before: &Ghost, cache: &mut GhostCache) -> Ghost {

@@ -11,6 +11,7 @@ use super::shortcut::{Spread, block};
 use crate::nn::conv3d::Conv3d;
 use crate::nn::frame_cache::FrameCache;
 use crate::nn::shuffle::unpatchify;
+use crate::sink::Sink;
 use crate::tiling::{Margin, Plan, Ratio, Tiling};
 
 /// Tiles begin as early in the decoder as costs at most this many times the work in what follows.
@@ -37,9 +38,6 @@ struct Level {
     shortcut: Option<Spread>,
 }
 
-/// Called between the pieces of a decode; an error ends it.
-pub type Watch<'a> = &'a mut dyn FnMut() -> Result<()>;
-
 impl Decoder {
     pub(super) fn load(config: &WanVaeConfig, vb: VarBuilder) -> Result<Self> {
         let widths = config.decoder_widths();
@@ -57,43 +55,58 @@ impl Decoder {
     }
 
     /// `(batch, time, height, width, channels)` to `(batch, channels, frames, height, width)`.
-    pub(super) fn forward(&self, z: &Tensor, tiling: Tiling, watch: Watch<'_>) -> Result<Tensor> {
+    pub(super) fn forward(&self, z: &Tensor, tiling: Tiling, sink: &mut dyn Sink) -> Result<()> {
         let x = self.middle.forward(&self.conv_in.forward(z)?, &mut FrameCache::default())?;
-        watch()?;
+        sink.go_on()?;
         // Runs remember what lies before them, so that only pictures are cut with margins.
         let run = (tiling.chunk.unwrap_or(0) / self.ratio(0).time).max(1);
         let (_, t, h, w, _) = x.dims5()?;
         match self.plan(Tiling { chunk: None, ..tiling }, [t, h, w]) {
-            None => self.run(&x, 0..self.levels.len(), run, watch),
-            Some((0, plan)) => plan.decode(&x, |tile, _| self.run(tile, 0..self.levels.len(), run, watch)),
+            None => self.end(&x, 0, run, sink),
+            Some((0, plan)) => plan.decode(&x, sink, |tile, _, sink| self.end(tile, 0, run, sink)),
             Some((first, plan)) => {
-                let x = self.run(&x, 0..first, run, watch)?;
+                let mut parts = Vec::new();
+                self.run(&x, 0..first, run, |part, _| {
+                    parts.push(part);
+                    sink.go_on()
+                })?;
+                let x = Tensor::cat(&parts, 1)?;
+                drop(parts);
                 let run = run * self.ratio(0).time / self.ratio(first).time;
-                plan.decode(&x, |tile, _| self.run(tile, first..self.levels.len(), run, watch))
+                plan.decode(&x, sink, |tile, _, sink| self.end(tile, first, run, sink))
             }
         }
     }
 
-    /// Some levels, `run` positions of time at a go. After the last level follows the end, and the result has its
-    /// channels first.
-    fn run(&self, x: &Tensor, levels: Range<usize>, run: usize, watch: Watch<'_>) -> Result<Tensor> {
-        let (positions, is_end) = (x.dim(1)?, levels.end == self.levels.len());
+    /// The levels from `first` on and what follows the last.
+    fn end(&self, x: &Tensor, first: usize, run: usize, sink: &mut dyn Sink) -> Result<()> {
+        self.run(x, first..self.levels.len(), run, |part, cache| {
+            let normed = self.norm_out.norm().silu().apply(&part)?;
+            drop(part);
+            sink.put(unpatchify(&cache.conv(&self.conv_out, &normed)?, self.patch, 1)?)?;
+            sink.go_on()
+        })
+    }
+
+    /// Some levels, `run` positions of time at a go: `each` takes what they give.
+    fn run(
+        &self,
+        x: &Tensor,
+        levels: Range<usize>,
+        run: usize,
+        mut each: impl FnMut(Tensor, &mut FrameCache) -> Result<()>,
+    ) -> Result<()> {
+        let positions = x.dim(1)?;
         let mut cache = FrameCache::default();
-        let mut parts = Vec::with_capacity(positions.div_ceil(run));
         for start in (0..positions).step_by(run) {
             cache.rewind();
             let mut part = x.narrow(1, start, run.min(positions - start))?.contiguous()?;
             for level in &self.levels[levels.clone()] {
                 part = level.forward(&part, &mut cache)?;
             }
-            if is_end {
-                part = self.norm_out.norm().silu().apply(&part)?;
-                part = unpatchify(&cache.conv(&self.conv_out, &part)?, self.patch, 1)?;
-            }
-            parts.push(part);
-            watch()?;
+            each(part, &mut cache)?;
         }
-        Tensor::cat(&parts, if is_end { 2 } else { 1 })
+        Ok(())
     }
 
     /// From which level on the decode goes in tiles, and which: as early as [`MOST_OVERHEAD`] lets it, so that little is

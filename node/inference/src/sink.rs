@@ -1,0 +1,59 @@
+//! Where the frames of a decode go: on, as they are finished, so that whoever encodes them works while the decoder does.
+
+use candle_core::{Result, Tensor};
+
+/// Takes the frames of a decode.
+pub trait Sink {
+    /// Asked between the pieces of a decode; an error ends it.
+    ///
+    /// # Errors
+    /// When the decode is to stop.
+    fn go_on(&mut self) -> Result<()>;
+
+    /// The frames that follow on those before, `(batch, channels, frames, height, width)`.
+    ///
+    /// # Errors
+    /// What becomes of them reports.
+    fn put(&mut self, frames: Tensor) -> Result<()>;
+}
+
+/// All frames of a decode as one tensor: `decode` is told where to put them.
+///
+/// # Errors
+/// What `decode` reports, or a decode without frames.
+pub fn whole<E: From<candle_core::Error>>(
+    decode: impl FnOnce(&mut dyn Sink) -> std::result::Result<(), E>,
+) -> std::result::Result<Tensor, E> {
+    let mut kept = Kept(Vec::new());
+    decode(&mut kept)?;
+    Ok(Tensor::cat(&kept.0, 2)?)
+}
+
+struct Kept(Vec<Tensor>);
+
+impl Sink for Kept {
+    fn go_on(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn put(&mut self, frames: Tensor) -> Result<()> {
+        self.0.push(frames);
+        Ok(())
+    }
+}
+
+/// Changes frames on their way.
+pub(crate) struct Through<'a, F> {
+    pub(crate) sink: &'a mut dyn Sink,
+    pub(crate) change: F,
+}
+
+impl<F: FnMut(Tensor) -> Result<Tensor>> Sink for Through<'_, F> {
+    fn go_on(&mut self) -> Result<()> {
+        self.sink.go_on()
+    }
+
+    fn put(&mut self, frames: Tensor) -> Result<()> {
+        self.sink.put((self.change)(frames)?)
+    }
+}

@@ -20,7 +20,7 @@ use kinoflock_inference::nn::group_norm::GroupNorm;
 use kinoflock_inference::nn::linear::Linear;
 use kinoflock_inference::nn::norm::{layer_norm, rms_norm};
 use kinoflock_inference::nn::ops::{gelu_tanh, silu};
-use kinoflock_inference::sink::whole;
+use kinoflock_inference::sink::Nowhere;
 use kinoflock_inference::tiling::Tiling;
 
 #[path = "support/random.rs"]
@@ -135,7 +135,7 @@ fn ltx_vae() -> Run {
     Box::new(move || {
         let settings =
             DecodeSettings { timestep: Some(&temb), noise: Noise::None, tiling: Tiling::default() };
-        drop(whole(|sink| vae.decode(&z, &settings, sink, None)).unwrap());
+        vae.decode(&z, &settings, &mut Nowhere, None).unwrap();
     })
 }
 
@@ -169,7 +169,7 @@ fn cogvideox_vae() -> Run {
     };
     let vae = cogvideox::vae::CogVideoXVae::load_decoder(&config, weights()).unwrap();
     let z = random((1, 16, 3, 20, 20));
-    Box::new(move || drop(whole(|sink| vae.decode(&z, None, sink, None)).unwrap()))
+    Box::new(move || vae.decode(&z, None, &mut Nowhere, None).unwrap())
 }
 
 fn mochi_transformer() -> Run {
@@ -197,7 +197,7 @@ fn mochi_vae() -> Run {
     };
     let vae = mochi::vae::MochiVae::load_decoder(&config, &weights()).unwrap();
     let z = random((1, 12, 3, 20, 20));
-    Box::new(move || drop(whole(|sink| vae.decode(&z, Tiling::default(), sink)).unwrap()))
+    Box::new(move || vae.decode(&z, Tiling::default(), &mut Nowhere).unwrap())
 }
 
 fn pyramid_transformer() -> Run {
@@ -227,7 +227,7 @@ fn pyramid_vae() -> Run {
     };
     let vae = pyramid::vae::PyramidVae::load_decoder(&config, &weights()).unwrap();
     let z = random((1, 16, 2, 20, 20));
-    Box::new(move || drop(whole(|sink| vae.decode(&z, Tiling::default(), sink)).unwrap()))
+    Box::new(move || vae.decode(&z, Tiling::default(), &mut Nowhere).unwrap())
 }
 
 fn wan_transformer() -> Run {
@@ -251,7 +251,7 @@ fn wan_vae() -> Run {
     let config = wan::vae::WanVaeConfig { base_dim: 32, ..Default::default() };
     let vae = wan::vae::WanVae::load_decoder(&config, weights()).unwrap();
     let z = random((1, 16, 3, 20, 20));
-    Box::new(move || drop(whole(|sink| vae.decode(&z, Tiling::default(), sink)).unwrap()))
+    Box::new(move || vae.decode(&z, Tiling::default(), &mut Nowhere).unwrap())
 }
 
 /// The least time of a few runs.

@@ -18,7 +18,7 @@ use crate::models::wan::transformer::{TextContext, WanTransformer};
 use crate::models::wan::vae::{WanVae, WanVaeConfig};
 use crate::pipeline::FrameRule;
 use crate::sampler::guidance::{GuidancePasses, Passes};
-use crate::sink::whole;
+use crate::sink::Nowhere;
 use crate::tiling::Tiling;
 
 /// Frames a second, on which LTX-Video's positions depend.
@@ -193,7 +193,7 @@ impl Bench<'_> {
         let timestep = Tensor::new(&[0.05f32], &Device::Cpu)?;
         let settings =
             DecodeSettings { timestep: Some(&timestep), noise: Noise::None, tiling: Tiling::default() };
-        Ok(Figures { step, decode: self.least(|| whole(|sink| vae.decode(&z, &settings, sink, None)))? })
+        Ok(Figures { step, decode: self.least(|| vae.decode(&z, &settings, &mut Nowhere, None))? })
     }
 
     fn wan(&self) -> std::result::Result<Figures, Error> {
@@ -224,7 +224,7 @@ impl Bench<'_> {
         // As pipelines do: this autoencoder is f32 whatever the rest is.
         let vae = WanVae::load_decoder(&config, random_weights(DType::F32, self.device))?;
         let z = self.random((1, config.z_dim, cells[0], cells[1], cells[2]))?.to_dtype(DType::F32)?;
-        Ok(Figures { step, decode: self.least(|| whole(|sink| vae.decode(&z, Tiling::default(), sink)))? })
+        Ok(Figures { step, decode: self.least(|| vae.decode(&z, Tiling::default(), &mut Nowhere))? })
     }
 
     fn random(&self, shape: impl Into<Shape>) -> Result<Tensor> {

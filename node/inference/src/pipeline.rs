@@ -3,8 +3,9 @@
 //!
 //! The order of calls to an [`Observer`] within one [`Pipeline::generate`]: `phase(Text)`, `phase(Step)`, then for each
 //! step `cancelled`, `step`, and where asked for `preview` and `checkpoint`, then `phase(Decode)` with `cancelled`
-//! before it, and `frames` with `cancelled` between. Where components go in turn, `phase(Load)` comes instead of `phase(Text)`, and again where another transformer
-//! is read between steps. A cancelled run answers [`Error::Cancelled`] within one step.
+//! before it, and `frames` with `cancelled` between. Where components go in turn, `phase(Load)` comes instead of
+//! `phase(Text)`, and again where another transformer is read between steps. A cancelled run answers
+//! [`Error::Cancelled`] within one step.
 
 pub mod conditions;
 pub mod latents;
@@ -397,7 +398,7 @@ impl SecondPass {
 pub struct DecodeOptions {
     /// Decode in square tiles of about this many pixels, so that memory has a bound; `None` decodes whole pictures.
     pub tile: Option<usize>,
-    /// Decode in runs of about this many frames; `None` decodes the whole clip at once.
+    /// Decode in runs of about this many frames; `None` decodes the clip at once, or in the runs that the model needs.
     pub chunk: Option<usize>,
     /// Make latents only: [`Generated::frames`] is empty.
     pub skip: bool,
@@ -442,8 +443,11 @@ pub trait Observer {
     fn step(&mut self, _event: &StepEvent<'_>) {}
     /// A rough picture of what the clip becomes, one pixel a latent cell, one frame a latent frame.
     fn preview(&mut self, _frames: &RgbFrames) {}
-    /// The next finished frames of the clip, while others may still be decoded.
-    fn frames(&mut self, _frames: RgbFrames) {}
+    /// The next finished frames of the clip, while others may still be decoded. What is given back is kept for
+    /// [`Generated::frames`].
+    fn frames(&mut self, frames: RgbFrames) -> Option<RgbFrames> {
+        Some(frames)
+    }
     /// A state from which the run can be taken up again.
     fn checkpoint(&mut self, _checkpoint: &Checkpoint) {}
     /// Asked before every step and between the pieces of a decode; true ends the run with [`Error::Cancelled`].
@@ -461,7 +465,7 @@ impl Observer for Silent {}
 /// What a run made.
 #[derive(Debug, Clone)]
 pub struct Generated {
-    /// The clip; empty where decoding was skipped.
+    /// The clip; empty where decoding was skipped, and without the frames that the observer took.
     pub frames: RgbFrames,
     /// The latents that it was decoded from, normalised, `[1, C, F, H, W]`, f32, on the CPU.
     pub latents: Tensor,

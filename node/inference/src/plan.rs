@@ -32,7 +32,7 @@ use serde::Serialize;
 use crate::adapter::names::TRANSFORMER;
 use crate::error::Error;
 use crate::offload::Offload;
-use crate::pipeline::run::AT_ONCE;
+use crate::pipeline::run::FRAMES_AT_ONCE;
 use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
 use crate::weights::Weights;
 use adapters::Beside;
@@ -429,7 +429,7 @@ impl GhostFilm {
         } else {
             self.fill_before(0);
         }
-        let some = self.ledger.at_home(&[frames.min(AT_ONCE), height, width, channels], DType::U8);
+        let some = self.ledger.at_home(&[frames.min(FRAMES_AT_ONCE), height, width, channels], DType::U8);
         let one = || video.turned(&[channels, height, width]).to(DType::F32);
         let _one = (one(), one(), some);
     }

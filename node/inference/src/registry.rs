@@ -151,12 +151,22 @@ pub fn facts(folder: &Path) -> Result<Facts, Error> {
 /// # Errors
 /// As [`facts`], or what the request cannot be.
 pub fn plan(folder: &Path, request: &GenerateRequest, options: &PlanOptions) -> Result<MemoryPlan, Error> {
-    // What goes through frames one by one has an end, whatever is asked for.
+    // What goes through frames and tiles one by one has an end, whatever is asked for.
     const MOST_FRAMES: usize = 1 << 20;
+    const MOST_PIXELS: usize = 1 << 16;
     let (architecture, index) = find(folder)?;
     if request.frames > MOST_FRAMES {
         let (given, rule) = (request.frames as f64, "no plan is made for more than 1048576");
         return Err(Error::Number { field: "frames", given, rule });
+    }
+    for (field, side) in [("width", request.width), ("height", request.height)] {
+        if side > MOST_PIXELS {
+            return Err(Error::Number {
+                field,
+                given: side as f64,
+                rule: "no plan is made for more than 65536",
+            });
+        }
     }
     check_sizes(&(architecture.facts)(folder, &index)?.info, request)?;
     (architecture.plan)(folder, &index, request, options)

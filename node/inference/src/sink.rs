@@ -42,18 +42,16 @@ impl Sink for Kept {
     }
 }
 
-/// Changes frames on their way.
-pub(crate) struct Through<'a, F> {
-    pub(crate) sink: &'a mut dyn Sink,
-    pub(crate) change: F,
-}
+/// Where frames go that nobody wants: a decode is measured without what becomes of its frames.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Nowhere;
 
-impl<F: FnMut(Tensor) -> Result<Tensor>> Sink for Through<'_, F> {
+impl Sink for Nowhere {
     fn go_on(&mut self) -> Result<()> {
-        self.sink.go_on()
+        Ok(())
     }
 
-    fn put(&mut self, frames: Tensor) -> Result<()> {
-        self.sink.put((self.change)(frames)?)
+    fn put(&mut self, _frames: Tensor) -> Result<()> {
+        Ok(())
     }
 }

@@ -21,9 +21,13 @@ use candle_core::{Result, Tensor};
 use crate::sink::Sink;
 use canvas::Canvas;
 
-/// Elements that the finest activation of a run of frames may have before a clip whose decoder remembers is cut into runs
-/// unasked.
-pub(crate) const MOST_ELEMENTS: usize = 1 << 30;
+/// Latent frames of a decoder that remembers which go at once where nobody asks for runs, each with an activation of these
+/// sizes at its finest: as many as keep it within 2^30 elements, and one at least.
+pub(crate) fn frames_at_once(finest: &[usize]) -> usize {
+    const MOST_ELEMENTS: usize = 1 << 30;
+    let each = finest.iter().fold(1usize, |product, &size| product.saturating_mul(size));
+    (MOST_ELEMENTS / each.max(1)).max(1)
+}
 
 /// How to cut.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -51,18 +51,20 @@ struct Clerk {
     events: RefCell<Vec<Event>>,
     data: Vec<u8>,
     stops: bool,
+    gives_back: bool,
 }
 
 impl Clerk {
-    fn new(stops: bool) -> Self {
-        Self { events: RefCell::default(), data: Vec::new(), stops }
+    fn new(stops: bool, gives_back: bool) -> Self {
+        Self { events: RefCell::default(), data: Vec::new(), stops, gives_back }
     }
 }
 
 impl Observer for Clerk {
-    fn frames(&mut self, frames: RgbFrames) {
+    fn frames(&mut self, frames: RgbFrames) -> Option<RgbFrames> {
         self.events.borrow_mut().push(Event::Frames(frames.count));
-        self.data.extend(frames.data);
+        self.data.extend_from_slice(&frames.data);
+        self.gives_back.then_some(frames)
     }
     fn cancelled(&self) -> bool {
         self.events.borrow_mut().push(Event::Asked);
@@ -92,7 +94,7 @@ fn frames_are_handed_on_while_others_are_decoded() {
         let name = format!("{} {}", family.folder, if tile { "in tiles" } else { "in runs" });
         let mut pipeline = open(&golden(family.folder));
         let request = request(family, &*pipeline, tile);
-        let mut clerk = Clerk::new(false);
+        let mut clerk = Clerk::new(false, true);
         let made = pipeline.generate(&request, &mut clerk).unwrap();
         assert_eq!((made.frames.count, &made.frames.data), (family.frames, &clerk.data), "{name}");
         let events = clerk.events.into_inner();
@@ -108,7 +110,7 @@ fn a_cancel_between_two_handfuls_stops_a_decode() {
     for (family, tile) in FAMILIES.iter().flat_map(|family| [(family, false), (family, true)]) {
         let mut pipeline = open(&golden(family.folder));
         let request = request(family, &*pipeline, tile);
-        let mut clerk = Clerk::new(true);
+        let mut clerk = Clerk::new(true, false);
         match pipeline.generate(&request, &mut clerk) {
             Err(Error::Cancelled { steps_done, steps }) => assert_eq!(steps_done, steps),
             other => panic!("{} {tile}: {other:?}", family.folder),
@@ -116,4 +118,24 @@ fn a_cancel_between_two_handfuls_stops_a_decode() {
         let whole = request.width * request.height * request.frames * 3;
         assert!(!clerk.data.is_empty() && clerk.data.len() < whole, "{} {tile}", family.folder);
     }
+}
+
+#[test]
+fn a_decode_at_once_is_handed_on_in_handfuls_and_stops_between_them() {
+    let family = &FAMILIES[0];
+    let mut pipeline = open(&golden(family.folder));
+    let mut request = request(family, &*pipeline, false);
+    request.decode.chunk = None;
+    let mut clerk = Clerk::new(false, false);
+    let made = pipeline.generate(&request, &mut clerk).unwrap();
+    assert_eq!((made.frames.count, made.frames.data.len()), (0, 0), "what is taken is not kept");
+    let handfuls: Vec<_> = clerk.events.into_inner();
+    let handfuls = handfuls.iter().filter_map(|event| match event {
+        Event::Frames(count) => Some(*count),
+        Event::Asked => None,
+    });
+    assert_eq!(handfuls.collect::<Vec<_>>(), [8, 8, 8, 1]);
+    let mut clerk = Clerk::new(true, false);
+    let error = pipeline.generate(&request, &mut clerk).unwrap_err();
+    assert_eq!((error.code(), clerk.data.len()), ("cancelled", 8 * request.width * request.height * 3));
 }

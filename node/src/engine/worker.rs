@@ -1,6 +1,6 @@
 //! The worker process: owns a device, makes one clip after the other, and dies alone.
 //!
-//! Two threads. The watch thread reads stdin: it hands orders to the main thread, notes cancels, and ends the process
+//! Two threads, and a third while frames are encoded. The watch thread reads stdin: it hands orders to the main thread, notes cancels, and ends the process
 //! at the end of stdin, even in the middle of a step, so that no worker outlives its daemon. The main thread computes;
 //! only it writes messages. There is no async runtime here.
 //!
@@ -25,7 +25,7 @@ use kinoflock_protocol::codec::Bytes;
 use kinoflock_protocol::id::{BlobId, JobId, ModelId};
 use kinoflock_protocol::limits::MAX_PREVIEW;
 
-use self::film::Film;
+use self::encoding::Encoding;
 use super::frames;
 use super::wire::{
     self, AuditReport, AuditRun, Failure, FromWorker, Greeting, LoadRequest, LoadedReport, OpenRequest,
@@ -33,7 +33,7 @@ use super::wire::{
 };
 
 mod adapters;
-mod film;
+mod encoding;
 pub mod local;
 mod output;
 mod pictures;
@@ -150,7 +150,7 @@ pub struct Context<'a> {
     /// Checkpoints of this run that are on disk, oldest first.
     checkpoints: VecDeque<PathBuf>,
     /// The clip, from its first frames on.
-    film: Option<Film>,
+    encoding: Option<Encoding>,
 }
 
 impl<'a> Context<'a> {
@@ -164,7 +164,7 @@ impl<'a> Context<'a> {
             step_since: Instant::now(),
             steps_done: 0,
             checkpoints: VecDeque::new(),
-            film: None,
+            encoding: None,
         }
     }
 }
@@ -198,16 +198,20 @@ impl Context<'_> {
     /// Takes the clip's next finished frames: they are encoded while others are still made.
     ///
     /// # Errors
-    /// When no encoder can be started.
+    /// When no encoder can be started, or it failed at frames before these.
     pub fn frames(&mut self, frames: RgbFrames) -> Result<(), Failure> {
-        let film = match &mut self.film {
-            Some(film) => film,
+        let encoding = match self.encoding.take() {
+            Some(encoding) => encoding,
             None => {
                 let size = (self.request.width as usize, self.request.height as usize);
-                self.film.insert(Film::new(size, self.request.fps)?)
+                Encoding::new(size, self.request.fps)?
             }
         };
-        film.push(frames);
+        if !encoding.push(frames) {
+            let nothing = || Failure::new("encoder", "the encoder ended before the clip", true);
+            return Err(encoding.finish().err().unwrap_or_else(nothing));
+        }
+        self.encoding = Some(encoding);
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use check::{check_prompt, check_sizes};
 use digest::digest;
-pub(crate) use film::AT_ONCE;
+pub(crate) use film::FRAMES_AT_ONCE;
 pub use parts::{decoded, initial};
 
 use super::conditions::Takes;

@@ -59,6 +59,7 @@ impl BlendPlan {
         mut decode: impl FnMut(&Tensor, &mut dyn Sink) -> Result<()>,
     ) -> Result<()> {
         let mut canvas = Canvas::new(self.size.map(|cells| cells * self.ratio));
+        let mut frames = None;
         for (i, &top) in self.starts[0].iter().enumerate() {
             for (j, &left) in self.starts[1].iter().enumerate() {
                 let part = z.narrow(3, top, self.tile[0])?.narrow(4, left, self.tile[1])?.contiguous()?;
@@ -73,6 +74,10 @@ impl BlendPlan {
                     sink: &mut *sink,
                 };
                 decode(&part, &mut tile)?;
+                let (done, first) = (tile.done, *frames.get_or_insert(tile.done));
+                if done != first {
+                    candle_core::bail!("a tile decoded to {done} frames, the first one to {first}");
+                }
             }
         }
         Ok(())

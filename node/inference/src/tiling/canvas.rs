@@ -30,7 +30,10 @@ impl Canvas {
         self.planes = planes;
         if frames > self.frames {
             self.frames = frames;
-            self.data.resize(frames * self.frame(), 0.0);
+            let values = frames * self.frame();
+            // Room for what there is, and no more, as memory plans say.
+            self.data.reserve_exact(values.saturating_sub(self.data.len()));
+            self.data.resize(values, 0.0);
         }
     }
 
@@ -77,7 +80,8 @@ impl Canvas {
             false => self.data[self.handed * each..until * each].to_vec(),
         };
         self.handed = until;
-        let frames = Tensor::from_vec(values, (count, batch, channels, height, width), &Device::Cpu)?;
-        sink.put(frames.permute((1, 2, 0, 3, 4))?)
+        let shape = (count, batch, channels, height, width);
+        let frames = Tensor::from_vec(values, shape, &Device::Cpu)?.permute((1, 2, 0, 3, 4))?;
+        sink.put(frames)
     }
 }

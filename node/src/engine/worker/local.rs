@@ -204,10 +204,11 @@ impl Observer for Watcher<'_, '_> {
         self.context.preview(frames);
     }
 
-    fn frames(&mut self, frames: RgbFrames) {
-        if let Err(fault) = self.context.frames(frames) {
-            self.fault = Some(fault);
+    fn frames(&mut self, frames: RgbFrames) -> Option<RgbFrames> {
+        if self.fault.is_none() {
+            self.fault = self.context.frames(frames).err();
         }
+        None
     }
 
     fn checkpoint(&mut self, checkpoint: &Checkpoint) {

@@ -10,7 +10,7 @@ use kinoflock_protocol::id::BlobId;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-use super::film::Clip;
+use super::encoding::Clip;
 use super::{Context, Made, Stop};
 use crate::engine::wire::{self, DoneReport, Failure, FileReport, LatentsSummary, Phase, WirePath};
 
@@ -24,10 +24,10 @@ pub(super) fn finish(made: &Made, context: &mut Context<'_>) -> Result<DoneRepor
     }
     context.phase(Phase::Encode);
     let request = context.request;
-    let Some(film) = context.film.take() else {
+    let Some(encoding) = context.encoding.take() else {
         return Err(Failure::new("no_frames", "the engine made no frames", false).into());
     };
-    let Clip { bytes, frames, constant } = film.develop()?;
+    let Clip { bytes, frames, constant } = encoding.finish()?;
     let clip = write(Path::new(request.output.clip.as_str()), &bytes)?;
     let latents = match &request.output.latents {
         Some(path) => Some(write(Path::new(path.as_str()), &latents_file(&tensors(made))?)?),

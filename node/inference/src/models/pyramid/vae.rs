@@ -2,7 +2,7 @@
 //! edge, group norms of each frame alone, 8x in space and time, the first frame a latent frame of its own.
 //!
 //! Nothing looks ahead in time, so a clip that is decoded run by run, the convolutions remembering, has the very values of
-//! one that is decoded whole. Norms and the middle's attention look at a whole picture, so tiles of a picture have values
+//! one that is decoded whole; one that is too long to be decoded at once goes in runs even when nobody asks. Norms and the middle's attention look at a whole picture, so tiles of a picture have values
 //! of their own: they overlap and are faded into each other, as in the reference. Inside, activations are `(batch, time, height, width,
 //! channels)`; at the interface videos and latents are `(batch, channels, time, height, width)`.
 
@@ -23,7 +23,7 @@ use crate::nn::frame_cache::FrameCache;
 use crate::nn::moments::Moments;
 use crate::sink::Sink;
 use crate::tiling::blend::BlendPlan;
-use crate::tiling::{MOST_ELEMENTS, Tiling};
+use crate::tiling::{Tiling, frames_at_once};
 
 /// The autoencoder.
 #[derive(Debug, Clone)]
@@ -75,8 +75,8 @@ impl PyramidVae {
         }
     }
 
-    /// A whole picture or a tile of it, at once or in runs of about `chunk` frames; the first run has one latent frame
-    /// more, which is its first frame.
+    /// A whole picture or a tile of it, at once or in runs of frames: [`PyramidVae::window`]. The first run has one latent
+    /// frame more, which is its first frame.
     fn decode_tile(&self, z: &Tensor, chunk: Option<usize>, sink: &mut dyn Sink) -> Result<()> {
         let (_, _, frames, height, width) = z.dims5()?;
         let z = z.permute((0, 2, 3, 4, 1))?.contiguous()?;
@@ -86,9 +86,7 @@ impl PyramidVae {
         let mut cache = FrameCache::default();
         let mut start = 0;
         while start < frames {
-            if start > 0 {
-                sink.go_on()?;
-            }
+            sink.go_on()?;
             let length = if start == 0 { window + 1 } else { window }.min(frames - start);
             cache.rewind();
             let run = z.narrow(1, start, length)?.contiguous()?;
@@ -102,13 +100,11 @@ impl PyramidVae {
     /// Latent frames in a run of a decode of so many latent cells; `None` where it goes at once.
     pub(super) fn window(&self, [frames, height, width]: [usize; 3], chunk: Option<usize>) -> Option<usize> {
         let scale = self.config.downsample_scale;
-        let finest = self.config.decoder_block_out_channels.first().copied().unwrap_or(1);
-        let each = scale * height * scale * width * scale * finest;
-        match chunk {
-            Some(chunk) => Some((chunk / scale).max(1)),
-            None if each * frames <= MOST_ELEMENTS => None,
-            None => Some((MOST_ELEMENTS / each.max(1)).max(1)),
+        if let Some(chunk) = chunk {
+            return Some((chunk / scale).max(1));
         }
+        let finest = self.config.decoder_block_out_channels.first().copied().unwrap_or(1);
+        Some(frames_at_once(&[scale, height, scale, width, scale, finest])).filter(|&most| most < frames)
     }
 
     /// A video `(batch, 3, frames, height, width)` of -1 to 1 to its latents' distribution, not normalised.

@@ -21,7 +21,7 @@ use encoder::Encoder;
 
 use crate::nn::conv3d::Conv3d;
 use crate::nn::moments::Moments;
-use crate::sink::{Sink, Through};
+use crate::sink::Sink;
 use crate::tiling::{Cut, Tiling};
 
 /// The autoencoder.
@@ -102,12 +102,7 @@ impl WanVae {
             candle_core::bail!("latents {:?} have not {} channels", z.shape(), self.config.z_dim);
         }
         let x = self.post_quant.forward(&z.permute((0, 2, 3, 4, 1))?.contiguous()?)?;
-        let change = |video: Tensor| {
-            let raised = video.maximum(-1f32)?;
-            drop(video);
-            raised.minimum(1f32)
-        };
-        self.decoder.forward(&x, tiling, &mut Through { sink, change })
+        self.decoder.forward(&x, tiling, sink)
     }
 
     /// How a decode of so many latent cells goes in tiles, from which level on; `None` where pictures stay whole.

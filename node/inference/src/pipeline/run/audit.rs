@@ -68,7 +68,7 @@ pub(super) fn frames<M: VideoModel>(
     let mut film = Film::new(request, &mut silent);
     let decoded = model.decode(request, &volume, &mut film);
     model.give_back(Phase::Decode);
-    film.develop(decoded)
+    film.develop(decoded, model.course(&plan).steps())
 }
 
 fn checked(latents: &Tensor, needed: Vec<usize>) -> Result<Tensor, Error> {

@@ -118,8 +118,5 @@ pub(super) fn frames<M: VideoModel>(
     let mut film = Film::new(request, observer);
     let decoded = model.decode(request, volume, &mut film);
     model.give_back(Phase::Decode);
-    film.develop(decoded).map_err(|error| match error {
-        Error::Cancelled { .. } => Error::Cancelled { steps_done: steps, steps },
-        other => super::during(other, "decoding"),
-    })
+    film.develop(decoded, steps).map_err(|error| super::during(error, "decoding"))
 }

@@ -12,7 +12,7 @@ use crate::nn::linear::Linear;
 use crate::nn::ops::silu;
 use crate::nn::shuffle::{block_first, depth_to_space};
 use crate::sink::Sink;
-use crate::tiling::MOST_ELEMENTS;
+use crate::tiling::frames_at_once;
 
 /// The decoder.
 #[derive(Debug, Clone)]
@@ -92,7 +92,7 @@ impl Decoder {
         let (time, space) = self.ratio;
         let run = match chunk {
             Some(pictures) => pictures / time,
-            None => MOST_ELEMENTS / (batch * time * height * width * space * space * self.finest).max(1),
+            None => frames_at_once(&[batch, time, height, width, space, space, self.finest]),
         };
         Ok(run.clamp(1, frames.max(1)))
     }

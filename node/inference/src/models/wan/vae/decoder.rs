@@ -54,7 +54,7 @@ impl Decoder {
         })
     }
 
-    /// `(batch, time, height, width, channels)` to `(batch, channels, frames, height, width)`.
+    /// `(batch, time, height, width, channels)` to `(batch, channels, frames, height, width)` of -1 to 1.
     pub(super) fn forward(&self, z: &Tensor, tiling: Tiling, sink: &mut dyn Sink) -> Result<()> {
         let x = self.middle.forward(&self.conv_in.forward(z)?, &mut FrameCache::default())?;
         sink.go_on()?;
@@ -83,7 +83,13 @@ impl Decoder {
         self.run(x, first..self.levels.len(), run, |part, cache| {
             let normed = self.norm_out.norm().silu().apply(&part)?;
             drop(part);
-            sink.put(unpatchify(&cache.conv(&self.conv_out, &normed)?, self.patch, 1)?)?;
+            let pixels = cache.conv(&self.conv_out, &normed)?;
+            drop(normed);
+            let video = unpatchify(&pixels, self.patch, 1)?;
+            drop(pixels);
+            let raised = video.maximum(-1f32)?;
+            drop(video);
+            sink.put(raised.minimum(1f32)?)?;
             sink.go_on()
         })
     }

@@ -69,14 +69,14 @@ impl Kept {
     /// Puts a requester's adapter at `to`, if it is here. One whose bytes are not what they were is dropped.
     pub(in crate::run) fn take(&self, requester: RequesterId, blob: BlobRef, to: &Path) -> bool {
         let key = (requester, blob.id);
-        let linked = {
+        let file = {
             let mut inner = self.lock();
             inner.expire(Instant::now());
             let Some(row) = inner.rows.get_mut(&key).filter(|row| row.len == blob.len) else { return false };
             row.used = Instant::now();
-            same_file(&row.file, to)
+            row.file.clone()
         };
-        match linked.and_then(|()| hash(to)) {
+        match same_file(&file, to).and_then(|()| hash(to)) {
             Ok(found) if found == blob.id => true,
             result => {
                 tracing::warn!(blob = %blob.id.short(), error = ?result.err(), "a kept adapter is not what it was");
@@ -87,20 +87,25 @@ impl Kept {
         }
     }
 
-    /// Keeps a requester's adapter, which was fetched and checked, where it has room.
+    /// Keeps a requester's adapter, which was fetched and checked, where it has room. Whoever calls it has the turn.
     pub(in crate::run) fn keep(&self, requester: RequesterId, blob: BlobRef, from: &Path) {
-        let mut inner = self.lock();
         let key = (requester, blob.id);
-        if blob.len > inner.limit || inner.rows.contains_key(&key) {
-            return;
-        }
-        let room = inner.limit - blob.len;
-        while inner.bytes() > room && inner.drop_oldest() {}
-        inner.made += 1;
-        let file = inner.folder.join(inner.made.to_string());
-        let kept = std::fs::create_dir_all(&inner.folder).and_then(|()| same_file(from, &file));
-        match kept {
-            Ok(()) => drop(inner.rows.insert(key, Row { file, len: blob.len, used: Instant::now() })),
+        let (folder, file) = {
+            let mut inner = self.lock();
+            if blob.len > inner.limit || inner.rows.contains_key(&key) {
+                return;
+            }
+            inner.make_room(blob.len);
+            inner.made += 1;
+            (inner.folder.clone(), inner.folder.join(inner.made.to_string()))
+        };
+        match std::fs::create_dir_all(folder).and_then(|()| same_file(from, &file)) {
+            Ok(()) => {
+                let mut inner = self.lock();
+                // Others may have come meanwhile.
+                inner.make_room(blob.len);
+                inner.rows.insert(key, Row { file, len: blob.len, used: Instant::now() });
+            }
             Err(error) => {
                 tracing::warn!(blob = %blob.id.short(), %error, "an adapter could not be kept");
                 let _gone = std::fs::remove_file(file);
@@ -128,9 +133,13 @@ impl Inner {
         self.rows.values().map(|row| row.len).sum()
     }
 
-    fn drop_oldest(&mut self) -> bool {
-        let oldest = self.rows.iter().min_by_key(|(_, row)| row.used).map(|(key, _)| *key);
-        oldest.inspect(|key| self.drop_row(key)).is_some()
+    /// Drops the least recently used until so many more bytes fit.
+    fn make_room(&mut self, len: u64) {
+        while self.bytes().saturating_add(len) > self.limit {
+            let oldest = self.rows.iter().min_by_key(|(_, row)| row.used).map(|(key, _)| *key);
+            let Some(key) = oldest else { return };
+            self.drop_row(&key);
+        }
     }
 
     fn expire(&mut self, now: Instant) {

@@ -11,7 +11,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ pub use self::device::{DeviceConfig, DeviceKind, Dtype, Limits, Offloading};
 pub use self::file::FileConfig;
 pub use self::overrides::ConfigOverrides;
 pub use self::paths::{Environment, Folders, Scope};
+pub use self::storage::Storage;
 pub use self::template::{render, template};
 pub use self::units::{ByteSize, Ceiling, MemoryLimit, Span, UnitError};
 
@@ -33,6 +34,7 @@ pub mod file;
 mod layers;
 mod overrides;
 mod paths;
+mod storage;
 mod template;
 mod units;
 mod ways;
@@ -314,31 +316,6 @@ pub struct QueueConfig {
     pub input_wait: Duration,
 }
 
-/// `[storage]`, checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Storage {
-    /// Key, queue, clips, receipts.
-    pub state: PathBuf,
-    /// Model folders.
-    pub models: PathBuf,
-    /// The addresses file.
-    pub runtime: PathBuf,
-    /// Bytes; `None` for no limit.
-    pub models_limit: Option<u64>,
-    /// Bytes of clips and latents made here.
-    pub clips_limit: u64,
-    /// Bytes of sealed copies kept for others.
-    pub replicas_limit: u64,
-    /// Bytes of latents kept for audits.
-    pub audit_limit: u64,
-    /// How long they are kept.
-    pub audit_keep: Duration,
-    /// Whether other nodes may have the files of models under open licences.
-    pub share_models: bool,
-    /// Names or ids of models to fetch from others and hold, at most [`MAX_KEPT`].
-    pub keep: Vec<String>,
-}
-
 /// `[engine]`, checked. The worker program stands in each device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -399,7 +376,7 @@ fn check(
         queue: check_queue(&merged.queue)?,
         audits: AuditsConfig { for_others: merged.audits.for_others, queue: merged.audits.queue as usize },
         custody: Custody { jobs: merged.custody.jobs as usize, after: merged.custody.after.duration() },
-        storage: check_storage(&merged.storage, folders)?,
+        storage: storage::check_storage(&merged.storage, folders)?,
         engine: check_engine(&merged.engine)?,
         admin: check_admin(&merged.admin)?,
         drain: merged.shutdown.drain.duration(),
@@ -509,43 +486,6 @@ fn check_queue(section: &file::QueueSection) -> Result<QueueConfig, ConfigError>
         leases_per_prefix: at_least_one("queue.leases_per_prefix", section.leases_per_prefix)?,
         leases_per_requester: at_least_one("queue.leases_per_requester", section.leases_per_requester)?,
         input_wait: section.input_wait.duration(),
-    })
-}
-
-fn check_storage(section: &file::StorageSection, folders: Option<&Folders>) -> Result<Storage, ConfigError> {
-    let folder = |key: &str, given: &str, default: Option<PathBuf>| {
-        if given.is_empty() {
-            return default.ok_or(ConfigError::NoHome);
-        }
-        // A relative folder would move with the shell that the daemon was started from.
-        let path = PathBuf::from(given);
-        if path.is_absolute() { Ok(path) } else { Err(invalid(key, given, "it must be an absolute path")) }
-    };
-    let state = folder("storage.state", &section.state, folders.map(|folders| folders.state.clone()))?;
-    // A daemon with a state folder of its own keeps the rest there too, so that two of them never meet.
-    let beside = |own: &Path, below: &str, default: fn(&Folders) -> PathBuf| match folders {
-        Some(folders) if section.state.is_empty() => default(folders),
-        _ => own.join(below),
-    };
-    let models = beside(&state, "models", |folders| folders.models.clone());
-    let runtime = beside(&state, "run", |folders| folders.runtime.clone());
-    Ok(Storage {
-        models: folder("storage.models", &section.models, Some(models))?,
-        runtime: folder("storage.runtime", &section.runtime, Some(runtime))?,
-        state,
-        models_limit: section.models_limit.0.map(|size| size.0),
-        clips_limit: section.clips_limit.0,
-        replicas_limit: section.replicas_limit.0,
-        audit_limit: section.audit_limit.0,
-        audit_keep: section.audit_keep.duration(),
-        share_models: section.share_models,
-        keep: match section.keep.len() {
-            given if given > MAX_KEPT => {
-                let count = format!("{given} models");
-                return Err(invalid("storage.keep", &count, &format!("at most {MAX_KEPT}")));
-            }
-            _ => section.keep.clone(),
-        },
     })
 }
 

@@ -72,7 +72,7 @@ pub fn plan_options(device: &DeviceConfig) -> PlanOptions {
         Dtype::Auto if matches!(device.kind, DeviceKind::Cuda(_)) => DType::BF16,
         Dtype::Auto => DType::F32,
     };
-    PlanOptions { cpu, dtype, text_on_cpu: device.offload == Offloading::TextCpu }
+    PlanOptions { cpu, dtype, text_on_cpu: device.offload == Offloading::TextCpu, merges: false }
 }
 
 /// What the engine is told of a device's choice.

@@ -195,6 +195,8 @@ struct Daemon {
     copying: BTreeSet<JobId>,
     /// Blobs that are being fetched for others.
     keeping: BTreeSet<(JobId, Content)>,
+    /// Adapters of earlier jobs.
+    adapters: adapters::Kept,
     custodian: custody::Custodian,
     audits: audits::Audits,
     auditor: auditor::Auditor,
@@ -411,6 +413,7 @@ impl Daemon {
 
     fn sweep(&mut self) {
         self.sweep_held();
+        self.adapters.expire(Instant::now());
         self.ask_around_for_lists();
         let now = unix_now();
         let ago = |span: Duration| now.minus(kinoflock_protocol::units::Millis(span.as_millis() as u64));

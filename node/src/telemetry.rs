@@ -85,6 +85,8 @@ pub struct Metrics {
     pub denoise_step: HistogramFamily<DeviceLabels>,
     /// Frames made.
     pub frames: Counter,
+    /// Adapters that jobs brought: fetched, or kept from an earlier job.
+    pub adapters: Family<ResultLabels, Counter>,
     /// Quotes asked of this node, by result.
     pub offers: Family<ResultLabels, Counter>,
     /// Refusals, by reason.
@@ -118,6 +120,7 @@ impl Metrics {
             job_duration: Family::new_with_constructor(seconds_histogram),
             denoise_step: Family::new_with_constructor(seconds_histogram),
             frames: Counter::default(),
+            adapters: Family::default(),
             offers: Family::default(),
             refusals: Family::default(),
             receipts: Family::default(),
@@ -158,6 +161,7 @@ impl Metrics {
             self.denoise_step.clone(),
         );
         registry.register("frames_generated", "Frames made", self.frames.clone());
+        registry.register("adapters", "Adapters of jobs, fetched or kept", self.adapters.clone());
         registry.register("worker_restarts", "Workers started again", self.worker_restarts.clone());
     }
 

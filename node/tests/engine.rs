@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use kinoflock_inference::plan::{MemoryPlan, PlanOptions};
 use kinoflock_node::engine::Deadlines;
 use kinoflock_node::engine::bench::{run_to_end, speed};
 use kinoflock_node::engine::frames::decode_mp4;
@@ -15,9 +16,10 @@ use kinoflock_node::engine::wire::{
 };
 use kinoflock_node::models::{Model, ModelStore, selftest};
 use kinoflock_protocol::capacity::SelfTest;
-use kinoflock_protocol::codec::Text;
+use kinoflock_protocol::codec::{List, Text};
 use kinoflock_protocol::id::{BlobId, JobId, ModelId};
 use kinoflock_protocol::units::UnixMillis;
+use safetensors::tensor::{Dtype, TensorView};
 
 fn pipeline() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("inference/tests/goldens/ltx-video-0.9.0/pipeline")
@@ -171,6 +173,47 @@ async fn a_cancel_stops_the_real_worker_between_steps() {
     };
     assert_eq!(done, last);
     assert!(done < 10_000 && !folder.path().join("clip.mp4").exists());
+    engine.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_job_whose_adapters_do_not_fit_is_refused_before_its_model_is_loaded() {
+    const WIDTH: usize = 32;
+    const RANK: usize = 2048;
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = vec![0u8; 4 * WIDTH * RANK];
+    let tensors = [("lora_A", vec![RANK, WIDTH]), ("lora_B", vec![WIDTH, RANK])].map(|(part, shape)| {
+        let view = TensorView::new(Dtype::F32, shape, &bytes).unwrap();
+        (format!("transformer.transformer_blocks.0.attn1.to_q.{part}.weight"), view)
+    });
+    let file = safetensors::serialize(tensors, None).unwrap();
+    let weights = BlobId::of(&file);
+    std::fs::write(folder.path().join(wire::input_name(&weights)), &file).unwrap();
+    let mut with = request(folder.path());
+    with.extra.inputs = Some(WirePath::new(folder.path().display().to_string()).unwrap());
+    with.extra.adapters = List::first_of([wire::AdapterUse { weights, scale: 1.0 }]);
+
+    let defaults = kinoflock_inference::registry::facts(&pipeline()).unwrap().info.defaults;
+    let mut plain = kinoflock_inference::GenerateRequest::new("", &defaults);
+    (plain.width, plain.height, plain.frames, plain.guidance) = (64, 64, 9, 3.0);
+    let plan = MemoryPlan::new(&pipeline(), &plain, &PlanOptions::default()).unwrap();
+    let mut config = worker();
+    // Room for the adapter's file, not for what becomes of it as well.
+    config.open.memory = plan.peak(true) + file.len() as u64;
+    let (engine, mut events) = spawn(config.clone());
+    let mut loads = 0;
+    let refused = run_to_end(&engine, &mut events, with.clone(), |event| {
+        loads += usize::from(matches!(event, EngineEvent::Loaded(_)));
+    });
+    let failure = refused.await.unwrap_err();
+    assert_eq!(&*failure.code, "memory_limit");
+    assert!(failure.text.contains(&config.open.memory.to_string()), "{}", failure.text);
+    assert_eq!(loads, 0, "it was loaded first");
+    run_to_end(&engine, &mut events, request(folder.path()), |_| {}).await.unwrap();
+    engine.shutdown().await;
+    config.open.merge_adapters = true;
+    let (engine, mut events) = spawn(config);
+    run_to_end(&engine, &mut events, with, |_| {}).await.unwrap();
     engine.shutdown().await;
 }
 

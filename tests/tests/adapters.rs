@@ -185,6 +185,43 @@ fn adapters_that_do_not_fit_or_are_none_fail_their_job_alone_and_say_why() {
     make(&client, node, "after.mp4", &FOG);
 }
 
+/// How often the node had to fetch an adapter, and had one.
+fn adapters_of(node: &Node) -> [u64; 2] {
+    let metrics = node.metrics();
+    ["fetched", "kept"].map(|result| {
+        let counter = format!("kinoflock_adapters_total{{result=\"{result}\"}} ");
+        metrics.lines().find_map(|line| line.strip_prefix(&counter)).map_or(0, |count| count.parse().unwrap())
+    })
+}
+
+#[test]
+fn variations_with_one_adapter_fetch_it_once_until_their_artist_has_the_node_forget() {
+    let mut sandbox = Sandbox::new();
+    add(&mut sandbox, "[policy]\nqueued_jobs = 16\n");
+    let client = artist(&sandbox, "artist");
+    let node = &sandbox.nodes[0];
+    let line = |seed: usize| {
+        format!(
+            "{{\"prompt\": \"a red dog\", \"model\": \"wan\", \"size\": \"64x32\", \"frames\": 9, \"steps\": 2, \
+             \"seed\": {seed}, \"fps\": 8, \"lora\": [\"fog@0.8\"], \"output\": \"{seed}.mp4\"}}\n"
+        )
+    };
+    fs::write(client.path("jobs.jsonl"), (0..10).map(line).collect::<String>()).unwrap();
+    client.must(["generate", "--batch", "jobs.jsonl"]);
+    assert_eq!(adapters_of(node), [1, 9]);
+
+    // Another artist's is another's, though the bytes are the same.
+    let other = artist(&sandbox, "other");
+    make(&other, node, "other.mp4", &FOG);
+    assert_eq!(adapters_of(node), [2, 9]);
+    let kept = || fs::read_dir(node.path("state/adapters")).unwrap().count();
+    assert_eq!(kept(), 2);
+    client.must(["forget", &invariants::delivered(&client.path("3.mp4"), node).clip.to_string()]);
+    assert_eq!(kept(), 1);
+    make(&client, node, "again.mp4", &FOG);
+    assert_eq!(adapters_of(node), [3, 9]);
+}
+
 #[test]
 fn an_operator_says_how_much_of_adapters_is_taken_and_who_brings_more_hears_the_limit() {
     let mut sandbox = Sandbox::new();

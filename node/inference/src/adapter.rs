@@ -15,6 +15,7 @@ pub mod names;
 mod places;
 
 pub use error::{AdapterError, AdapterFault};
+pub(crate) use lora::LayerSize;
 pub use lora::{Lora, MAX_RANK};
 pub use places::{Applied, Places};
 

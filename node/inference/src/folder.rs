@@ -81,11 +81,19 @@ pub fn open_renamed(
 /// See [`crate::load`].
 pub fn load_t5(part: &Path, options: &LoadOptions) -> Result<(T5Encoder, u64), Error> {
     let config = read_t5(part)?;
-    let dtype = if options.dtype == DType::F16 { DType::BF16 } else { options.dtype };
-    let gated = config.is_gated();
-    let weights = open_renamed(part, TEXT_STEM, options, dtype, &|name| t5_name(name, gated))?;
+    let weights = open_t5(part, &config, options)?;
     let encoder = weights.build(|vb| T5Encoder::load(&config, &vb))?;
     Ok((encoder, weights.parameters()))
+}
+
+/// Opens the weights of such an encoder.
+///
+/// # Errors
+/// When a file is missing, cut short or corrupt.
+pub fn open_t5(part: &Path, config: &T5Config, options: &LoadOptions) -> Result<Weights, Error> {
+    let dtype = if options.dtype == DType::F16 { DType::BF16 } else { options.dtype };
+    let gated = config.is_gated();
+    open_renamed(part, TEXT_STEM, options, dtype, &|name| t5_name(name, gated))
 }
 
 /// The configuration of a T5 or UMT5 encoder from its component's folder, checked.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::adapter::Places;
 use crate::error::Error;
 use crate::pipeline::{GenerateRequest, LoadOptions};
 use crate::plan::{Fit, MemoryPlan, PlanOptions};
@@ -50,6 +51,7 @@ pub struct Placement {
     offload: Offload,
     memory: Option<u64>,
     in_turn: InTurn,
+    places: Places,
 }
 
 impl Placement {
@@ -65,6 +67,7 @@ impl Placement {
             offload: options.offload,
             memory: options.memory,
             in_turn: InTurn::default(),
+            places: options.places.clone(),
         };
         let in_turn = match (this.offload, this.memory) {
             (Offload::InTurn, _) => true,
@@ -92,7 +95,9 @@ impl Placement {
     pub fn settle(&self, request: &GenerateRequest) -> Result<GenerateRequest, Error> {
         let mut settled = request.clone();
         let Some(available) = self.memory else { return Ok(settled) };
-        let fit = Fit::of(&self.folder, request, &self.options, (self.offload, self.memory))?;
+        let adapters = self.places.beside(&request.adapters).to_vec();
+        let beside = GenerateRequest { adapters, ..request.clone() };
+        let fit = Fit::of(&self.folder, &beside, &self.options, (self.offload, self.memory))?;
         if !fit.needs.fits {
             return Err(Error::DoesNotFit { needed: fit.needs.bytes, available });
         }

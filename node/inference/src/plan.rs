@@ -12,26 +12,34 @@
 //! What counts is the process's own memory. Weight files are mapped while they are read; those pages are the system's,
 //! which takes them back when it needs them, and are gone when a component is loaded. Not in a plan: tokenizers and the
 //! program itself (tens of MB), and what an allocator keeps for itself.
+//!
+//! How weights are held is looked up in their files' lists: a linear layer out of a GGUF file keeps its blocks of few bits
+//! and is widened for each call. Where there are no files, every tensor counts in the numbers of the run.
 
+pub(crate) mod adapters;
 pub(crate) mod guided;
 pub(crate) mod ledger;
 pub(crate) mod text;
 pub(crate) mod weights;
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use serde::Serialize;
 
+use crate::adapter::names::TRANSFORMER;
 use crate::error::Error;
 use crate::offload::Offload;
 use crate::pipeline::run::FRAMES_AT_ONCE;
 use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
 use crate::sampler::guidance::GuidancePasses;
-use ledger::{Ghost, Ledger};
-use weights::Resident;
+use crate::weights::Weights;
+use adapters::Beside;
+use ledger::{Ghost, Ledger, Special};
+use weights::{Resident, Wanted};
 
 /// On what a job would run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,19 +50,26 @@ pub struct PlanOptions {
     pub dtype: DType,
     /// Whether the text encoder is on the CPU though the rest is not.
     pub text_on_cpu: bool,
+    /// Whether adapters are merged into the transformer's weights, where layers in blocks of few bits are widened for good.
+    pub merges: bool,
 }
 
 impl PlanOptions {
     /// Those of a pipeline that is loaded so.
     #[must_use]
     pub fn of(options: &LoadOptions) -> Self {
-        Self { cpu: options.device.is_cpu(), dtype: options.dtype, text_on_cpu: options.text_on_cpu }
+        Self {
+            cpu: options.device.is_cpu(),
+            dtype: options.dtype,
+            text_on_cpu: options.text_on_cpu,
+            merges: options.places.merges(),
+        }
     }
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        Self { cpu: true, dtype: DType::F32, text_on_cpu: false }
+        Self { cpu: true, dtype: DType::F32, text_on_cpu: false, merges: false }
     }
 }
 
@@ -96,6 +111,8 @@ pub struct ComponentMemory {
     pub name: &'static str,
     /// Bytes once it is loaded.
     pub bytes: u64,
+    /// Of those, bytes in blocks of few bits, as its GGUF file has them.
+    pub in_blocks: u64,
     /// Bytes beside them while it is loaded.
     pub loading: u64,
     /// Whether it is loaded for its phase alone, however much room there is.
@@ -272,26 +289,36 @@ pub struct Needs {
 pub(crate) struct Draft {
     pub(crate) options: PlanOptions,
     plan: MemoryPlan,
-    /// Numbers in the request's own pictures, which are there as long as it is.
+    /// Numbers in the request's own pictures, latents and adapters, which are there as long as it is.
     given: usize,
+    /// Of each component, its layers in blocks of few bits.
+    in_blocks: Vec<BTreeSet<(usize, usize)>>,
+    /// What stands beside the transformer's layers as long as a run goes on.
+    beside: Option<Beside>,
 }
 
 impl Draft {
     pub(crate) fn new(options: &PlanOptions, request: &GenerateRequest) -> Self {
         let plan = MemoryPlan { components: Vec::new(), phases: Vec::new() };
         let given = request.conditions.iter().map(|given| given.pictures.elem_count());
-        let given = if options.cpu { given.fold(0, usize::saturating_add) } else { 0 };
-        Self { options: *options, plan, given }
+        let latents = request.initial_latents.iter().map(Tensor::elem_count);
+        let given = given.chain(latents).fold(0, usize::saturating_add);
+        let beside = (!request.adapters.is_empty())
+            .then(|| Beside::new(&request.adapters, options.dtype, options.cpu));
+        let files = beside.as_ref().map_or(0, |beside| beside.files / size_of::<f32>() as u64);
+        let given = if options.cpu { given.saturating_add(files as usize) } else { 0 };
+        Self { options: *options, plan, given, in_blocks: Vec::new(), beside }
     }
 
-    /// Adds a component, built without its weights.
+    /// Adds a component, built without its weights, whose files are these. Why they cannot be opened, loading tells.
     pub(crate) fn component<T>(
         &mut self,
         name: &'static str,
         dtype: DType,
+        files: Result<Weights, Error>,
         build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
     ) -> Result<(usize, T), Error> {
-        self.add(name, dtype, false, build)
+        self.add(name, (dtype, false), files, build)
     }
 
     /// Adds a component that is loaded for its phase alone.
@@ -299,9 +326,10 @@ impl Draft {
         &mut self,
         name: &'static str,
         dtype: DType,
+        files: Result<Weights, Error>,
         build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
     ) -> Result<(usize, T), Error> {
-        let (index, built) = self.add(name, dtype, false, build)?;
+        let (index, built) = self.add(name, (dtype, false), files, build)?;
         self.plan.components[index].brief = true;
         Ok((index, built))
     }
@@ -311,21 +339,27 @@ impl Draft {
         &mut self,
         name: &'static str,
         dtype: DType,
+        files: Result<Weights, Error>,
         build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
     ) -> Result<(usize, T), Error> {
-        self.add(name, dtype, self.text_is_apart(), build)
+        self.add(name, (dtype, self.text_is_apart()), files, build)
     }
 
     fn add<T>(
         &mut self,
         name: &'static str,
-        dtype: DType,
-        on_host: bool,
+        (dtype, on_host): (DType, bool),
+        files: Result<Weights, Error>,
         build: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
     ) -> Result<(usize, T), Error> {
-        let cpu = self.options.cpu || on_host;
-        let (built, Resident { bytes, greatest: loading }) = weights::resident(dtype, cpu, build)?;
-        self.plan.components.push(ComponentMemory { name, bytes, loading, brief: false, on_host });
+        let widened = self.options.merges && name.starts_with(TRANSFORMER);
+        let wanted = Wanted { dtype, cpu: self.options.cpu || on_host, widened };
+        let (built, resident) = weights::resident(wanted, files.ok().as_ref(), build)?;
+        let Resident { bytes, loading, blocks } = resident;
+        let in_blocks = blocks.bytes;
+        let component = ComponentMemory { name, bytes, in_blocks, loading, brief: false, on_host };
+        self.plan.components.push(component);
+        self.in_blocks.push(blocks.layers);
         Ok((self.plan.components.len() - 1, built))
     }
 
@@ -336,7 +370,12 @@ impl Draft {
     /// Adds a phase: `go` goes through what it computes.
     pub(crate) fn phase(&mut self, phase: PlanPhase, uses: &[usize], go: impl FnOnce(&Ledger)) {
         let on_host = phase == PlanPhase::Text && self.text_is_apart();
-        let ledger = Ledger::new(self.options.cpu || on_host);
+        let mut special = Special::default();
+        special.in_blocks.extend(uses.iter().flat_map(|&index| self.in_blocks[index].iter().copied()));
+        if let Some(beside) = self.beside.as_ref().filter(|_| phase == PlanPhase::Denoise) {
+            special.beside.clone_from(&beside.ranks);
+        }
+        let ledger = Ledger::with(self.options.cpu || on_host, special);
         let _given = ledger.wide(&[self.given]);
         go(&ledger);
         let activations = ledger.most();
@@ -347,6 +386,19 @@ impl Draft {
     pub(crate) fn finish(mut self, request: &GenerateRequest) -> MemoryPlan {
         /// Pictures of 8 bits a channel that an encoder holds beside the clip.
         const HELD: usize = 16;
+        if let Some(Beside { bytes, loading, .. }) = self.beside.take() {
+            let index = self.plan.components.len();
+            let adapters = ComponentMemory {
+                name: "adapters",
+                bytes,
+                in_blocks: 0,
+                loading,
+                brief: false,
+                on_host: false,
+            };
+            self.plan.components.push(adapters);
+            self.plan.phases.iter_mut().for_each(|phase| phase.uses.push(index));
+        }
         let size = [request.frames.saturating_add(HELD), request.height, request.width, 3];
         let (uses, activations, on_host) = (Vec::new(), ledger::count(&size), !self.options.cpu);
         self.plan.phases.push(PhaseMemory { phase: PlanPhase::Encode, uses, activations, on_host });

@@ -17,6 +17,7 @@ use crate::folder::{TEXT_STEM, check_counts, check_only, open_weights};
 use crate::nn::clip::{ClipBlock, ClipForm, ClipNorm};
 use crate::nn::linear::Linear;
 use crate::pipeline::{LoadOptions, config_error, read_json};
+use crate::weights::Weights;
 
 /// `config.json` of a CLIP vision model; what a file leaves out has the reference's default.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -255,6 +256,14 @@ pub fn read_vision(folder: &Path) -> std::result::Result<(ClipVisionConfig, Prep
     Ok((config, preprocessor))
 }
 
+/// Opens the weights of a folder's `image_encoder`.
+///
+/// # Errors
+/// When a file is missing, cut short or corrupt.
+pub(crate) fn open_vision(folder: &Path, options: &LoadOptions) -> std::result::Result<Weights, Error> {
+    open_weights(&folder.join(PART), TEXT_STEM, options, DType::F32)
+}
+
 /// A folder's `image_encoder` and `image_processor`, and how many parameters the encoder's files hold. They are small, and
 /// f32 in whatever numbers the rest is, as the reference recommends.
 ///
@@ -265,7 +274,7 @@ pub fn load_vision(
     options: &LoadOptions,
 ) -> std::result::Result<(ClipVisionEncoder, Preprocessor, u64), Error> {
     let (config, preprocessor) = read_vision(folder)?;
-    let weights = open_weights(&folder.join(PART), TEXT_STEM, options, DType::F32)?;
+    let weights = open_vision(folder, options)?;
     let encoder = weights.build(|vb| ClipVisionEncoder::load(&config, &vb))?;
     Ok((encoder, preprocessor, weights.parameters()))
 }

@@ -14,6 +14,7 @@
 pub(crate) mod find;
 mod fp8;
 mod gguf;
+pub(crate) mod held;
 mod mapped;
 mod pickle;
 
@@ -28,6 +29,7 @@ use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
 
 pub use self::find::find;
+use self::held::Held;
 pub use self::mapped::metadata;
 use crate::nn::beside::{Register, entering};
 use crate::nn::cpu::with_shapes_only;
@@ -178,6 +180,11 @@ trait Source: Send + Sync {
         Ok(None)
     }
 
+    /// How the file holds a tensor; `None` where that makes no difference to a plan.
+    fn held(&self, _name: &str) -> Option<Held> {
+        None
+    }
+
     /// Whether its shapes are the expected ones only but for sides of 1.
     fn is_loose(&self) -> bool {
         false
@@ -258,6 +265,12 @@ impl Weights {
     #[must_use]
     pub fn parameters(&self) -> u64 {
         self.tensors.named.values().map(|facts| facts.shape.iter().map(|&n| n as u64).product::<u64>()).sum()
+    }
+
+    /// How the files hold the tensors, by the names that modules ask for.
+    pub(crate) fn held(&self) -> BTreeMap<String, Held> {
+        let Tensors { source, named } = &*self.tensors;
+        named.iter().filter_map(|(name, facts)| Some((name.clone(), source.held(&facts.name)?))).collect()
     }
 
     /// Builds a module, and says which file and tensor are at fault when that fails.
@@ -424,8 +437,7 @@ pub fn quantised(
     shape: (usize, usize),
 ) -> candle_core::Result<Option<Arc<QTensor>>> {
     let Some(tensors) = BUILDING.with_borrow(|building| building.last().cloned()) else { return Ok(None) };
-    let prefix = vb.prefix();
-    let whole = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
+    let whole = whole_name(vb, name);
     let Ok(facts) = tensors.facts(&whole) else { return Ok(None) };
     match tensors.source.quantised(&facts.name, vb.device())? {
         Some(tensor) if tensor.shape().dims() == [shape.0, shape.1] => Ok(Some(Arc::new(tensor))),
@@ -436,6 +448,12 @@ pub fn quantised(
         }),
         None => Ok(None),
     }
+}
+
+/// The name of the tensor `name` below `vb`.
+fn whole_name(vb: &VarBuilder<'_>, name: &str) -> String {
+    let prefix = vb.prefix();
+    if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") }
 }
 
 impl Tensors {

@@ -6,6 +6,8 @@ use std::path::Path;
 
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use kinoflock_inference::nn::linear::Linear;
+use kinoflock_inference::plan::{MemoryPlan, PlanOptions};
+use kinoflock_inference::registry::facts;
 use kinoflock_inference::rng::{Stream, normal_tensor};
 use kinoflock_inference::weights::{self, Weights, WeightsError};
 use kinoflock_inference::{DType, Device, LoadOptions, Tensor, load};
@@ -298,6 +300,53 @@ fn clear(part: &Path) {
     let index = part.join(format!("{STEM}.safetensors.index.json"));
     if index.exists() {
         std::fs::remove_file(index).unwrap();
+    }
+}
+
+/// The plan's transformer: its bytes, and those of them that are in blocks.
+fn planned(folder: &Path, options: &PlanOptions) -> (u64, u64) {
+    let request = facts(folder).unwrap().smallest();
+    let plan = MemoryPlan::new(folder, &request, options).unwrap();
+    let part = plan.components.iter().find(|component| component.name == "transformer").unwrap();
+    (part.bytes, part.in_blocks)
+}
+
+#[test]
+fn a_plan_counts_blocks_as_they_stay_and_all_else_in_the_numbers_of_the_run() {
+    for (golden, names) in [("ltx-video-0.9.0", LTX_NAMES), ("wan2.1", WAN_NAMES)] {
+        let plain = copied(golden);
+        let tensors = read(&plain.path().join(WHOLE));
+        let kind = GgmlDType::Q8_0;
+        let fits = |name: &str, tensor: &Tensor| {
+            is_matrix(name, tensor) && tensor.dims()[1].is_multiple_of(kind.block_size())
+        };
+        // What is put into another order when it is loaded is widened.
+        let kept = |name: &str, tensor: &Tensor| {
+            fits(name, tensor) && !(golden == "wan2.1" && name == "proj_out.weight")
+        };
+        let blocks = tensors.iter().filter(|(name, tensor)| kept(name, tensor));
+        let blocks: usize =
+            blocks.map(|(_, tensor)| tensor.elem_count() / kind.block_size() * kind.type_size()).sum();
+        let gpu = PlanOptions { cpu: false, dtype: DType::F32, ..PlanOptions::default() };
+        let (wide, none) = planned(plain.path(), &gpu);
+        assert_eq!(none, 0);
+        let matrices = tensors.iter().filter(|(name, tensor)| kept(name, tensor));
+        let matrices: usize = matrices.map(|(_, tensor)| 4 * tensor.elem_count()).sum();
+        let small = (wide - matrices as u64 + blocks as u64, blocks as u64);
+        assert!(small.0 < wide && blocks > 0, "{golden}");
+        for theirs in [false, true] {
+            let folder = copied(golden);
+            std::fs::remove_file(folder.path().join(WHOLE)).unwrap();
+            let named = |name: &str| if theirs { exchanged(name, names) } else { name.to_owned() };
+            write_gguf(&folder.path().join("transformer/any.gguf"), &renamed(&tensors, named), kind);
+            assert_eq!(planned(folder.path(), &gpu), small, "{golden}");
+            // Adapters that go into the weights widen them.
+            let merges = PlanOptions { merges: true, ..gpu };
+            assert_eq!(planned(folder.path(), &merges), (wide, 0), "{golden}");
+            let on_cpu = PlanOptions::default();
+            let (bytes, in_blocks) = planned(folder.path(), &on_cpu);
+            assert!(in_blocks == small.1 && bytes < planned(plain.path(), &on_cpu).0, "{golden}");
+        }
     }
 }
 

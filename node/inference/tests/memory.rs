@@ -3,31 +3,41 @@
 //! What is measured: the process makes a small clip first and drops the model, so that code pages and threads are there;
 //! its resident memory then is the baseline. After the model is loaded the system's mark (`VmHWM`) is set back; mapped
 //! weight files are gone by then. The clip is made, and the mark less the baseline is what the run held, weights included.
-//! Where components go in turn, weight files are mapped while the run goes on, so there the process's own memory
+//! Where components are read in the run, in turn or for it alone, weight files are mapped meanwhile, so there the process's own memory
 //! (`RssAnon`) is looked at every millisecond instead. The allocator gives every large buffer back to the system at once
 //! (`MALLOC_MMAP_THRESHOLD_`); with its own default it keeps some, which is not in the plan. Sizes are such that
 //! activations are tens of MB: for the steps another one than for the decode, which is cheaper to run.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use kinoflock_inference::models::ltx::config::TransformerConfig;
 use kinoflock_inference::models::ltx::transformer::LtxTransformer;
+use kinoflock_inference::models::ltx::upsampler::{LtxUpsampler, PART as UPSAMPLER, UpsamplerConfig};
 use kinoflock_inference::models::ltx::vae::{LtxVae, LtxVaeConfig};
 use kinoflock_inference::offload::Offload;
 use kinoflock_inference::plan::{MemoryPlan, PlanOptions, PlanPhase};
 use kinoflock_inference::weights::tensor_shapes;
 use kinoflock_inference::{
-    Condition, DType, Device, GenerateRequest, LoadOptions, Silent, Tensor, load, registry,
+    Adapter, Condition, DType, Device, GenerateRequest, LoadOptions, Lora, SecondPass, Silent, Tensor, load,
+    registry,
 };
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 
 /// How far a plan may be from what is measured.
 const TOLERANCE: f64 = 0.15;
+/// Where a case's adapter lies.
+const ADAPTER: &str = "adapter.safetensors";
+const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
+const SMALL: &str = "transformer/small.gguf";
 /// What a child is told.
 const CASE: &str = "KINOFLOCK_MEMORY_CASE";
 
@@ -165,6 +175,131 @@ fn the_plan_of_a_larger_pipeline_is_what_its_run_holds_whole_and_in_turn() {
     assert!(peaks[3].measured < peaks[1].measured, "in turn less is held: {peaks:?}");
 }
 
+#[test]
+fn the_plans_of_small_weights_and_of_adapters_are_what_their_runs_hold() {
+    let whole = tempfile::tempdir().unwrap();
+    make_larger(whole.path());
+    let file = whole.path().join(TRANSFORMER);
+    let tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    let changed = |make: &dyn Fn(&Path)| {
+        let folder = tempfile::tempdir().unwrap();
+        place(whole.path(), folder.path(), &|from, to| std::fs::hard_link(from, to).unwrap());
+        make(folder.path());
+        folder
+    };
+    let blocks = |folder: &Path| {
+        std::fs::remove_file(folder.join(TRANSFORMER)).unwrap();
+        write_blocks(&folder.join(SMALL), &tensors);
+    };
+    let adapter = |folder: &Path| write_adapter(&folder.join(ADAPTER), &tensors);
+    let eighths = |folder: &Path| {
+        std::fs::remove_file(folder.join(TRANSFORMER)).unwrap();
+        write_eighths(&folder.join(TRANSFORMER), &tensors);
+    };
+    let gguf = changed(&blocks);
+    let both = changed(&|folder| {
+        std::fs::remove_file(folder.join(TRANSFORMER)).unwrap();
+        std::fs::hard_link(gguf.path().join(SMALL), folder.join(SMALL)).unwrap();
+        adapter(folder);
+    });
+    let (wide, with) = (changed(&eighths), changed(&adapter));
+    let cases = [
+        ("GGUF", &gguf, Offload::None),
+        ("GGUF", &gguf, Offload::InTurn),
+        ("8 bits", &wide, Offload::InTurn),
+        ("an adapter", &with, Offload::None),
+        ("GGUF and an adapter", &both, Offload::InTurn),
+    ];
+    let larger = case("larger", [256, 256, 33], [0; 3]);
+    let (mut faults, mut found) = (Vec::new(), Vec::new());
+    for (name, folder, offload) in cases {
+        let run = measure(folder.path(), &larger, true, offload);
+        run.check(&format!("{name}, {offload:?}, steps"), &mut faults);
+        found.push(run);
+    }
+    assert!(faults.is_empty(), "off by more than {TOLERANCE}:\n{}", faults.join("\n"));
+    let [gguf, wide, with] = [1, 2, 3].map(|index| &found[index]);
+    assert!(gguf.measured + (120 << 20) < wide.measured, "blocks stay as they are: {found:?}");
+    assert!(with.weights > wide.weights + (20 << 20), "the adapter is much: {found:?}");
+}
+
+#[test]
+fn the_plan_of_a_second_pass_at_twice_the_size_has_the_upsampler_of_latents() {
+    let folder = tempfile::tempdir().unwrap();
+    copy(&golden("ltx-video-0.9.5"), folder.path());
+    let part = folder.path().join(UPSAMPLER);
+    std::fs::create_dir_all(&part).unwrap();
+    let channels = registry::facts(folder.path()).unwrap().info.work.latent_channels;
+    let config = serde_json::json!({ "in_channels": channels, "mid_channels": 128 });
+    std::fs::write(part.join("config.json"), config.to_string()).unwrap();
+    let config = UpsamplerConfig::read(&part.join("config.json")).unwrap();
+    let shapes = tensor_shapes(|vb| LtxUpsampler::load(&config, &vb)).unwrap();
+    write_random(&part, &shapes);
+    let mut faults = Vec::new();
+    for offload in [Offload::None, Offload::InTurn] {
+        let found = measure(folder.path(), &case("second pass", [1024, 1024, 33], [0; 3]), true, offload);
+        found.check(&format!("a second pass, {offload:?}, steps"), &mut faults);
+        assert!(found.planned > found.weights + (30 << 20), "the upsampler is much, and brief: {found:?}");
+    }
+    assert!(faults.is_empty(), "off by more than {TOLERANCE}:\n{}", faults.join("\n"));
+}
+
+/// The transformer's matrices as GGUF in blocks of 8 bits.
+fn write_blocks(file: &Path, tensors: &HashMap<String, Tensor>) {
+    let each = |(name, tensor): (&String, &Tensor)| {
+        let fits = is_matrix(name, tensor) && tensor.dims()[1].is_multiple_of(GgmlDType::Q8_0.block_size());
+        let kind = if fits { GgmlDType::Q8_0 } else { GgmlDType::F32 };
+        (name.clone(), QTensor::quantize(tensor, kind).unwrap())
+    };
+    let blocks: Vec<_> = tensors.iter().map(each).collect();
+    let blocks: Vec<_> = blocks.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    gguf_file::write(&mut std::fs::File::create(file).unwrap(), &[], &blocks).unwrap();
+}
+
+/// Its matrices in 8 bits, of other values.
+fn write_eighths(file: &Path, tensors: &HashMap<String, Tensor>) {
+    let each = |(name, tensor): (&String, &Tensor)| {
+        let (dtype, bytes) = if is_matrix(name, tensor) {
+            // Small numbers of both signs.
+            let codes = (0..tensor.elem_count()).map(|index| (index.wrapping_mul(0x9e37) >> 7) as u8 & 0x9f);
+            (Dtype::F8_E4M3, codes.collect::<Vec<_>>())
+        } else {
+            let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            (Dtype::F32, values.into_iter().flat_map(f32::to_le_bytes).collect())
+        };
+        (name.clone(), dtype, tensor.dims().to_vec(), bytes)
+    };
+    save(file, &tensors.iter().map(each).collect::<Vec<_>>());
+}
+
+/// An adapter of rank 96 for every layer of the blocks, f16.
+fn write_adapter(file: &Path, tensors: &HashMap<String, Tensor>) {
+    const RANK: usize = 96;
+    let layers = tensors
+        .iter()
+        .filter(|(name, tensor)| is_matrix(name, tensor) && name.starts_with("transformer_blocks."));
+    let parts = layers.flat_map(|(name, tensor)| {
+        let layer = name.strip_suffix(".weight").unwrap();
+        let (output, input) = tensor.dims2().unwrap();
+        [("A", [RANK, input]), ("B", [output, RANK])].map(|(part, shape)| {
+            let name = format!("transformer.{layer}.lora_{part}.weight");
+            (name, Dtype::F16, shape.to_vec(), vec![0u8; 2 * shape[0] * shape[1]])
+        })
+    });
+    save(file, &parts.collect::<Vec<_>>());
+}
+
+fn is_matrix(name: &str, tensor: &Tensor) -> bool {
+    name.ends_with(".weight") && tensor.rank() == 2
+}
+
+fn save(file: &Path, tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)]) {
+    let views = tensors
+        .iter()
+        .map(|(name, dtype, shape, bytes)| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, file).unwrap();
+}
+
 /// LTX-Video of some 50 million random parameters, beside a golden's small text encoder.
 fn make_larger(folder: &Path) {
     copy(&golden("ltx-video-0.9.0"), folder);
@@ -204,20 +339,25 @@ fn write_random(part: &Path, shapes: &std::collections::BTreeMap<String, Vec<usi
         let values: Vec<f32> = (0..shape.iter().product()).map(|_| next()).collect();
         (name.clone(), Tensor::from_vec(values, shape.as_slice(), &Device::Cpu).unwrap())
     });
-    let tensors: std::collections::HashMap<String, Tensor> = tensors.collect();
+    let tensors: HashMap<String, Tensor> = tensors.collect();
     let file = part.join("diffusion_pytorch_model.safetensors");
-    std::fs::remove_file(&file).unwrap();
+    let _ = std::fs::remove_file(&file);
     candle_core::safetensors::save(&tensors, file).unwrap();
 }
 
 fn copy(from: &Path, to: &Path) {
+    place(from, to, &|from, to| assert!(std::fs::copy(from, to).is_ok()));
+}
+
+/// Puts a folder's files at another place.
+fn place(from: &Path, to: &Path, put: &dyn Fn(&Path, &Path)) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &to.join(entry.file_name()));
+            place(&entry.path(), &to.join(entry.file_name()), put);
         } else {
-            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+            put(&entry.path(), &to.join(entry.file_name()));
         }
     }
 }
@@ -248,9 +388,12 @@ fn child() {
     let options = LoadOptions { offload, ..LoadOptions::default() };
     load(folder, &options).unwrap().generate(&given(small, pictures), &mut Silent).unwrap();
 
-    let key = if in_turn { "RssAnon" } else { "VmRSS" };
+    // What is read while the run goes on is mapped meanwhile.
+    let reads = in_turn || folder.join(UPSAMPLER).exists();
+    let key = if reads { "RssAnon" } else { "VmRSS" };
     let baseline = status(key);
     let request = given(request, pictures);
+    let request = with_files(request, folder, facts.info.work.latent_channels);
     let mut plan = MemoryPlan::new(folder, &request, &PlanOptions::default()).unwrap();
     if request.decode.skip {
         plan.phases.retain(|phase| phase.phase < PlanPhase::Decode);
@@ -259,7 +402,7 @@ fn child() {
     let watch = Watch::begin();
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     pipeline.generate(&request, &mut Silent).unwrap();
-    let most = if in_turn { watch.end() } else { status("VmHWM") };
+    let most = if reads { watch.end() } else { status("VmHWM") };
     println!("memory: {} {} {}", plan.peak(in_turn), most - baseline, plan.weights());
     if std::env::var("KINOFLOCK_MEMORY_PLAN").is_ok() {
         eprintln!("{plan:#?}");
@@ -300,6 +443,21 @@ fn given(mut request: GenerateRequest, pictures: usize) -> GenerateRequest {
     let frames = [0, request.frames - 1];
     request.conditions =
         frames.iter().take(pictures).map(|&frame| Condition::new(picture(), frame)).collect();
+    request
+}
+
+/// With the adapter that lies in the folder, and as a second pass where that has an upsampler.
+fn with_files(mut request: GenerateRequest, folder: &Path, channels: usize) -> GenerateRequest {
+    let file = folder.join(ADAPTER);
+    if file.exists() {
+        let lora = Lora::read(&file, "the adapter", 1 << 30).unwrap();
+        request.adapters = vec![Adapter { lora: Arc::new(lora), scale: 0.5 }];
+    }
+    if folder.join(UPSAMPLER).exists() {
+        let half = (1, channels, (request.frames - 1) / 8 + 1, request.height / 64, request.width / 64);
+        request.second_pass = Some(SecondPass::new(0.5));
+        request.initial_latents = Some(Tensor::ones(half, DType::F32, &Device::Cpu).unwrap());
+    }
     request
 }
 

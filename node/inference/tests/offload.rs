@@ -101,7 +101,7 @@ fn what_does_not_fit_is_refused_with_the_bytes_needed_and_the_bytes_there_are() 
 }
 
 fn gpu(dtype: DType) -> PlanOptions {
-    PlanOptions { cpu: false, dtype, text_on_cpu: false }
+    PlanOptions { cpu: false, dtype, ..PlanOptions::default() }
 }
 
 fn planned(folder: &Path, request: &GenerateRequest, passes: GuidancePasses, cpu: bool) -> MemoryPlan {

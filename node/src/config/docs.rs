@@ -147,6 +147,11 @@ pub const DOCS: &[KeyDoc] = &[
         "How long they are kept. Artists expect to be shown them for an hour at least.",
     ),
     doc(
+        "storage.adapters_limit",
+        "Most disk for adapters that stay for an hour after their job, for the next one of the same requester; the least\n\
+         recently used make room. \"0 B\" keeps none.",
+    ),
+    doc(
         "storage.share_models",
         "Give other nodes the files of models under open licences, as far as network.upload lets.",
     ),

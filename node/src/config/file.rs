@@ -153,6 +153,7 @@ pub struct StorageSection {
     pub replicas_limit: ByteSize,
     pub audit_limit: ByteSize,
     pub audit_keep: Span,
+    pub adapters_limit: ByteSize,
     pub share_models: bool,
     pub keep: Vec<String>,
 }
@@ -302,6 +303,7 @@ impl Default for StorageSection {
             replicas_limit: default_replicas_limit(),
             audit_limit: default_audit_limit(),
             audit_keep: default_audit_keep(),
+            adapters_limit: default_adapters_limit(),
             share_models: true,
             keep: Vec::new(),
         }
@@ -451,6 +453,10 @@ const fn default_slice() -> u32 {
 }
 
 const fn default_audit_limit() -> ByteSize {
+    ByteSize::gib(2)
+}
+
+const fn default_adapters_limit() -> ByteSize {
     ByteSize::gib(2)
 }
 

@@ -1,5 +1,7 @@
 //! The adapters of a job: which are taken, what its worker is told of them, and what its receipt says of them.
 
+mod kept;
+
 use std::collections::BTreeMap;
 
 use kinoflock_protocol::clip::BlobRef;
@@ -10,6 +12,7 @@ use kinoflock_protocol::limits::MAX_ADAPTERS;
 use kinoflock_protocol::receipt::UsedAdapter;
 use kinoflock_protocol::refusal::{Reason, Refusal};
 
+pub(super) use self::kept::Kept;
 use super::inputs::MAX_INPUT_BYTES;
 use crate::config::ByteSize;
 use crate::engine::wire::AdapterUse;
@@ -45,8 +48,12 @@ pub(super) fn check_job(limit: u64, spec: &JobSpec) -> Result<(), Box<Refusal>> 
 
 /// Most bytes of an input of a job, where so many are taken of an adapter.
 pub(super) fn most_of(limit: u64, spec: &JobSpec, blob: &BlobRef) -> u64 {
-    let is_adapter = spec.adapters.iter().any(|adapter| adapter.weights == *blob);
-    if is_adapter { limit } else { MAX_INPUT_BYTES }
+    if is_one(spec, blob) { limit } else { MAX_INPUT_BYTES }
+}
+
+/// Whether an input of a job is an adapter.
+pub(super) fn is_one(spec: &JobSpec, blob: &BlobRef) -> bool {
+    spec.adapters.iter().any(|adapter| adapter.weights == *blob)
 }
 
 /// The files of a job's adapters, each once, with their lengths.

@@ -115,7 +115,8 @@ impl Daemon {
         }
     }
 
-    /// Forgets a job on its requester's word: clip, latents, checkpoints, prompt, sealed copies. Its receipt stays.
+    /// Forgets a job on its requester's word: clip, latents, checkpoints, prompt, sealed copies, and the
+    /// requester's adapters. Its receipt stays.
     pub(super) fn forget(&mut self, envelope: &Envelope) -> Response {
         match self.try_forget(envelope) {
             Ok(job) => Response::Forgotten { job },
@@ -145,6 +146,7 @@ impl Daemon {
                 tracing::error!(job = %job.short(), %error, "what was held could not be dropped");
                 false
             });
+        self.adapters.forget(&requester);
         let audited = self.audits.forget(&job, &requester);
         let held = self.let_go(&job, &requester) || taken_back || audited;
         if !own {

@@ -18,12 +18,13 @@ use kinoflock_protocol::limits::MAX_ENVELOPE;
 use kinoflock_protocol::order::Resume;
 use kinoflock_protocol::seal::{SealKey, sealed_len};
 
-use super::adapters::most_of;
+use super::adapters::{Kept, is_one, most_of};
 use super::checkpoints::{Received, Segments};
 use super::{Daemon, Note};
 use crate::engine::wire::input_name;
 use crate::queue::Queue;
 use crate::scheduler::Cause;
+use crate::telemetry::{Metrics, ResultLabels};
 
 /// Bytes of inputs that a job may bring, adapters aside.
 pub(super) const MAX_INPUT_BYTES: u64 = 256 << 20;
@@ -52,6 +53,8 @@ impl Daemon {
             mirrored: live.mirrored.clone(),
             within: self.config.queue.input_wait,
             adapter_bytes: self.config.policy.adapter_bytes,
+            kept: self.adapters.clone(),
+            metrics: self.metrics.clone(),
             job: live.job.clone(),
             folder: self.work_folder(job),
             checkpoints: self.checkpoints_folder(job),
@@ -118,6 +121,8 @@ struct Fetch {
     within: Duration,
     /// Most bytes of an adapter.
     adapter_bytes: u64,
+    kept: Kept,
+    metrics: Metrics,
     job: ValidJob,
     folder: PathBuf,
     checkpoints: PathBuf,
@@ -129,12 +134,38 @@ impl Fetch {
         std::fs::create_dir_all(&self.checkpoints).map_err(|error| error.to_string())?;
         for (blob, name) in inputs {
             let limit = most_of(self.adapter_bytes, self.job.spec(), &blob);
-            self.blob(blob, limit, self.folder.join(name)).await?;
+            let to = self.folder.join(name);
+            if is_one(self.job.spec(), &blob) {
+                self.adapter(blob, limit, to).await?;
+            } else {
+                self.blob(blob, limit, to).await?;
+            }
         }
         match resume {
             Some(resume) => self.checkpoint(resume).await,
             None => Ok(Segments::default()),
         }
+    }
+
+    /// Fetches an adapter that the requester's jobs did not bring here before.
+    async fn adapter(&self, blob: BlobRef, limit: u64, to: PathBuf) -> Result<(), String> {
+        let requester = self.job.requester();
+        let _turn = self.kept.turn(requester, blob.id).await;
+        let (kept, place) = (self.kept.clone(), to.clone());
+        let taken = blob.len <= limit
+            && tokio::task::spawn_blocking(move || kept.take(requester, blob, &place))
+                .await
+                .map_err(|error| error.to_string())?;
+        let result = if taken { "kept" } else { "fetched" };
+        if !taken {
+            self.blob(blob, limit, to.clone()).await?;
+            let kept = self.kept.clone();
+            tokio::task::spawn_blocking(move || kept.keep(requester, blob, &to))
+                .await
+                .map_err(|error| error.to_string())?;
+        }
+        self.metrics.adapters.get_or_create(&ResultLabels { result }).inc();
+        Ok(())
     }
 
     async fn blob(&self, blob: BlobRef, limit: u64, to: PathBuf) -> Result<(), String> {

@@ -14,6 +14,7 @@ use kinoflock_protocol::units::UnixMillis;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::adapters::Kept;
 use super::audits::Audits;
 use super::custody::Custodian;
 use super::selftest::{Program, Tests};
@@ -114,6 +115,8 @@ async fn run(config: Config) -> Result<(), RunError> {
     let clips = Clips::open(&config.storage.state.join("clips"), config.storage.clips_limit)?;
     let audits = Audits::open(&config.storage.state, config.storage.audit_limit)?;
     super::auditor::clean(&config.storage.state);
+    let adapters = Kept::open(&config.storage.state, config.storage.adapters_limit)
+        .map_err(|error| RunError::System(error.to_string()))?;
     let models = load_models(&config)?;
     let (net, events) = start_net(&config, &identity, network).await?;
     let holdings = Holdings::open(&config.storage.state.join("held"), config.storage.replicas_limit)?;
@@ -162,6 +165,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         holdings,
         copying: std::collections::BTreeSet::new(),
         keeping: std::collections::BTreeSet::new(),
+        adapters,
         custodian,
         archive: super::archive::Archive::new(shelf, &config.storage.keep, Instant::now()),
         prompts: super::prompts::Prompts::of(&models),

@@ -54,6 +54,18 @@ struct Piece {
     at: Range<usize>,
 }
 
+/// How large it is what files add to a layer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct LayerSize {
+    /// Channels in.
+    pub(crate) input: usize,
+    /// Channels out.
+    pub(crate) output: usize,
+    pub(crate) rank: usize,
+    /// Numbers added to the bias.
+    pub(crate) bias: usize,
+}
+
 /// What a file adds to a layer: matrices in f32 on the CPU, everything but the adapter's scale multiplied in.
 #[derive(Debug)]
 pub(super) struct Delta {
@@ -114,6 +126,20 @@ impl Lora {
     #[must_use]
     pub fn hash(&self) -> &[u8; 32] {
         &self.hash
+    }
+
+    /// Bytes of the file, all of which are held.
+    pub(crate) fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// How large it is what the file adds to each layer, by the shapes of its tensors, which are not checked against any
+    /// model.
+    pub(crate) fn sizes(&self) -> impl Iterator<Item = (String, LayerSize)> {
+        self.layers.iter().map(|(own, parts)| {
+            let name = candidates(own).last().unwrap_or_else(|| own.clone());
+            (name, parts.size())
+        })
     }
 
     /// Tensors that are passed over, as the reference does.
@@ -226,6 +252,19 @@ impl Lora {
         // A sum of squares is finite only if everything is.
         let sum = tensor.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
         if sum.is_finite() { Ok(tensor) } else { Err(AdapterFault::NotFinite { key: piece.key.clone() }) }
+    }
+}
+
+impl Parts {
+    fn size(&self) -> LayerSize {
+        let matrix = |piece: &Option<Piece>| piece.as_ref().and_then(Piece::matrix);
+        let biases = [&self.bias, &self.up_bias].into_iter().flatten();
+        let bias = biases.filter_map(|piece| piece.shape.first().copied()).max().unwrap_or(0);
+        match (matrix(&self.down), matrix(&self.up), matrix(&self.whole)) {
+            (Some((rank, input)), Some((output, _)), _) => LayerSize { input, output, rank, bias },
+            (None, None, Some((output, input))) => LayerSize { input, output, rank: output, bias },
+            _ => LayerSize { bias, ..LayerSize::default() },
+        }
     }
 }
 

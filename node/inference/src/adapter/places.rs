@@ -61,6 +61,16 @@ impl Places {
         Self::merging(self.lock().merged.clone())
     }
 
+    /// Whether adapters are merged.
+    pub(crate) fn merges(&self) -> bool {
+        !self.lock().merged.is_empty()
+    }
+
+    /// Those of a request's adapters that [`Places::apply`] puts beside the layers.
+    pub(crate) fn beside<'a>(&self, adapters: &'a [Adapter]) -> &'a [Adapter] {
+        &adapters[self.lock().already_in(adapters)..]
+    }
+
     /// The names of all layers, `COMPONENT.LAYER`.
     #[must_use]
     pub fn names(&self) -> Vec<String> {
@@ -103,7 +113,7 @@ impl Places {
     /// When one of them does not fit this model; nothing is changed then.
     pub fn apply(&self, adapters: &[Adapter]) -> Result<Applied, AdapterError> {
         let mut inner = self.lock();
-        let first = adapters.iter().zip(&inner.merged).take_while(|(asked, merged)| asked.is(merged)).count();
+        let first = inner.already_in(adapters);
         if first < inner.merged.len() {
             return Err(AdapterFault::Merged.of(inner.merged[first].lora.name()));
         }
@@ -227,6 +237,11 @@ fn component(name: &str) -> &str {
 }
 
 impl Inner {
+    /// How many of these, from the first on, are in the weights.
+    fn already_in(&self, adapters: &[Adapter]) -> usize {
+        adapters.iter().zip(&self.merged).take_while(|(asked, merged)| asked.is(merged)).count()
+    }
+
     /// Takes everything away that stands beside layers.
     fn clear(&mut self) {
         self.beside.clear();

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 thread_local! {
     static GENERIC_ONLY: Cell<bool> = const { Cell::new(false) };
     static SHAPES_ONLY: Cell<bool> = const { Cell::new(false) };
-    static REPACKED: Cell<Repacked> = const { Cell::new(Repacked { plain: 0, packed: 0 }) };
+    static REPACKED: Cell<Repacked> = const { Cell::new(Repacked { plain: 0, packed: 0, greatest: 0 }) };
 }
 
 /// Weights that layers would have packed: what they take as they are given, and packed, bytes.
@@ -17,6 +17,8 @@ thread_local! {
 pub(crate) struct Repacked {
     pub(crate) plain: u64,
     pub(crate) packed: u64,
+    /// The most that is held of one beside its packed form while that is made.
+    pub(crate) greatest: u64,
 }
 
 /// Makes this thread use candle's own operations only; for tests and benches that compare the two ways.
@@ -50,11 +52,16 @@ pub(crate) fn with_repacked<T>(build: impl FnOnce() -> T) -> (T, Repacked) {
 pub(crate) fn note_repacked(weight: &Tensor, packed: usize) {
     const F32: u64 = 4;
     let plain = (weight.elem_count() as u64).saturating_mul(weight.dtype().size_in_bytes() as u64);
+    let wide = match weight.dtype() {
+        DType::F32 => 0,
+        _ => (weight.elem_count() as u64).saturating_mul(F32),
+    };
     REPACKED.with(|sums| {
         let before = sums.get();
         sums.set(Repacked {
             plain: before.plain.saturating_add(plain),
             packed: before.packed.saturating_add((packed as u64).saturating_mul(F32)),
+            greatest: before.greatest.max(plain.saturating_add(wide)),
         });
     });
 }

@@ -10,6 +10,7 @@ use super::beside::{self, Branch, Entered, Named, Place};
 use super::cpu::{View, generic_only, note_repacked, shapes_only};
 use super::ops;
 use super::pack::{Epilogue, Packed, packed_len, product};
+use crate::weights::held::planned_blocks;
 use crate::weights::quantised;
 
 /// `x W^T + b` over the last dimension.
@@ -54,6 +55,10 @@ impl Linear {
     /// When a tensor is missing or of another shape.
     pub fn load(input: usize, output: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
         let read_bias = || if bias { vb.get(output, "bias").map(Some) } else { Ok(None) };
+        if let Some(weight) = planned_blocks(&vb, "weight", (output, input))? {
+            let inner = Inner::Plain { weight, bias: read_bias()? };
+            return Ok(Self { inner, input, output, place: None });
+        }
         let Some(weight) = quantised(&vb, "weight", (output, input))? else {
             let weight = vb.get((output, input), "weight")?;
             return Self::placed(weight, read_bias()?, &vb, None);
@@ -186,7 +191,8 @@ impl Linear {
 
     /// What follows comes after the sum of both ways.
     fn run_beside(&self, branch: &Branch, x: &Tensor, after: &After) -> Result<Tensor> {
-        after.apply(branch.add(x, &self.run_alone(x, &After::default())?)?)
+        let both = branch.add(x, &self.run_alone(x, &After::default())?)?;
+        after.apply(both)
     }
 
     fn run_alone(&self, x: &Tensor, after: &After) -> Result<Tensor> {

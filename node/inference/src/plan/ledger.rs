@@ -6,13 +6,14 @@
 //! [`crate::nn`] holds: exactly on the CPU in f32; elsewhere with candle's own operations, roughly.
 
 use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use candle_core::DType;
 
 use crate::nn::attention::SCORES_AT_ONCE;
 use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
-use crate::nn::pack::PANEL;
+use crate::nn::pack::{PANEL, packed_len};
 
 /// What is held now, and the most that was.
 #[derive(Debug, Clone)]
@@ -24,6 +25,16 @@ struct Books {
     most: Cell<u64>,
     /// Whether the kernels of the CPU compute.
     cpu: bool,
+    special: Special,
+}
+
+/// Linear layers that hold more than others while they compute, by their channels in and out.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Special {
+    /// Their weights are held in blocks of few bits, and widened for each call.
+    pub(crate) in_blocks: BTreeSet<(usize, usize)>,
+    /// An adapter of this rank stands beside them.
+    pub(crate) beside: BTreeMap<(usize, usize), usize>,
 }
 
 /// A tensor's size and type. Views share their bytes.
@@ -49,9 +60,14 @@ impl Drop for Held {
 }
 
 impl Ledger {
-    /// An empty one, for the CPU's kernels or for candle's operations on another device.
-    pub(crate) fn new(cpu: bool) -> Self {
-        Self(Rc::new(Books { now: Cell::new(0), most: Cell::new(0), cpu }))
+    #[cfg(test)]
+    fn new(cpu: bool) -> Self {
+        Self::with(cpu, Special::default())
+    }
+
+    /// An empty one, for the CPU's kernels or for candle's operations on another device; some layers may be special.
+    pub(crate) fn with(cpu: bool, special: Special) -> Self {
+        Self(Rc::new(Books { now: Cell::new(0), most: Cell::new(0), cpu, special }))
     }
 
     /// The most that was held at once, bytes.
@@ -153,8 +169,32 @@ impl Ghost {
         dims
     }
 
-    /// A linear layer with whatever follows it in the same pass.
+    /// A linear layer with whatever follows it in the same pass, and with what stands beside it.
     pub(crate) fn linear(&self, width: usize) -> Self {
+        let channels = (self.dims.last().copied().unwrap_or(0), width);
+        let special = &self.held.books.special;
+        let own = {
+            let _weight = special.in_blocks.contains(&channels).then(|| self.widened(channels));
+            self.alone(width)
+        };
+        match special.beside.get(&channels) {
+            // What follows is done to the sum, when the layer's own result is gone.
+            Some(&rank) => self.alone(rank).alone(width),
+            None => own,
+        }
+    }
+
+    /// A layer's weights out of blocks of few bits, as it computes with them.
+    fn widened(&self, (input, output): (usize, usize)) -> Self {
+        let weight = self.another(&[input, output], DType::F32).to(self.dtype);
+        if !self.cpu() {
+            return weight;
+        }
+        let _wide = weight.to(DType::F32);
+        self.another(&[packed_len(1, input, output)], DType::F32)
+    }
+
+    fn alone(&self, width: usize) -> Self {
         let dims = self.last(width);
         if self.cpu() {
             let _source = self.to(DType::F32).solid();
@@ -370,6 +410,20 @@ mod tests {
         drop((view, y));
         drop(ledger.wide(&[16]));
         assert_eq!(ledger.most(), 1536, "what was dropped makes room");
+    }
+
+    #[test]
+    fn a_layer_in_blocks_is_widened_for_its_call_and_an_adapter_holds_a_result_of_its_own() {
+        let special = Special { in_blocks: [(16, 32)].into(), beside: [((32, 16), 4)].into() };
+        let ledger = Ledger::with(true, special);
+        let x = ledger.wide(&[4, 16]);
+        let weight = 16 * 32 * 4;
+        let y = x.linear(32);
+        assert_eq!(ledger.most(), 256 + 2 * weight, "as it comes out of its blocks, and packed");
+        let ledger = Ledger::with(true, Special { in_blocks: [].into(), ..y.held.books.special.clone() });
+        let y = ledger.wide(&[4, 32]);
+        drop(y.linear(16));
+        assert_eq!(ledger.most(), 512 + 256 + 64 + 256, "its own result, the narrow one, the sum");
     }
 
     #[test]

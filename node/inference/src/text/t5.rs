@@ -17,6 +17,7 @@ use crate::nn::attention::attention;
 use crate::nn::linear::Linear;
 use crate::nn::norm::rms_norm;
 use crate::nn::ops::{gelu_tanh, silu};
+use crate::weights::held::planned_blocks;
 use crate::weights::quantised;
 
 /// `config.json` of a T5 or UMT5 encoder.
@@ -128,6 +129,9 @@ impl Table {
         let shape = (config.vocab_size, config.d_model);
         let shared = vb.contains_tensor("shared.weight");
         let name = if shared { "shared.weight" } else { "encoder.embed_tokens.weight" };
+        if let Some(table) = planned_blocks(vb, name, shape)? {
+            return Ok(Self::Plain(Embedding::new(table, config.d_model)));
+        }
         if let Some(table) = quantised(vb, name, shape)? {
             return Ok(Self::Quantised(table, vb.dtype()));
         }

@@ -12,6 +12,7 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 
+use super::held::{Form, Held};
 use super::{FileTensors, Source, WeightsError};
 
 /// How such files end.
@@ -42,6 +43,13 @@ struct Placed {
     shape: Vec<usize>,
     start: usize,
     len: usize,
+}
+
+impl Placed {
+    /// Whether layers keep it as it is.
+    fn is_kept(&self) -> bool {
+        self.kind.block_size() > 1 && self.shape.len() == 2
+    }
 }
 
 /// Reads the list of a file's tensors, and checks that each lies within the file.
@@ -87,9 +95,13 @@ impl Source for Blocks {
     }
 
     fn quantised(&self, name: &str, device: &Device) -> candle_core::Result<Option<QTensor>> {
-        let in_blocks = |placed: &&Placed| placed.kind.block_size() > 1 && placed.shape.len() == 2;
-        let found = self.tensors.get(name).filter(in_blocks);
+        let found = self.tensors.get(name).filter(|placed| placed.is_kept());
         found.map(|_| self.read(name, device)).transpose()
+    }
+
+    fn held(&self, name: &str) -> Option<Held> {
+        let placed = self.tensors.get(name)?;
+        Some(Held { bytes: placed.len as u64, form: Form::Blocks { kept: placed.is_kept() } })
     }
 
     /// Other tools leave out leading sides of 1, and the format has no tensors without sides.

@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Metadata, TensorView};
 
 use super::fp8::{self, Scales};
+use super::held::{Form, Held};
 use super::{FileTensors, Source, WeightsError};
 
 /// Tensors that are about others: scales of weights and inputs, marks of what a file is, a vocabulary.
@@ -144,6 +145,17 @@ impl Source for Mapped {
                 Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
             }
         }
+    }
+
+    fn held(&self, name: &str) -> Option<Held> {
+        let view = self.files.get(name).ok()?;
+        let form = match DType::try_from(view.dtype()) {
+            _ if fp8::Kind::of(view.dtype()).is_some() => Form::Coded,
+            _ if self.scales.contains_key(name) => Form::Scaled,
+            Ok(dtype) => Form::Plain(dtype),
+            Err(_) => return None,
+        };
+        Some(Held { bytes: view.data().len() as u64, form })
     }
 }
 

@@ -1,10 +1,13 @@
 //! `kinoflockd model show --plan`: what a clip needs in memory, phase by phase, and how it fits the devices.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use anyhow::Context;
 use clap::Args;
-use kinoflock_inference::GenerateRequest;
 use kinoflock_inference::plan::{Fit, MemoryPlan, PhaseMemory};
 use kinoflock_inference::sampler::guidance::GuidancePasses;
+use kinoflock_inference::{Adapter, DType, Device, GenerateRequest, Lora, SecondPass, Tensor};
 use kinoflock_protocol::work::JobShape;
 
 use super::super::say;
@@ -25,6 +28,12 @@ pub(in crate::cli) struct PlanArgs {
     /// Frames; the model's default if not given.
     #[arg(long, requires = "plan")]
     frames: Option<u32>,
+    /// With an adapter (LoRA) out of this file beside the model's layers; several may be given.
+    #[arg(long, requires = "plan", value_name = "FILE")]
+    lora: Vec<PathBuf>,
+    /// As a second pass over latents of half the size, which the model's upsampler makes larger first.
+    #[arg(long, requires = "plan")]
+    second_pass: bool,
 }
 
 impl PlanArgs {
@@ -53,9 +62,29 @@ impl PlanArgs {
     }
 }
 
+impl PlanArgs {
+    /// The request that is planned.
+    fn request(&self, model: &Model, shape: &JobShape, most: u64) -> anyhow::Result<GenerateRequest> {
+        let mut request = memory::request(model, shape)?;
+        for file in &self.lora {
+            let lora = Lora::read(file, &file.display().to_string(), most)?;
+            request.adapters.push(Adapter { lora: Arc::new(lora), scale: 1.0 });
+        }
+        if self.second_pass {
+            let work = kinoflock_inference::registry::facts(&model.dir)?.info.work;
+            let half = |side: usize| side / work.spatial_ratio / 2;
+            let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
+            let latents = (1, work.latent_channels, frames, half(request.height), half(request.width));
+            request.initial_latents = Some(Tensor::zeros(latents, DType::F32, &Device::Cpu)?);
+            request.second_pass = Some(SecondPass::new(1.0));
+        }
+        Ok(request)
+    }
+}
+
 pub(super) fn show(model: &Model, args: &PlanArgs, config: &Config, json: bool) -> anyhow::Result<()> {
     let shape = args.shape(model)?;
-    let request = memory::request(model, &shape)?;
+    let request = args.request(model, &shape, config.policy.adapter_bytes)?;
     let each = |device| Planned::new(device, model, &request);
     let plans = config.devices.iter().map(each).collect::<anyhow::Result<Vec<_>>>()?;
     if json {
@@ -104,12 +133,16 @@ impl<'a> Planned<'a> {
     fn table(&self) -> Vec<String> {
         let (options, plan) = (memory::plan_options(self.device), &self.plan);
         let numbers = format!("{:?}", options.dtype).to_lowercase();
+        /// The least width of a phase's components.
+        const USES: usize = 32;
+        let longest = plan.phases.iter().map(|phase| uses(plan, phase).len() + 1).max();
+        let width = longest.unwrap_or(0).max(USES);
         let mut lines = vec![
             String::new(),
             format!("on {} in {numbers}", self.device.name),
             row(
                 "phase",
-                "uses",
+                ("uses", width),
                 ["its weights", "tensors", "if in turn", "if all loaded"].map(str::to_owned),
             ),
         ];
@@ -119,10 +152,16 @@ impl<'a> Planned<'a> {
             let sum = |weights: u64| size(weights.saturating_add(tensors));
             let figures =
                 [size(in_turn), size(phase.activations), sum(in_turn), sum(plan.weights_in(phase, false))];
-            lines.push(row(phase.phase.name(), &uses(plan, phase), figures));
+            lines.push(row(phase.phase.name(), (&uses(plan, phase), width), figures));
         }
         let peaks = [String::new(), String::new(), size(plan.peak(true)), size(plan.peak(false))];
-        lines.push(row("at most", "", peaks));
+        lines.push(row("at most", ("", width), peaks));
+        for component in plan.components.iter().filter(|component| component.in_blocks > 0) {
+            let (name, blocks) = (component.name, size(component.in_blocks));
+            lines.push(format!(
+                "  {blocks} of the {name} stay in blocks of few bits, and each is widened for its call"
+            ));
+        }
         if options.text_on_cpu {
             let host = size(plan.host_peak());
             lines.push(format!("  and {host} of the machine's memory for the text encoder"));
@@ -165,8 +204,8 @@ fn uses(plan: &MemoryPlan, phase: &PhaseMemory) -> String {
     names.collect::<Vec<_>>().join(", ")
 }
 
-fn row(phase: &str, uses: &str, [own, tensors, in_turn, all]: [String; 4]) -> String {
-    format!("  {phase:<11}{uses:<32}{own:>12}{tensors:>10}{in_turn:>12}{all:>15}")
+fn row(phase: &str, (uses, width): (&str, usize), [own, tensors, in_turn, all]: [String; 4]) -> String {
+    format!("  {phase:<11}{uses:<width$}{own:>12}{tensors:>10}{in_turn:>12}{all:>15}")
 }
 
 #[cfg(test)]
@@ -176,7 +215,7 @@ mod tests {
     #[test]
     fn the_columns_of_a_plan_stand_below_each_other() {
         let figures = ["1.2 GB", "300 MB", "1.5 GB", "9.9 GB"].map(str::to_owned);
-        let line = row("text", "text encoder, clip text encoder", figures.clone());
-        assert_eq!(line.len(), row("conditions", "vae", figures).len());
+        let line = row("text", ("text encoder, clip text encoder", 33), figures.clone());
+        assert_eq!(line.len(), row("conditions", ("vae", 33), figures).len());
     }
 }

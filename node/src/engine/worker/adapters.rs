@@ -11,8 +11,17 @@ use crate::engine::wire::{AdapterUse, Failure, RunRequest, input_name};
 /// Greatest file of an adapter that is read, bytes (8 GiB); the operator's limit is the daemon's matter.
 const MAX_ADAPTER: u64 = 8 << 30;
 
-/// The adapters, in the order in which they are asked for.
+/// The adapters, in the order in which they are asked for; what the model passes over is said.
 pub(super) fn adapters(request: &RunRequest) -> Result<Vec<Adapter>, Failure> {
+    let adapters = read_all(request)?;
+    for ignored in adapters.iter().map(|adapter| adapter.lora.ignored().len()).filter(|&count| count > 0) {
+        super::say(&format!("{ignored} tensors of an adapter are passed over, as the reference does"));
+    }
+    Ok(adapters)
+}
+
+/// The same, and nothing is said.
+pub(super) fn read_all(request: &RunRequest) -> Result<Vec<Adapter>, Failure> {
     let extra = &request.extra;
     let Some(folder) = &extra.inputs else {
         let order = || Failure::new("worker_order", "adapters without a folder of inputs", false);
@@ -24,9 +33,5 @@ pub(super) fn adapters(request: &RunRequest) -> Result<Vec<Adapter>, Failure> {
 fn read(folder: &Path, used: &AdapterUse) -> Result<Adapter, Failure> {
     let lora = Lora::read(&folder.join(input_name(&used.weights)), &used.weights.short(), MAX_ADAPTER)
         .map_err(|error| super::local::failure(&Error::from(error)))?;
-    let ignored = lora.ignored().len();
-    if ignored > 0 {
-        super::say(&format!("{ignored} tensors of an adapter are passed over, as the reference does"));
-    }
     Ok(Adapter { lora: Arc::new(lora), scale: used.scale })
 }

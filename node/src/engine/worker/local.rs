@@ -80,9 +80,11 @@ impl Engine for LocalEngine {
         let folder = Path::new(request.model.dir.as_str());
         // What the model cannot make is told by the model.
         let Ok(facts) = registry::facts(folder) else { return Ok(()) };
-        let planned = planned(request, &facts);
+        let merges = self.merges && !request.extra.adapters.is_empty();
+        let Ok(planned) = planned(request, &facts, merges) else { return Ok(()) };
         let how = (self.options.offload, self.options.memory);
-        let Ok(fit) = Fit::of(folder, &planned, &PlanOptions::of(&self.options), how) else { return Ok(()) };
+        let options = PlanOptions { merges, ..PlanOptions::of(&self.options) };
+        let Ok(fit) = Fit::of(folder, &planned, &options, how) else { return Ok(()) };
         let needs = fit.needs;
         if needs.fits {
             return Ok(());
@@ -279,8 +281,9 @@ fn load_options(request: &OpenRequest, device: &Device, dtype: DType) -> Result<
     Ok(LoadOptions { device: device.clone(), dtype, offload, memory, text_on_cpu, ..LoadOptions::default() })
 }
 
-/// A run as its memory is planned: with its sizes, tiles and places of pictures, whose files are not read.
-fn planned(request: &RunRequest, facts: &Facts) -> GenerateRequest {
+/// A run as its memory is planned: with its sizes, tiles and places of pictures, whose files are not read. Adapters are, by
+/// whose layers it is known what they take, unless they go into the model's own weights; so are given latents.
+fn planned(request: &RunRequest, facts: &Facts, merges: bool) -> Result<GenerateRequest, Failure> {
     let extra = &request.extra;
     let (width, height) = (request.width as usize, request.height as usize);
     let picture = |frame: u32, count: usize| {
@@ -289,12 +292,16 @@ fn planned(request: &RunRequest, facts: &Facts) -> GenerateRequest {
         none.ok().map(|pictures| Condition::new(pictures, frame as usize))
     };
     let given = extra.pictures.iter().filter_map(|given| picture(given.frame, 1));
+    let adapters = if merges { Vec::new() } else { super::adapters::read_all(request)? };
     let extended = extra.extend.map(|_| picture(0, extra.extend_frames.unwrap_or(1).max(1) as usize));
-    GenerateRequest {
+    Ok(GenerateRequest {
         width,
         height,
         frames: request.frames as usize,
         guidance: request.guidance,
+        adapters,
+        second_pass: extra.denoise_strength.map(SecondPass::new),
+        initial_latents: super::touch::read(extra)?.1,
         decode: DecodeOptions {
             tile: extra.decode_tile.map(|pixels| pixels as usize),
             chunk: extra.decode_chunk.map(|frames| frames as usize),
@@ -302,7 +309,7 @@ fn planned(request: &RunRequest, facts: &Facts) -> GenerateRequest {
         },
         conditions: given.chain(extended.flatten()).collect(),
         ..GenerateRequest::new("", &facts.info.defaults)
-    }
+    })
 }
 
 fn generate_request(request: &RunRequest, pipeline: &dyn Pipeline) -> Result<GenerateRequest, Failure> {

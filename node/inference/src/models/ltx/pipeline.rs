@@ -183,15 +183,19 @@ impl LtxPipeline {
 /// See [`crate::load`].
 pub fn load_transformer(folder: &Path, options: &LoadOptions) -> Result<(LtxTransformer, u64), Error> {
     let config = read_transformer_config(folder)?;
-    let weights = match Checkpoint::find(folder)? {
-        Some(single) => single.open_transformer(options)?,
-        None => {
-            let part = folder.join("transformer");
-            open_renamed(&part, WEIGHTS_STEM, options, options.dtype, &transformer_name)?
-        }
-    };
+    let weights = open_transformer(folder, options)?;
     let transformer = weights.build(|vb| LtxTransformer::load(&config, &vb))?;
     Ok((transformer, weights.parameters()))
+}
+
+fn open_transformer(folder: &Path, options: &LoadOptions) -> Result<Weights, Error> {
+    match Checkpoint::find(folder)? {
+        Some(single) => Ok(single.open_transformer(options)?),
+        None => {
+            let part = folder.join("transformer");
+            open_renamed(&part, WEIGHTS_STEM, options, options.dtype, &transformer_name)
+        }
+    }
 }
 
 /// A folder's VAE, with its encoder where asked for, and how many parameters its files hold.

@@ -20,7 +20,7 @@ use crate::nn::shuffle::depth_to_space;
 use crate::pipeline::{LoadOptions, config_error, read_json};
 
 /// By how much time, height and width grow.
-const GROWTH: [usize; 3] = [1, 2, 2];
+pub(super) const GROWTH: [usize; 3] = [1, 2, 2];
 /// Groups of every norm.
 const GROUPS: usize = 32;
 /// Epsilon of every norm.
@@ -156,12 +156,15 @@ fn load_grow(width: usize, vb: &VarBuilder<'_>) -> Result<Conv3d> {
     let weight = vb.get((cells * width, width, 3, 3), "weight")?.unsqueeze(2)?;
     let bias = vb.get(cells * width, "bias")?;
     let order: Vec<u32> = (0..cells * width).map(order).collect();
-    let form = Conv3dConfig { kernel: [1, 3, 3], ..cube(width, cells * width) };
-    Conv3d::new_ordered(form, &order, weight, bias)
+    Conv3d::new_ordered(grow_form(width), &order, weight, bias)
+}
+
+pub(super) fn grow_form(width: usize) -> Conv3dConfig {
+    Conv3dConfig { kernel: [1, 3, 3], ..cube(width, GROWTH.iter().product::<usize>() * width) }
 }
 
 /// Three taps along each axis, zeros beyond every edge.
-fn cube(input: usize, output: usize) -> Conv3dConfig {
+pub(super) fn cube(input: usize, output: usize) -> Conv3dConfig {
     Conv3dConfig { time: TimePad::Both(Edge::Zeros), ..Conv3dConfig::cube(input, output, 3, false) }
 }
 

@@ -6,13 +6,13 @@ use candle_core::DType;
 
 use super::IMAGE_CLASS;
 use crate::error::Error;
-use crate::folder::read_t5;
+use crate::folder::{WEIGHTS_STEM, open_t5, open_weights, read_t5};
 use crate::models::cogvideox::config::{TransformerConfig, VaeConfig};
 use crate::models::cogvideox::facts::facts;
 use crate::models::cogvideox::transformer::CogVideoXTransformer;
 use crate::models::cogvideox::vae::{CogVideoXVae, DECODE_RUN, runs, square};
 use crate::nn::conv3d::Conv3dConfig;
-use crate::pipeline::GenerateRequest;
+use crate::pipeline::{GenerateRequest, LoadOptions};
 use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run};
 use crate::plan::text::t5;
@@ -45,9 +45,14 @@ pub(crate) fn plan(
     let (dtype, tokens) = (options.dtype, info.token_limit);
     let texts = Texts::new(request.is_guided(), request, options);
 
+    let opened = LoadOptions::default();
     let mut draft = Draft::new(options, request);
-    let (encoder, _) =
-        draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
+    let (encoder, _) = draft.text_component(
+        "text encoder",
+        text_dtype(dtype),
+        open_t5(&folder.join("text_encoder"), &text, &opened),
+        |vb| T5Encoder::load(&text, &vb),
+    )?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, false, text_dtype(dtype));
@@ -56,7 +61,8 @@ pub(crate) fn plan(
     let load = |vb| {
         if image { CogVideoXVae::load(&vae_config, vb) } else { CogVideoXVae::load_decoder(&vae_config, vb) }
     };
-    let (vae, _) = draft.component("vae", dtype, load)?;
+    let files = |part: &str| open_weights(&folder.join(part), WEIGHTS_STEM, &opened, dtype);
+    let (vae, _) = draft.component("vae", dtype, files("vae"), load)?;
     if !request.conditions.is_empty() {
         draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
             let _held = (ledger.wide(&latents), ledger.ghost(&[texts.count, tokens, text.d_model], dtype));
@@ -65,8 +71,9 @@ pub(crate) fn plan(
             let _image = ledger.wide(&latents);
         });
     }
-    let (transformer, _) =
-        draft.component("transformer", dtype, |vb| CogVideoXTransformer::load(&config, &vb))?;
+    let (transformer, _) = draft.component("transformer", dtype, files("transformer"), |vb| {
+        CogVideoXTransformer::load(&config, &vb)
+    })?;
     draft.phase(PlanPhase::Denoise, &[transformer], |ledger| {
         denoise(ledger, &config, &latents, (texts, [tokens, work.patch[0]]), dtype);
     });

@@ -3,18 +3,21 @@
 use std::path::Path;
 
 use candle_core::DType;
+use candle_nn::VarBuilder;
 
 use super::conditions::Layout;
-use super::{read_transformer_config, read_vae_config};
+use super::second;
+use super::{open_transformer, open_vae, read_transformer_config, read_vae_config};
 use crate::error::Error;
-use crate::folder::read_t5;
+use crate::folder::{WEIGHTS_STEM, open_t5, open_weights, read_t5};
 use crate::models::ltx::config::TransformerConfig;
 use crate::models::ltx::facts::{class, facts};
 use crate::models::ltx::transformer::LtxTransformer;
+use crate::models::ltx::upsampler::{GROWTH, LtxUpsampler, PART, UpsamplerConfig, cube, grow_form};
 use crate::models::ltx::vae::config::{DownBlock, Downsample, UpBlockConfig};
 use crate::models::ltx::vae::{LtxVae, LtxVaeConfig};
-use crate::pipeline::GenerateRequest;
 use crate::pipeline::latents::Volume;
+use crate::pipeline::{GenerateRequest, LoadOptions};
 use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, Ledger, attention};
 use crate::plan::text::t5;
@@ -46,24 +49,44 @@ pub(crate) fn plan(
     let all = volume.packed_shape()[1] + layout.extra() * rows * columns;
     let latents = [1, all, volume.packed_shape()[2]];
 
+    let opened = LoadOptions::default();
     let mut draft = Draft::new(options, request);
-    let (encoder, _) =
-        draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
-    let (transformer, _) = draft.component("transformer", dtype, |vb| LtxTransformer::load(&config, &vb))?;
-    let (vae, decoder) = draft.component("vae", dtype, |vb| LtxVae::load_decoder(&vae_config, vb))?;
+    let (encoder, _) = draft.text_component(
+        "text encoder",
+        text_dtype(dtype),
+        open_t5(&folder.join("text_encoder"), &text, &opened),
+        |vb| T5Encoder::load(&text, &vb),
+    )?;
+    let (transformer, _) =
+        draft.component("transformer", dtype, open_transformer(folder, &opened), |vb| {
+            LtxTransformer::load(&config, &vb)
+        })?;
+    let vae_files = || open_vae(folder, &opened).map(|(_, files)| files);
+    let (vae, decoder) =
+        draft.component("vae", dtype, vae_files(), |vb| LtxVae::load_decoder(&vae_config, vb))?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, masked, text_dtype(dtype));
         let _all: Vec<_> = (0..texts.count).map(|_| each()).collect();
     });
     if let Some(most) = layout.longest() {
-        let (part, _) =
-            draft.brief_component("vae encoder", dtype, |vb| LtxVae::load_encoder(&vae_config, vb))?;
+        let (part, _) = draft
+            .brief_component("vae encoder", dtype, vae_files(), |vb| LtxVae::load_encoder(&vae_config, vb))?;
         draft.phase(PlanPhase::Conditions, &[part], |ledger| {
             let _start = ledger.wide(&latents);
             let _text = ledger.ghost(&[texts.count, tokens, config.caption_channels], dtype);
             let video = ledger.wide(&[1, 3, most, request.height, request.width]).to(dtype);
             encode(&vae_config, &video);
+        });
+    }
+    if let Some(upsampler) = second::needed(folder, request, &volume)? {
+        let files = open_weights(&folder.join(PART), WEIGHTS_STEM, &opened, dtype);
+        let load = |vb: VarBuilder<'static>| LtxUpsampler::load(&upsampler, &vb);
+        let (part, _) = draft.brief_component("latent upsampler", dtype, files, load)?;
+        draft.phase(PlanPhase::Conditions, &[part, vae], |ledger| {
+            let _start = ledger.wide(&latents);
+            let _text = ledger.ghost(&[texts.count, tokens, config.caption_channels], dtype);
+            upsample(ledger, &upsampler, volume.cells, dtype);
         });
     }
     let sizes = Sizes { texts, tokens, text: text.d_model, per_token: !layout.is_empty() };
@@ -78,6 +101,37 @@ pub(crate) fn plan(
         decode(&vae_config, &z, cut, &GhostFilm::new(ledger, request));
     });
     Ok(draft.finish(request))
+}
+
+/// The upsampler's way to latents of these cells.
+fn upsample(ledger: &Ledger, config: &UpsamplerConfig, [t, h, w]: [usize; 3], dtype: DType) {
+    let (channels, width) = (config.in_channels, config.mid_channels);
+    let small = [t / GROWTH[0], h / GROWTH[1], w / GROWTH[2]];
+    let given = ledger.wide(&[1, channels, small[0], small[1], small[2]]);
+    let denormalised = { given.same().same() };
+    let large = {
+        let read = denormalised.to(dtype).turned(&[1, small[0], small[1], small[2], channels]);
+        let mut x = read.conv3d(&cube(channels, width)).group_norm();
+        for _ in 0..config.num_blocks_per_stage.min(2) {
+            x = upsample_block(&x);
+        }
+        x = x.conv3d(&grow_form(width)).turned(&[1, t, h, w, width]);
+        for _ in 0..config.num_blocks_per_stage.min(2) {
+            x = upsample_block(&x);
+        }
+        x.conv3d(&cube(width, channels)).turned(&[1, channels, t, h, w])
+    };
+    let large = large.to(DType::F32);
+    let _adapted = (large.same(), large.same(), large.same());
+}
+
+fn upsample_block(x: &Ghost) -> Ghost {
+    let form = cube(x.dim(4), x.dim(4));
+    let h = { x.conv3d(&form).group_norm() };
+    let inner = h.conv3d(&form);
+    let normed = inner.group_norm();
+    let sum = normed.same();
+    sum.activated()
 }
 
 struct Sizes {

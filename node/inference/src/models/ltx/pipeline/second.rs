@@ -3,11 +3,13 @@
 //! Latents of half the size are first made larger by the folder's upsampler, as `LTXLatentUpsamplePipeline` does it; then
 //! they are hidden under as much noise as the last part of the schedule takes away, as `LTXConditionPipeline` does it.
 
+use std::path::Path;
+
 use candle_core::{DType, Tensor};
 
 use super::{LtxPipeline, pack};
 use crate::error::Error;
-use crate::models::ltx::upsampler::{adapt, load_upsampler, tone_map};
+use crate::models::ltx::upsampler::{UpsamplerConfig, adapt, load_upsampler, tone_map};
 use crate::pipeline::latents::Volume;
 use crate::pipeline::{GenerateRequest, SecondPass};
 use crate::sampler::Schedule;
@@ -19,7 +21,7 @@ pub(super) fn check(model: &LtxPipeline, request: &GenerateRequest, volume: &Vol
     }
     let Some(given) = &request.initial_latents else { return Ok(()) };
     let whole = [volume.shape(), volume.packed_shape()];
-    if whole.iter().any(|shape| given.dims() == shape) || is_small(model, given, volume) {
+    if whole.iter().any(|shape| given.dims() == shape) || is_small(model.upsampler.as_ref(), given, volume) {
         return Ok(());
     }
     let (given, needed) = (given.dims().to_vec(), volume.shape());
@@ -27,14 +29,25 @@ pub(super) fn check(model: &LtxPipeline, request: &GenerateRequest, volume: &Vol
 }
 
 /// Whether latents become the clip's size when they are upsampled.
-fn is_small(model: &LtxPipeline, given: &Tensor, volume: &Volume) -> bool {
-    let Some(config) = &model.upsampler else { return false };
+fn is_small(upsampler: Option<&UpsamplerConfig>, given: &Tensor, volume: &Volume) -> bool {
+    let Some(config) = upsampler else { return false };
     match *given.dims() {
         [1, channels, frames, rows, columns] => {
             channels == volume.channels && config.grown([frames, rows, columns]) == volume.cells
         }
         _ => false,
     }
+}
+
+/// The folder's upsampler, where a request needs it.
+pub(super) fn needed(
+    folder: &Path,
+    request: &GenerateRequest,
+    volume: &Volume,
+) -> Result<Option<UpsamplerConfig>, Error> {
+    let (Some(_), Some(given)) = (&request.second_pass, &request.initial_latents) else { return Ok(None) };
+    let found = UpsamplerConfig::find(folder)?;
+    Ok(found.filter(|config| is_small(Some(config), given, volume)))
 }
 
 /// The last part of a schedule, of at least one step.
@@ -57,7 +70,8 @@ pub(super) fn clean(
     if given.dims() == volume.packed_shape() {
         return Ok(Some(given.contiguous()?));
     }
-    let whole = if is_small(model, &given, volume) { upsample(model, second, &given)? } else { given };
+    let is_small = is_small(model.upsampler.as_ref(), &given, volume);
+    let whole = if is_small { upsample(model, second, &given)? } else { given };
     Ok(Some(pack(&whole, volume.patch)?))
 }
 

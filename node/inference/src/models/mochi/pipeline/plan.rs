@@ -5,14 +5,14 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::Error;
-use crate::folder::read_t5;
+use crate::folder::{WEIGHTS_STEM, open_t5, open_weights, read_t5};
 use crate::models::mochi::config::TransformerConfig;
 use crate::models::mochi::facts::facts;
 use crate::models::mochi::transformer::MochiTransformer;
 use crate::models::mochi::vae::{MochiVae, MochiVaeConfig};
 use crate::nn::conv3d::Conv3dConfig;
-use crate::pipeline::GenerateRequest;
 use crate::pipeline::latents::Volume;
+use crate::pipeline::{GenerateRequest, LoadOptions};
 use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run};
 use crate::plan::text::t5;
@@ -40,12 +40,19 @@ pub(crate) fn plan(
     let texts = Texts::new(request.is_guided(), request, options);
     let latents = volume.packed_shape();
 
+    let opened = LoadOptions::default();
     let mut draft = Draft::new(options, request);
-    let (transformer, _) =
-        draft.component("transformer", dtype, |vb| MochiTransformer::load(&config, &vb))?;
-    let (encoder, _) =
-        draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
-    let (vae, decoder) = draft.component("vae", dtype, |vb| MochiVae::load_decoder(&vae_config, &vb))?;
+    let files = |part: &str| open_weights(&folder.join(part), WEIGHTS_STEM, &opened, dtype);
+    let (transformer, _) = draft
+        .component("transformer", dtype, files("transformer"), |vb| MochiTransformer::load(&config, &vb))?;
+    let (encoder, _) = draft.text_component(
+        "text encoder",
+        text_dtype(dtype),
+        open_t5(&folder.join("text_encoder"), &text, &opened),
+        |vb| T5Encoder::load(&text, &vb),
+    )?;
+    let (vae, decoder) =
+        draft.component("vae", dtype, files("vae"), |vb| MochiVae::load_decoder(&vae_config, &vb))?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, true, text_dtype(dtype));

@@ -9,13 +9,13 @@ use candle_core::DType;
 use super::parts::is_guided;
 use super::{OwnExtras, Usual, VAE_FOLDER, read_clip, transformer_folder};
 use crate::error::Error;
-use crate::folder::read_t5;
+use crate::folder::{TEXT_STEM, WEIGHTS_STEM, open_t5, open_weights, read_t5};
 use crate::models::pyramid::config::{PATCH, TransformerConfig};
 use crate::models::pyramid::facts::facts;
 use crate::models::pyramid::transformer::PyramidTransformer;
 use crate::models::pyramid::vae::{PyramidVae, PyramidVaeConfig};
 use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
-use crate::pipeline::{DecodeOptions, GenerateRequest};
+use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
 use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run};
 use crate::plan::text::{clip_text, t5};
@@ -49,17 +49,25 @@ pub(crate) fn plan(
     let (dtype, tokens) = (options.dtype, info.token_limit);
     let volume = [1, work.latent_channels, cells[0], cells[1], cells[2]];
 
+    let opened = LoadOptions::default();
     let mut draft = Draft::new(options, request);
-    let (encoder, _) =
-        draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
+    let files = |part: &Path| open_weights(part, WEIGHTS_STEM, &opened, dtype);
+    let (encoder, _) = draft.text_component(
+        "text encoder",
+        text_dtype(dtype),
+        open_t5(&folder.join(variant.t5().encoder), &text, &opened),
+        |vb| T5Encoder::load(&text, &vb),
+    )?;
     let load = if variant.projects() { ClipTextEncoder::load_projected } else { ClipTextEncoder::load };
     let mut encoders = vec![encoder];
-    for clip in &clips {
-        encoders.push(draft.text_component("clip text encoder", dtype, |vb| load(clip, &vb))?.0);
+    for (clip, parts) in clips.iter().zip(variant.clips()) {
+        let files = open_weights(&folder.join(parts.encoder), TEXT_STEM, &opened, dtype);
+        encoders.push(draft.text_component("clip text encoder", dtype, files, |vb| load(clip, &vb))?.0);
     }
     let (transformer, _) =
-        draft.component("transformer", dtype, |vb| PyramidTransformer::load(&config, &vb))?;
-    let (vae, decoder) = draft.component("vae", dtype, |vb| PyramidVae::load(&vae_config, &vb))?;
+        draft.component("transformer", dtype, files(&part), |vb| PyramidTransformer::load(&config, &vb))?;
+    let (vae, decoder) = draft
+        .component("vae", dtype, files(&folder.join(VAE_FOLDER)), |vb| PyramidVae::load(&vae_config, &vb))?;
     draft.phase(PlanPhase::Text, &encoders, |ledger| {
         let _start = ledger.wide(&volume);
         let each = || {

@@ -7,13 +7,14 @@ use candle_core::DType;
 
 use super::{SECOND, WanSampler, boundary};
 use crate::error::Error;
-use crate::folder::read_t5;
+use crate::folder::{WEIGHTS_STEM, open_renamed, open_t5, open_weights, read_t5};
 use crate::models::wan::config::TransformerConfig;
 use crate::models::wan::facts::{Form, facts, form};
+use crate::models::wan::names::transformer_name;
 use crate::models::wan::transformer::WanTransformer;
 use crate::models::wan::vae::{WanVae, WanVaeConfig};
 use crate::nn::conv3d::{Conv3dConfig, Edge, TimePad};
-use crate::pipeline::GenerateRequest;
+use crate::pipeline::{GenerateRequest, LoadOptions};
 use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run, in_runs};
 use crate::plan::text::{t5, vision};
@@ -21,7 +22,7 @@ use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dty
 use crate::registry::ModelIndex;
 use crate::text::T5Encoder;
 use crate::tiling::{Cut, Tiling};
-use crate::vision::{ClipVisionEncoder, read_vision};
+use crate::vision::{ClipVisionEncoder, open_vision, read_vision};
 
 /// The plan of a request.
 ///
@@ -45,9 +46,14 @@ pub(crate) fn plan(
     let latents = [1, work.latent_channels, cells[0], cells[1], cells[2]];
     let given = request.conditions.len();
 
+    let opened = LoadOptions::default();
     let mut draft = Draft::new(options, request);
-    let (encoder, _) =
-        draft.text_component("text encoder", text_dtype(dtype), |vb| T5Encoder::load(&text, &vb))?;
+    let (encoder, _) = draft.text_component(
+        "text encoder",
+        text_dtype(dtype),
+        open_t5(&folder.join("text_encoder"), &text, &opened),
+        |vb| T5Encoder::load(&text, &vb),
+    )?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, true, text_dtype(dtype)).same();
@@ -56,7 +62,7 @@ pub(crate) fn plan(
     if form == Form::Clip {
         let (seen, _) = read_vision(folder)?;
         let load = |vb| ClipVisionEncoder::load(&seen, &vb);
-        let (eye, _) = draft.component("image encoder", DType::F32, load)?;
+        let (eye, _) = draft.component("image encoder", DType::F32, open_vision(folder, &opened), load)?;
         draft.phase(PlanPhase::Conditions, &[eye], |ledger| {
             let _held = (ledger.wide(&latents), ledger.ghost(&[texts.count, tokens, text.d_model], dtype));
             vision(ledger, &seen, given.max(1));
@@ -65,7 +71,8 @@ pub(crate) fn plan(
     let encodes = form != Form::Text;
     let load =
         |vb| if encodes { WanVae::load(&vae_config, vb) } else { WanVae::load_decoder(&vae_config, vb) };
-    let (vae, decoder) = draft.component("vae", DType::F32, load)?;
+    let files = open_weights(&folder.join("vae"), WEIGHTS_STEM, &opened, DType::F32);
+    let (vae, decoder) = draft.component("vae", DType::F32, files, load)?;
     if given > 0 {
         draft.phase(PlanPhase::Conditions, &[vae], |ledger| {
             let _held = (ledger.wide(&latents), ledger.ghost(&[texts.count, tokens, text.d_model], dtype));
@@ -82,12 +89,13 @@ pub(crate) fn plan(
         });
     }
     let run = Run { cells, patch: work.patch, tokens, texts, given, form };
-    let mut transformers = vec![("transformer", config("transformer")?)];
+    let mut transformers = vec![("transformer", "transformer", config("transformer")?)];
     if boundary(folder, index, WanSampler::load(folder)?.train_timesteps())?.is_some() {
-        transformers.push(("transformer 2", config(SECOND)?));
+        transformers.push(("transformer 2", SECOND, config(SECOND)?));
     }
-    for (name, config) in &transformers {
-        let (part, _) = draft.component(name, dtype, |vb| WanTransformer::load(config, &vb))?;
+    for (name, part, config) in &transformers {
+        let files = open_renamed(&folder.join(part), WEIGHTS_STEM, &opened, dtype, &transformer_name);
+        let (part, _) = draft.component(name, dtype, files, |vb| WanTransformer::load(config, &vb))?;
         draft.phase(PlanPhase::Denoise, &[part], |ledger| {
             denoise(ledger, config, &latents, &run, transformers.len(), dtype);
         });

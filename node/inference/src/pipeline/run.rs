@@ -6,6 +6,7 @@
 //! a run that is resumed goes on bit for bit. Everything else that a step depends on follows from the request.
 
 mod audit;
+mod base;
 mod check;
 mod colours;
 mod digest;
@@ -17,6 +18,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
+pub use base::Base;
 pub use check::{check_prompt, check_sizes};
 use digest::digest;
 pub(crate) use film::FRAMES_AT_ONCE;
@@ -87,14 +89,28 @@ pub trait VideoModel: Send {
     /// What is computed once before the steps: the text's embeddings, tables of positions.
     type Context;
 
+    /// What it has as every model has it.
+    fn base(&self) -> &Base;
+
     /// Facts about the model.
-    fn facts(&self) -> &PipelineInfo;
+    fn facts(&self) -> &PipelineInfo {
+        &self.base().info
+    }
 
     /// Where it computes.
-    fn device(&self) -> &Device;
+    fn device(&self) -> &Device {
+        &self.base().device
+    }
 
     /// Where its components are.
-    fn placement(&self) -> &Placement;
+    fn placement(&self) -> &Placement {
+        &self.base().placement
+    }
+
+    /// Its layers that adapters may change.
+    fn places(&self) -> &Places {
+        &self.base().places
+    }
 
     /// Gives back the components that a phase alone uses, where they go in turn.
     fn give_back(&self, phase: Phase);
@@ -111,9 +127,6 @@ pub trait VideoModel: Send {
     fn read_before(&self, _plan: &Self::Plan, _index: usize) -> Result<(), Error> {
         Ok(())
     }
-    /// Its layers that adapters may change.
-    fn places(&self) -> &Places;
-
     /// How many tokens a prompt has, with the end mark.
     ///
     /// # Errors
@@ -248,7 +261,9 @@ pub trait VideoModel: Send {
 
     /// How latents are shown before they are decoded, as the folder says it. Without factors they are learnt from the
     /// decoder when the first preview is due.
-    fn colours(&self) -> &LatentRgb;
+    fn colours(&self) -> &LatentRgb {
+        &self.base().latent_rgb
+    }
 
     /// The latents after the last step as a volume `[1, C, F, H, W]`.
     ///

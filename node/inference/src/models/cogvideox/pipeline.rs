@@ -10,18 +10,17 @@ pub(super) mod plan;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use super::config::{TransformerConfig, VaeConfig};
 use super::facts::facts;
 use super::transformer::CogVideoXTransformer;
 use super::vae::CogVideoXVae;
-use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{Extras, WEIGHTS_STEM, open_weights};
+use crate::folder::{WEIGHTS_STEM, open_weights};
 use crate::offload::{Placement, Slot};
-use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::{GenerateRequest, LoadOptions, PipelineInfo, config_error, read_json};
+use crate::pipeline::run::Base;
+use crate::pipeline::{GenerateRequest, LoadOptions, config_error, read_json};
 use crate::registry::ModelIndex;
 use crate::sampler::{DiffusionConfig, DiffusionSampler, DiffusionSchedule};
 use crate::text::PromptEncoder;
@@ -37,20 +36,15 @@ pub const SCHEDULERS: &[&str] = &["CogVideoXDDIMScheduler", "CogVideoXDPMSchedul
 
 /// A loaded CogVideoX model.
 pub struct CogVideoXPipeline {
-    info: PipelineInfo,
+    base: Base,
     sampler: DiffusionSampler,
     scheduler: DiffusionConfig,
     text: PromptEncoder,
     config: TransformerConfig,
     transformer: Slot<CogVideoXTransformer>,
     vae: Slot<CogVideoXVae>,
-    placement: Placement,
-    latent_rgb: LatentRgb,
-    places: Places,
     /// Whether clips begin with a picture.
     image: bool,
-    device: Device,
-    dtype: DType,
 }
 
 impl CogVideoXPipeline {
@@ -59,7 +53,7 @@ impl CogVideoXPipeline {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
-        let mut info = facts(folder, index)?.info;
+        let info = facts(folder, index)?.info;
         let (sampler, scheduler) = load_scheduler(folder, index)?;
         let image = index.class == IMAGE_CLASS;
         let placement = Placement::new(folder, options)?;
@@ -69,22 +63,21 @@ impl CogVideoXPipeline {
         let (transformer, transformer_parameters) = Slot::new(turns, move || load_transformer(&from, &with))?;
         let (from, with) = (folder.to_owned(), options.clone());
         let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, image))?;
-        info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
-        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
-            info,
+            base: Base::new(
+                folder,
+                info,
+                [transformer_parameters, vae_parameters, text_parameters],
+                placement,
+                options,
+            )?,
             sampler,
             scheduler,
             text,
             config: TransformerConfig::read(&folder.join("transformer").join("config.json"))?,
             transformer,
             vae,
-            placement,
-            latent_rgb,
-            places: options.places.clone(),
             image,
-            device: options.device.clone(),
-            dtype: options.dtype,
         })
     }
 
@@ -96,7 +89,7 @@ impl CogVideoXPipeline {
 
     /// Reads more or fewer text tokens from now on.
     pub fn set_token_limit(&mut self, limit: usize) {
-        self.info.token_limit = limit;
+        self.base.info.token_limit = limit;
         self.text.set_limit(limit);
     }
 

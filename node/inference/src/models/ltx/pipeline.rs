@@ -11,7 +11,7 @@ mod second;
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use super::checkpoint::Checkpoint;
 use super::config::TransformerConfig;
@@ -20,14 +20,13 @@ use super::names::transformer_name;
 use super::transformer::LtxTransformer;
 use super::upsampler::UpsamplerConfig;
 use super::vae::{LtxVae, LtxVaeConfig};
-use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{Extras, load_flow_match, open_renamed, open_weights};
 pub use crate::folder::{TEXT_STEM, WEIGHTS_STEM};
+use crate::folder::{load_flow_match, open_renamed, open_weights};
 use crate::offload::{Placement, Slot};
-use crate::pipeline::latents::LatentRgb;
 pub use crate::pipeline::latents::{pack, unpack};
-use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, PipelineInfo, config_error, read_json};
+use crate::pipeline::run::Base;
+use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, config_error, read_json};
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
 use crate::text::PromptEncoder;
@@ -76,7 +75,7 @@ impl LtxClass {
 
 /// A loaded LTX-Video model.
 pub struct LtxPipeline {
-    info: PipelineInfo,
+    base: Base,
     class: LtxClass,
     scheduler: FlowMatchConfig,
     text: PromptEncoder,
@@ -84,17 +83,12 @@ pub struct LtxPipeline {
     vae_config: LtxVaeConfig,
     transformer: Slot<LtxTransformer>,
     vae: Slot<LtxVae>,
-    placement: Placement,
-    latent_rgb: LatentRgb,
-    places: Places,
     /// Of the folder's upsampler, where it has one.
     upsampler: Option<UpsamplerConfig>,
     /// Whether the VAE's files hold an encoder.
     encodes: bool,
     folder: PathBuf,
     options: LoadOptions,
-    device: Device,
-    dtype: DType,
 }
 
 impl LtxPipeline {
@@ -103,7 +97,7 @@ impl LtxPipeline {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
-        let mut info = facts(folder, index)?.info;
+        let info = facts(folder, index)?.info;
         let class = class(folder, index)?;
         let scheduler = read_scheduler(folder)?;
         let placement = Placement::new(folder, options)?;
@@ -115,10 +109,8 @@ impl LtxPipeline {
         let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, false))?;
         let encodes = open_vae(folder, options)?.1.builder().contains_tensor(ENCODER_TENSOR);
         let parameters = [transformer_parameters, vae_parameters, text_parameters];
-        info.work = info.work.with_parameters(parameters);
-        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
-            info,
+            base: Base::new(folder, info, parameters, placement, options)?,
             class,
             scheduler,
             text,
@@ -126,15 +118,10 @@ impl LtxPipeline {
             vae_config: read_vae_config(folder)?,
             transformer,
             vae,
-            placement,
-            latent_rgb,
-            places: options.places.clone(),
             upsampler: UpsamplerConfig::find(folder)?,
             encodes,
             folder: folder.to_owned(),
             options: options.clone(),
-            device: options.device.clone(),
-            dtype: options.dtype,
         })
     }
 
@@ -156,7 +143,7 @@ impl LtxPipeline {
 
     /// Reads more or fewer text tokens from now on.
     pub fn set_token_limit(&mut self, limit: usize) {
-        self.info.token_limit = limit;
+        self.base.info.token_limit = limit;
         self.text.set_limit(limit);
     }
 

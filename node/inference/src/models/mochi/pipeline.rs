@@ -8,18 +8,17 @@ pub(super) mod plan;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use super::config::TransformerConfig;
 use super::facts::facts;
 use super::transformer::MochiTransformer;
 use super::vae::{MochiVae, MochiVaeConfig};
-use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{Extras, WEIGHTS_STEM, load_flow_match, open_weights};
+use crate::folder::{WEIGHTS_STEM, load_flow_match, open_weights};
 use crate::offload::{Placement, Slot};
-use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, PipelineInfo, config_error};
+use crate::pipeline::run::Base;
+use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, config_error};
 use crate::registry::ModelIndex;
 use crate::sampler::{FlowMatchConfig, Schedule};
 use crate::text::PromptEncoder;
@@ -34,18 +33,13 @@ pub const DEFAULTS: Defaults =
 
 /// A loaded Mochi model.
 pub struct MochiPipeline {
-    info: PipelineInfo,
+    base: Base,
     scheduler: FlowMatchConfig,
     text: PromptEncoder,
     /// An empty prompt is read as no token at all.
     empty_is_nothing: bool,
     transformer: Slot<MochiTransformer>,
     vae: Slot<MochiVae>,
-    placement: Placement,
-    latent_rgb: LatentRgb,
-    places: Places,
-    device: Device,
-    dtype: DType,
 }
 
 impl MochiPipeline {
@@ -58,7 +52,7 @@ impl MochiPipeline {
             let file = folder.join("model_index.json");
             return Err(config_error(file, "_class_name", &index.class, "no pipeline of Mochi"));
         }
-        let mut info = facts(folder, index)?.info;
+        let info = facts(folder, index)?.info;
         let empty_is_nothing = index.flag(folder, "force_zeros_for_empty_prompt")?.unwrap_or(false);
         let scheduler = load_scheduler(folder)?;
         let placement = Placement::new(folder, options)?;
@@ -68,21 +62,19 @@ impl MochiPipeline {
         let (text, text_parameters) = PromptEncoder::load(folder, options, info.token_limit, turns)?;
         let (from, with) = (folder.to_owned(), options.clone());
         let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, false))?;
-        info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
-        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
-        let (places, device, dtype) = (options.places.clone(), options.device.clone(), options.dtype);
         Ok(Self {
-            info,
+            base: Base::new(
+                folder,
+                info,
+                [transformer_parameters, vae_parameters, text_parameters],
+                placement,
+                options,
+            )?,
             scheduler,
             text,
             empty_is_nothing,
             transformer,
             vae,
-            placement,
-            latent_rgb,
-            places,
-            device,
-            dtype,
         })
     }
 
@@ -93,7 +85,7 @@ impl MochiPipeline {
 
     /// Reads more or fewer text tokens from now on.
     pub fn set_token_limit(&mut self, limit: usize) {
-        self.info.token_limit = limit;
+        self.base.info.token_limit = limit;
         self.text.set_limit(limit);
     }
 

@@ -16,18 +16,17 @@ mod units;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::config::{TransformerConfig, Variant};
 use super::facts::{facts, info};
 use super::transformer::PyramidTransformer;
 use super::vae::PyramidVae;
-use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{EXTRAS_FILE, Extras};
+use crate::folder::EXTRAS_FILE;
 use crate::offload::{Placement, Slot};
-use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::{LoadOptions, PipelineInfo};
+use crate::pipeline::LoadOptions;
+use crate::pipeline::run::Base;
 use crate::sampler::PyramidSchedule;
 pub(crate) use folder::implied_class;
 pub use folder::{TextParts, find_transformer, load_clip, load_transformer, load_vae};
@@ -48,18 +47,13 @@ pub(super) const TEXT_TOKENS: usize = 128;
 
 /// A loaded Pyramid Flow model.
 pub struct PyramidPipeline {
-    info: PipelineInfo,
+    base: Base,
     settings: PyramidSettings,
     schedule: PyramidSchedule,
     text: Text,
     config: TransformerConfig,
     transformer: Slot<PyramidTransformer>,
     vae: Slot<PyramidVae>,
-    placement: Placement,
-    latent_rgb: LatentRgb,
-    places: Places,
-    device: Device,
-    dtype: DType,
 }
 
 impl PyramidPipeline {
@@ -68,7 +62,7 @@ impl PyramidPipeline {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self, Error> {
-        let mut info = facts(folder)?.info;
+        let info = facts(folder)?.info;
         let own = OwnExtras::read(folder)?;
         let part = transformer_folder(folder, own.transformer.as_deref())?;
         let config = TransformerConfig::read(&part.join("config.json"))?;
@@ -81,21 +75,20 @@ impl PyramidPipeline {
         let (transformer, transformer_parameters) = Slot::new(turns, move || load_transformer(&part, &with))?;
         let (from, with) = (folder.to_owned(), options.clone());
         let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, true))?;
-        info.work = info.work.with_parameters([transformer_parameters, vae_parameters, text_parameters]);
-        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
         Ok(Self {
-            info,
+            base: Base::new(
+                folder,
+                info,
+                [transformer_parameters, vae_parameters, text_parameters],
+                placement,
+                options,
+            )?,
             settings,
             schedule,
             text,
             config,
             transformer,
             vae,
-            placement,
-            latent_rgb,
-            places: options.places.clone(),
-            device: options.device.clone(),
-            dtype: options.dtype,
         })
     }
 
@@ -105,7 +98,7 @@ impl PyramidPipeline {
     /// When they are none that can be computed.
     pub fn set_settings(&mut self, settings: PyramidSettings) -> Result<(), Error> {
         self.schedule = settings.check(Path::new(EXTRAS_FILE))?;
-        self.info = info(&settings, self.info.work, self.info.defaults);
+        self.base.info = info(&settings, self.base.info.work, self.base.info.defaults);
         self.settings = settings;
         Ok(())
     }

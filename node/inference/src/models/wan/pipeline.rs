@@ -13,7 +13,7 @@ pub(super) mod sampler;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
 use super::config::TransformerConfig;
@@ -21,12 +21,11 @@ use super::facts::{facts, form};
 use super::names::transformer_name;
 use super::transformer::WanTransformer;
 use super::vae::{WanVae, WanVaeConfig};
-use crate::adapter::Places;
 use crate::error::Error;
-use crate::folder::{EXTRAS_FILE, Extras, WEIGHTS_STEM, open_renamed, open_weights};
+use crate::folder::{EXTRAS_FILE, WEIGHTS_STEM, open_renamed, open_weights};
 use crate::offload::{InTurn, Placement, Slot};
-use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, PipelineInfo, config_error, read_json};
+use crate::pipeline::run::Base;
+use crate::pipeline::{Defaults, GenerateRequest, LoadOptions, config_error, read_json};
 use crate::registry::ModelIndex;
 use crate::text::PromptEncoder;
 use crate::text::clean::clean;
@@ -48,7 +47,7 @@ pub(super) const SECOND: &str = "transformer_2";
 
 /// A loaded Wan model.
 pub struct WanPipeline {
-    info: PipelineInfo,
+    base: Base,
     sampler: WanSampler,
     text: PromptEncoder,
     /// For high noise; and for all noise where there is no other.
@@ -56,11 +55,7 @@ pub struct WanPipeline {
     transformer: Slot<WanTransformer>,
     low_noise: Option<LowNoise>,
     vae: Slot<WanVae>,
-    placement: Placement,
     pictures: Pictures,
-    latent_rgb: LatentRgb,
-    places: Places,
-    device: Device,
 }
 
 /// The transformer of the last steps.
@@ -98,7 +93,7 @@ impl WanPipeline {
     /// # Errors
     /// See [`crate::load`].
     pub fn load(folder: &Path, index: &ModelIndex, options: &LoadOptions) -> Result<Self, Error> {
-        let mut info = facts(folder, index)?.info;
+        let info = facts(folder, index)?.info;
         let sampler = WanSampler::load(folder)?;
         let placement = Placement::new(folder, options)?;
         let turns = placement.turns();
@@ -114,23 +109,22 @@ impl WanPipeline {
         }
         let (from, with, encodes) = (folder.to_owned(), options.clone(), pictures.encodes());
         let (vae, vae_parameters) = Slot::new(turns, move || load_vae(&from, &with, encodes))?;
-        info.work = info.work.with_parameters([parameters, vae_parameters, text_parameters + more]);
-        let latent_rgb = Extras::read(folder, info.work.latent_channels)?.latent_rgb.unwrap_or_default();
-        let (places, device) = (options.places.clone(), options.device.clone());
         let config = TransformerConfig::read(&folder.join("transformer").join("config.json"))?;
         Ok(Self {
-            info,
+            base: Base::new(
+                folder,
+                info,
+                [parameters, vae_parameters, text_parameters + more],
+                placement,
+                options,
+            )?,
             sampler,
             text,
             config,
             transformer,
             low_noise,
             vae,
-            placement,
             pictures,
-            latent_rgb,
-            places,
-            device,
         })
     }
 
@@ -154,7 +148,7 @@ impl WanPipeline {
 
     /// Reads more or fewer text tokens from now on.
     pub fn set_token_limit(&mut self, limit: usize) {
-        self.info.token_limit = limit;
+        self.base.info.token_limit = limit;
         self.text.set_limit(limit);
     }
 

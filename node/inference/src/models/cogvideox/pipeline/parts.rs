@@ -3,15 +3,12 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::CogVideoXPipeline;
-use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::cogvideox::transformer::Positions;
-use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::guided::{Texts, each};
-use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::{Course, State, VideoModel, initial};
-use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
+use crate::pipeline::run::{Base, Course, State, VideoModel, initial};
+use crate::pipeline::{GenerateRequest, Phase, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::Passes;
 use crate::sampler::{DiffusionSampler, DiffusionSchedule};
@@ -56,16 +53,8 @@ impl VideoModel for CogVideoXPipeline {
     type Plan = Plan;
     type Context = Context;
 
-    fn facts(&self) -> &PipelineInfo {
-        &self.info
-    }
-
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn placement(&self) -> &Placement {
-        &self.placement
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn give_back(&self, phase: Phase) {
@@ -75,10 +64,6 @@ impl VideoModel for CogVideoXPipeline {
             Phase::Decode => self.vae.give_back(),
             Phase::Load => {}
         }
-    }
-
-    fn places(&self) -> &Places {
-        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -109,7 +94,7 @@ impl VideoModel for CogVideoXPipeline {
             let rule = "this model's sampler has its own timesteps: say how many steps instead";
             return Err(Error::Number { field: "number of timesteps", given, rule });
         }
-        let work = &self.info.work;
+        let work = &self.base.info.work;
         let frames = (request.frames - 1) / work.temporal_ratio + 1;
         let dropped = frames.next_multiple_of(work.patch[0]) - frames;
         let cells =
@@ -149,9 +134,9 @@ impl VideoModel for CogVideoXPipeline {
         let image = image_latents(self, request, plan)?;
         self.vae.give_back();
         let transformer = self.transformer.get()?;
-        let mut positions = transformer.positions(plan.cells, positive.dim(1)?, &self.device)?;
+        let mut positions = transformer.positions(plan.cells, positive.dim(1)?, &self.base.device)?;
         positions.route = request.touch.route.clone();
-        let passes = Passes::new(request.guidance_passes, &self.device);
+        let passes = Passes::new(request.guidance_passes, &self.base.device);
         let project = |text: &Tensor| Ok(transformer.project_text(text)?);
         let texts = Texts::new(&passes, &positive, negative.as_ref(), project)?;
         Ok(Context { texts, positions, image })
@@ -192,7 +177,7 @@ impl VideoModel for CogVideoXPipeline {
         let step = match plan.sampler {
             DiffusionSampler::Ddim => schedule.ddim(index, &state.latents, output)?,
             DiffusionSampler::Dpm => {
-                let noise = step_noise(request, plan, index)?.to_device(&self.device)?;
+                let noise = step_noise(request, plan, index)?.to_device(&self.base.device)?;
                 let earlier = state.remembered(EARLIER)?;
                 schedule.dpm(index, &state.latents, output, earlier, &noise)?
             }
@@ -204,10 +189,6 @@ impl VideoModel for CogVideoXPipeline {
         Ok(step.predicted)
     }
 
-    fn colours(&self) -> &LatentRgb {
-        &self.latent_rgb
-    }
-
     fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
         let kept = latents.narrow(1, plan.dropped, plan.cells[0] - plan.dropped)?;
         Ok(kept.transpose(1, 2)?.contiguous()?)
@@ -215,7 +196,7 @@ impl VideoModel for CogVideoXPipeline {
 
     fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error> {
         let vae = self.vae.get()?;
-        let z = vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
+        let z = vae.denormalize(&volume.to_device(&self.base.device)?)?.to_dtype(self.base.dtype)?;
         Ok(vae.decode(&z, request.decode.tile, sink, None)?)
     }
 }
@@ -251,8 +232,8 @@ fn image_latents(
 ) -> Result<Option<Tensor>, Error> {
     let Some(given) = request.conditions.first() else { return Ok(None) };
     let vae = model.vae.get()?;
-    let moments = vae.encode(&given.video(1, &model.device, model.dtype)?, None)?;
-    let noise = condition_noise(request, 0, moments.mean.dims(), &model.device)?;
+    let moments = vae.encode(&given.video(1, &model.base.device, model.base.dtype)?, None)?;
+    let noise = condition_noise(request, 0, moments.mean.dims(), &model.base.device)?;
     let drawn = vae.scale_image(&moments.sample(&noise)?)?.transpose(1, 2)?.contiguous()?;
     let rest = plan.cells[0] - 1;
     Ok(Some(drawn.to_dtype(DType::F32)?.pad_with_zeros(1, 0, rest)?))

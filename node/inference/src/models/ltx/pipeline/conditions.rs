@@ -215,10 +215,10 @@ impl Given {
         let pieces = layout.pieces.iter().map(piece).collect::<candle_core::Result<Vec<_>>>()?;
         let shape =
             [1, layout.strengths.len() * volume.grid()[1] * volume.grid()[2], volume.packed_shape()[2]];
-        let nothing = Tensor::zeros(&shape, DType::F32, &model.device)?;
+        let nothing = Tensor::zeros(&shape, DType::F32, &model.base.device)?;
         let full = lay(&nothing, layout, volume, &pieces)?;
         let is_full = |strength: f32| if strength > 1.0 - EPSILON { 1.0 } else { 0.0 };
-        let mask = layout.tokens(is_full, volume, &model.device)?.unsqueeze(2)?;
+        let mask = layout.tokens(is_full, volume, &model.base.device)?.unsqueeze(2)?;
         Ok(Self { pieces, full, mask })
     }
 
@@ -264,8 +264,8 @@ fn encode(
     (given, count): (&Condition, usize),
     draw: usize,
 ) -> Result<Tensor, Error> {
-    let moments = encoder.encode(&given.video(count, &model.device, model.dtype)?, None)?;
-    let noise = condition_noise(request, draw, moments.mean.dims(), &model.device)?;
+    let moments = encoder.encode(&given.video(count, &model.base.device, model.base.dtype)?, None)?;
+    let noise = condition_noise(request, draw, moments.mean.dims(), &model.base.device)?;
     Ok(encoder.normalize(&moments.sample(&noise)?)?)
 }
 

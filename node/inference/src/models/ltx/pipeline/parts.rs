@@ -5,17 +5,15 @@ use candle_core::{DType, Device, Tensor};
 use super::conditions::{Given, Layout};
 use super::second;
 use super::{LtxClass, LtxPipeline, pack, unpack};
-use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::ltx::rope::{Positions, Rope, RopeTables};
 use crate::models::ltx::transformer::TextContext;
 use crate::models::ltx::vae::{DecodeSettings, Noise};
-use crate::offload::Placement;
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::guided::{Texts, each};
-use crate::pipeline::latents::{LatentRgb, Volume};
-use crate::pipeline::run::{Course, State, VideoModel, initial};
-use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
+use crate::pipeline::latents::Volume;
+use crate::pipeline::run::{Base, Course, State, VideoModel, initial};
+use crate::pipeline::{GenerateRequest, Phase, touch};
 use crate::rng::{Stream, normal_tensor};
 use crate::sampler::guidance::Passes;
 use crate::sampler::{FlowMatchConfig, Schedule, ScheduleRequest, calculate_shift, linear_quadratic};
@@ -55,16 +53,8 @@ impl VideoModel for LtxPipeline {
     type Plan = Plan;
     type Context = Context;
 
-    fn facts(&self) -> &PipelineInfo {
-        &self.info
-    }
-
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn placement(&self) -> &Placement {
-        &self.placement
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn give_back(&self, phase: Phase) {
@@ -74,10 +64,6 @@ impl VideoModel for LtxPipeline {
             Phase::Decode => self.vae.give_back(),
             Phase::Load => {}
         }
-    }
-
-    fn places(&self) -> &Places {
-        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -92,7 +78,7 @@ impl VideoModel for LtxPipeline {
         if !self.encodes {
             return Takes::Nothing("takes no picture, and one was given: its autoencoder has no encoder");
         }
-        if self.info.work.patch[0] != 1 {
+        if self.base.info.work.patch[0] != 1 {
             return Takes::Nothing(
                 "takes no picture, and one was given: its tokens span several latent frames",
             );
@@ -105,8 +91,8 @@ impl VideoModel for LtxPipeline {
     }
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
-        let volume = Volume::new(&self.info.work, request);
-        let layout = Layout::new(request, volume.cells[0], self.info.work.temporal_ratio);
+        let volume = Volume::new(&self.base.info.work, request);
+        let layout = Layout::new(request, volume.cells[0], self.base.info.work.temporal_ratio);
         second::check(self, request, &volume)?;
         let schedule = schedule(self, request)?;
         let second = request.second_pass.is_some();
@@ -193,7 +179,7 @@ impl VideoModel for LtxPipeline {
     ) -> Result<Tensor, Error> {
         if let Some(given) = &context.given {
             let latents = given.noised(request, plan, index, &state.latents)?;
-            let levels = plan.levels(index, &self.device)?;
+            let levels = plan.levels(index, &self.base.device)?;
             state.latents = (&latents + output.broadcast_mul(&levels.changes)?)?;
             return Ok((latents - output.broadcast_mul(&levels.sigmas)?)?);
         }
@@ -214,10 +200,6 @@ impl VideoModel for LtxPipeline {
             LtxClass::Text => plan.schedule.change(index),
             LtxClass::Condition => plan.schedule.change_from_timestep(index),
         })
-    }
-
-    fn colours(&self) -> &LatentRgb {
-        &self.latent_rgb
     }
 
     fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
@@ -270,7 +252,7 @@ fn whole_schedule(model: &LtxPipeline, request: &GenerateRequest) -> Result<Sche
     let config = &model.scheduler;
     match class(model, request) {
         LtxClass::Text => {
-            let volume = Volume::new(&model.info.work, request);
+            let volume = Volume::new(&model.base.info.work, request);
             let mu = calculate_shift(config, volume.cells.iter().product());
             let points = given.map_or(ScheduleRequest::Steps(request.steps), ScheduleRequest::Timesteps);
             Ok(Schedule::new(config, &points, mu)?)
@@ -320,7 +302,7 @@ impl Context {
         };
         let clean = second::clean(model, request, &plan.volume)?;
         let transformer = model.transformer.get()?;
-        let passes = Passes::new(request.guidance_passes, &model.device);
+        let passes = Passes::new(request.guidance_passes, &model.base.device);
         let texts = Texts::new(&passes, &positive, negative.as_ref(), |(text, mask)| {
             let mut context = transformer.text_context(text, Some(mask))?;
             context.route = request.touch.route.clone();
@@ -331,19 +313,19 @@ impl Context {
 }
 
 fn rope(model: &LtxPipeline, request: &GenerateRequest, plan: &Plan) -> Result<RopeTables, Error> {
-    let (work, volume) = (&model.info.work, &plan.volume);
+    let (work, volume) = (&model.base.info.work, &plan.volume);
     let (time, space) = (work.temporal_ratio as f64, work.spatial_ratio as f64);
     let config = &model.config;
     let rope = Rope::new(config.inner(), config.patch_size, config.patch_size_t);
     let tables = match plan.class {
         LtxClass::Text => {
             let scale = Some([time / request.fps, space, space]);
-            rope.tables(Positions::Grid { size: volume.grid(), scale }, &model.device)?
+            rope.tables(Positions::Grid { size: volume.grid(), scale }, &model.base.device)?
         }
         LtxClass::Condition => {
             let times = plan.layout.times(volume, work.temporal_ratio);
             let coordinates = coordinates(volume, &times, work.spatial_ratio, request.fps)?;
-            rope.tables(Positions::Coordinates(&coordinates), &model.device)?
+            rope.tables(Positions::Coordinates(&coordinates), &model.base.device)?
         }
     };
     Ok(tables)
@@ -379,7 +361,7 @@ fn velocity(
 ) -> Result<Tensor, Error> {
     let (input, timesteps) = match &context.given {
         Some(given) => {
-            (given.noised(request, plan, index, latents)?, plan.levels(index, &model.device)?.timesteps)
+            (given.noised(request, plan, index, latents)?, plan.levels(index, &model.base.device)?.timesteps)
         }
         None => (latents.clone(), Tensor::new(&[[plan.schedule.timesteps[index]]], &Device::Cpu)?),
     };
@@ -401,7 +383,7 @@ fn decode(
     let vae = model.vae.get()?;
     let conditioned = model.vae_config.decoder.timestep_conditioning;
     let mut given = request.decode_noise.as_slice();
-    let mut z = vae.denormalize(&latents.to_device(&model.device)?)?;
+    let mut z = vae.denormalize(&latents.to_device(&model.base.device)?)?;
     let mut timestep = None;
     if conditioned {
         let noise = match given.split_first() {
@@ -409,7 +391,7 @@ fn decode(
                 given = rest;
                 decode_noise(first, &z)?
             }
-            None => normal_tensor(request.seed, Stream::Decode, z.dims(), &model.device)?,
+            None => normal_tensor(request.seed, Stream::Decode, z.dims(), &model.base.device)?,
         };
         let scale = request.decode_noise_scale.unwrap_or(request.decode_timestep);
         z = ((z * (1.0 - scale))? + (noise * scale)?)?;
@@ -418,7 +400,7 @@ fn decode(
     let noise = if given.is_empty() { Noise::Seed(request.seed) } else { Noise::Given(given) };
     let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
     let settings = DecodeSettings { timestep: timestep.as_ref(), noise, tiling };
-    Ok(vae.decode(&z.to_dtype(model.dtype)?, &settings, sink, None)?)
+    Ok(vae.decode(&z.to_dtype(model.base.dtype)?, &settings, sink, None)?)
 }
 
 fn decode_noise(given: &Tensor, z: &Tensor) -> Result<Tensor, Error> {

@@ -66,7 +66,7 @@ pub(super) fn clean(
     let (Some(second), Some(given)) = (&request.second_pass, &request.initial_latents) else {
         return Ok(None);
     };
-    let given = given.to_dtype(DType::F32)?.to_device(&model.device)?;
+    let given = given.to_dtype(DType::F32)?.to_device(&model.base.device)?;
     if given.dims() == volume.packed_shape() {
         return Ok(Some(given.contiguous()?));
     }
@@ -84,12 +84,12 @@ pub(super) fn hide(clean: &Tensor, noise: &Tensor, sigma: f32) -> candle_core::R
 fn upsample(model: &LtxPipeline, second: &SecondPass, latents: &Tensor) -> Result<Tensor, Error> {
     let upsampler = load_upsampler(&model.folder, &model.options)?;
     let upsampler = upsampler.ok_or_else(|| Error::SecondPass {
-        architecture: model.info.architecture.clone(),
+        architecture: model.base.info.architecture.clone(),
         rule: "has no latent upsampler any more",
     })?;
     let vae = model.vae.get()?;
     let latents = vae.denormalize(latents)?;
-    let mut large = upsampler.forward(&latents.to_dtype(model.dtype)?)?.to_dtype(DType::F32)?;
+    let mut large = upsampler.forward(&latents.to_dtype(model.base.dtype)?)?.to_dtype(DType::F32)?;
     if second.adain > 0.0 {
         large = adapt(&large, &latents, second.adain)?;
     }
@@ -107,7 +107,7 @@ impl LtxPipeline {
     /// # Errors
     /// When the folder has no upsampler, or what the device reports.
     pub fn upsample(&self, second: &SecondPass, latents: &Tensor) -> Result<Tensor, Error> {
-        upsample(self, second, &latents.to_device(&self.device)?)
+        upsample(self, second, &latents.to_device(&self.base.device)?)
     }
 
     /// Tokens after those that stand before the clip's own, put over clean ones at the first noise level.

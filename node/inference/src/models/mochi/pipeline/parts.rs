@@ -3,15 +3,13 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::MochiPipeline;
-use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::mochi::rope::RopeTables;
 use crate::models::mochi::transformer::TextContext;
-use crate::offload::Placement;
 use crate::pipeline::guided::{Texts, each};
-use crate::pipeline::latents::{LatentRgb, Volume, pack, unpack};
-use crate::pipeline::run::{Course, State, VideoModel, initial};
-use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
+use crate::pipeline::latents::{Volume, pack, unpack};
+use crate::pipeline::run::{Base, Course, State, VideoModel, initial};
+use crate::pipeline::{GenerateRequest, Phase, touch};
 use crate::sampler::guidance::Passes;
 use crate::sampler::{Schedule, ScheduleRequest, linear_quadratic};
 use crate::sink::Sink;
@@ -38,16 +36,8 @@ impl VideoModel for MochiPipeline {
     type Plan = Plan;
     type Context = Context;
 
-    fn facts(&self) -> &PipelineInfo {
-        &self.info
-    }
-
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn placement(&self) -> &Placement {
-        &self.placement
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn give_back(&self, phase: Phase) {
@@ -57,10 +47,6 @@ impl VideoModel for MochiPipeline {
             Phase::Decode => self.vae.give_back(),
             Phase::Load => {}
         }
-    }
-
-    fn places(&self) -> &Places {
-        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -79,7 +65,7 @@ impl VideoModel for MochiPipeline {
         let schedule = schedule(self, request)?;
         let level = |&sigma: &f32| if self.scheduler.invert_sigmas { 1.0 - sigma } else { sigma };
         let levels = schedule.sigmas.iter().map(level).collect();
-        Ok(Plan { schedule, levels, volume: Volume::new(&self.info.work, request) })
+        Ok(Plan { schedule, levels, volume: Volume::new(&self.base.info.work, request) })
     }
 
     fn course<'a>(&self, plan: &'a Plan) -> Course<'a> {
@@ -106,7 +92,7 @@ impl VideoModel for MochiPipeline {
         let negative = self.is_guided(request).then(|| encode(&request.negative_prompt)).transpose()?;
         self.text.give_back();
         let transformer = self.transformer.get()?;
-        let passes = Passes::new(request.guidance_passes, &self.device);
+        let passes = Passes::new(request.guidance_passes, &self.base.device);
         let texts = Texts::new(&passes, &positive, negative.as_ref(), |(text, mask)| {
             let mut context = transformer.text_context(text, mask)?;
             context.route = request.touch.route.clone();
@@ -153,17 +139,13 @@ impl VideoModel for MochiPipeline {
         Some(plan.schedule.change(index))
     }
 
-    fn colours(&self) -> &LatentRgb {
-        &self.latent_rgb
-    }
-
     fn volume(&self, plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
         Ok(unpack(latents, plan.volume.cells, plan.volume.patch)?)
     }
 
     fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error> {
         let vae = self.vae.get()?;
-        let z = vae.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
+        let z = vae.denormalize(&volume.to_device(&self.base.device)?)?.to_dtype(self.base.dtype)?;
         let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
         Ok(vae.decode(&z, tiling, sink)?)
     }

@@ -6,15 +6,12 @@ use candle_core::{DType, Device, Tensor};
 use super::PyramidPipeline;
 use super::resize::enlarge;
 use super::units::Plan;
-use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::pyramid::transformer::TextContext;
-use crate::offload::Placement;
 use crate::pipeline::conditions::{Takes, condition_noise};
 use crate::pipeline::guided::{Texts, each};
-use crate::pipeline::latents::LatentRgb;
-use crate::pipeline::run::{Course, State, VideoModel};
-use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
+use crate::pipeline::run::{Base, Course, State, VideoModel};
+use crate::pipeline::{GenerateRequest, Phase, touch};
 use crate::sampler::guidance::Passes;
 use crate::sink::Sink;
 use crate::tiling::Tiling;
@@ -33,16 +30,8 @@ impl VideoModel for PyramidPipeline {
     type Plan = Plan;
     type Context = Context;
 
-    fn facts(&self) -> &PipelineInfo {
-        &self.info
-    }
-
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn placement(&self) -> &Placement {
-        &self.placement
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn give_back(&self, phase: Phase) {
@@ -52,10 +41,6 @@ impl VideoModel for PyramidPipeline {
             Phase::Decode => self.vae.give_back(),
             Phase::Load => {}
         }
-    }
-
-    fn places(&self) -> &Places {
-        &self.places
     }
 
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
@@ -115,7 +100,7 @@ impl VideoModel for PyramidPipeline {
         let picture = picture(self, request)?;
         self.vae.give_back();
         let transformer = self.transformer.get()?;
-        let passes = Passes::new(request.guidance_passes, &self.device);
+        let passes = Passes::new(request.guidance_passes, &self.base.device);
         let texts = Texts::new(&passes, &positive, negative.as_ref(), |text| {
             let mut context = transformer.text_context(&text.embeds, &text.mask, &text.pooled)?;
             context.route = request.touch.route.clone();
@@ -194,13 +179,9 @@ impl VideoModel for PyramidPipeline {
             state.latents = made;
         } else {
             state.memory.insert(FINISHED.to_owned(), made);
-            state.latents = plan.noise(request, place.unit + 1)?.to_device(&self.device)?;
+            state.latents = plan.noise(request, place.unit + 1)?.to_device(&self.base.device)?;
         }
         Ok(seen)
-    }
-
-    fn colours(&self) -> &LatentRgb {
-        &self.latent_rgb
     }
 
     fn volume(&self, _plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
@@ -209,7 +190,7 @@ impl VideoModel for PyramidPipeline {
 
     fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error> {
         let vae = self.vae.get()?;
-        let z = self.denormalize(&volume.to_device(&self.device)?)?.to_dtype(self.dtype)?;
+        let z = self.denormalize(&volume.to_device(&self.base.device)?)?.to_dtype(self.base.dtype)?;
         let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
         Ok(vae.decode(&z, tiling, sink)?)
     }
@@ -230,8 +211,8 @@ impl PyramidPipeline {
 /// The latents of a given picture, drawn from the distribution that the VAE gives, `[1, C, 1, H, W]`.
 fn picture(model: &PyramidPipeline, request: &GenerateRequest) -> Result<Option<Tensor>, Error> {
     let Some(given) = request.conditions.first() else { return Ok(None) };
-    let moments = model.vae.get()?.encode(&given.video(1, &model.device, model.dtype)?)?;
-    let noise = condition_noise(request, 0, moments.mean.dims(), &model.device)?;
+    let moments = model.vae.get()?.encode(&given.video(1, &model.base.device, model.base.dtype)?)?;
+    let noise = condition_noise(request, 0, moments.mean.dims(), &model.base.device)?;
     Ok(Some(model.normalize_first(&moments.sample(&noise)?)?))
 }
 

@@ -44,7 +44,7 @@ pub(super) struct Place {
 
 impl Plan {
     pub(super) fn new(model: &PyramidPipeline, request: &GenerateRequest) -> Result<Self, Error> {
-        let (work, settings) = (&model.info.work, &model.settings);
+        let (work, settings) = (&model.base.info.work, &model.settings);
         let stages = model.schedule.stages().len();
         let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
         let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];

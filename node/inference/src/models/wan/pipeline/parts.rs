@@ -4,16 +4,15 @@ use candle_core::{DType, Device, Tensor};
 
 use super::pictures::{self, Pictures};
 use super::{WanPipeline, WanSchedule};
-use crate::adapter::Places;
 use crate::error::Error;
 use crate::models::wan::rope::RopeTables;
 use crate::models::wan::transformer::{TextContext, WanTransformer};
-use crate::offload::{Placement, Slot};
+use crate::offload::Slot;
 use crate::pipeline::conditions::Takes;
 use crate::pipeline::guided::{Texts, each};
-use crate::pipeline::latents::{LatentRgb, pack, unpack};
-use crate::pipeline::run::{Course, State, VideoModel, initial};
-use crate::pipeline::{GenerateRequest, Phase, PipelineInfo, touch};
+use crate::pipeline::latents::{pack, unpack};
+use crate::pipeline::run::{Base, Course, State, VideoModel, initial};
+use crate::pipeline::{GenerateRequest, Phase, touch};
 use crate::sampler::guidance::Passes;
 use crate::sink::Sink;
 use crate::text::clean::clean;
@@ -43,16 +42,8 @@ impl VideoModel for WanPipeline {
     type Plan = Plan;
     type Context = Context;
 
-    fn facts(&self) -> &PipelineInfo {
-        &self.info
-    }
-
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn placement(&self) -> &Placement {
-        &self.placement
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn give_back(&self, phase: Phase) {
@@ -80,10 +71,6 @@ impl VideoModel for WanPipeline {
         Ok(())
     }
 
-    fn places(&self) -> &Places {
-        &self.places
-    }
-
     fn prompt_tokens(&self, prompt: &str) -> Result<usize, Error> {
         self.text.tokens(&clean(prompt))
     }
@@ -101,7 +88,7 @@ impl VideoModel for WanPipeline {
     }
 
     fn plan(&self, request: &GenerateRequest) -> Result<Plan, Error> {
-        let work = &self.info.work;
+        let work = &self.base.info.work;
         let frames = request.frames.saturating_sub(1) / work.temporal_ratio + 1;
         let cells = [frames, request.height / work.spatial_ratio, request.width / work.spatial_ratio];
         check_positions(self, request, cells)?;
@@ -115,7 +102,7 @@ impl VideoModel for WanPipeline {
 
     fn latents_shape(&self, plan: &Plan, _done: usize) -> Vec<usize> {
         let [frames, height, width] = plan.cells;
-        vec![1, self.info.work.latent_channels, frames, height, width]
+        vec![1, self.base.info.work.latent_channels, frames, height, width]
     }
 
     fn begin(&self, request: &GenerateRequest, plan: &Plan) -> Result<Tensor, Error> {
@@ -132,7 +119,7 @@ impl VideoModel for WanPipeline {
         self.pictures.give_back();
         let pictures = pictures::latents(self, request)?;
         self.vae.give_back();
-        let passes = Passes::new(request.guidance_passes, &self.device);
+        let passes = Passes::new(request.guidance_passes, &self.base.device);
         let texts = |transformer: &Slot<WanTransformer>| -> Result<Texts<TextContext>, Error> {
             let transformer = transformer.get()?;
             Texts::new(&passes, &positive, negative.as_ref(), |text| {
@@ -144,7 +131,7 @@ impl VideoModel for WanPipeline {
         let timesteps = plan.schedule.course().timesteps;
         let any = |low: bool| timesteps.iter().any(|&timestep| self.is_low(timestep) == low);
         let low = self.low_noise.as_ref().filter(|_| any(true));
-        let patch = self.info.work.patch;
+        let patch = self.base.info.work.patch;
         let grid = std::array::from_fn(|axis| plan.cells[axis] / patch[axis]);
         // The steps begin with the high transformer: it is the one that stays.
         let low = low.map(|low| texts(&low.transformer)).transpose()?;
@@ -152,7 +139,7 @@ impl VideoModel for WanPipeline {
         Ok(Context {
             high: any(false).then(|| texts(&self.transformer)).transpose()?,
             low,
-            rope: RopeTables::new(&self.config, grid, &self.device)?,
+            rope: RopeTables::new(&self.config, grid, &self.base.device)?,
             pictures,
         })
     }
@@ -177,7 +164,7 @@ impl VideoModel for WanPipeline {
         };
         let texts =
             texts.as_ref().expect("invariant: a context has the texts of every transformer of its plan");
-        let patch = self.info.work.patch;
+        let patch = self.base.info.work.patch;
         let (latents, timestep) = match &context.pictures {
             None => (state.latents.clone(), Tensor::new(&[[timestep]], &Device::Cpu)?),
             Some(first) if plan.first => {
@@ -217,17 +204,13 @@ impl VideoModel for WanPipeline {
         if plan.first { None } else { plan.schedule.change(index) }
     }
 
-    fn colours(&self) -> &LatentRgb {
-        &self.latent_rgb
-    }
-
     fn volume(&self, _plan: &Plan, latents: &Tensor) -> Result<Tensor, Error> {
         Ok(latents.clone())
     }
 
     fn decode(&self, request: &GenerateRequest, volume: &Tensor, sink: &mut dyn Sink) -> Result<(), Error> {
         let vae = self.vae.get()?;
-        let z = vae.denormalize(&volume.to_device(&self.device)?)?;
+        let z = vae.denormalize(&volume.to_device(&self.base.device)?)?;
         let tiling = Tiling { tile: request.decode.tile, chunk: request.decode.chunk };
         Ok(vae.decode(&z, tiling, sink)?)
     }
@@ -243,7 +226,7 @@ impl WanPipeline {
 
     /// A timestep for each token, `[1, tokens]`, with the first latent frame's without noise.
     fn timesteps_after_first(&self, plan: &Plan, timestep: f32) -> Result<Tensor, Error> {
-        let patch = self.info.work.patch;
+        let patch = self.base.info.work.patch;
         let [frames, rows, columns] = std::array::from_fn(|axis| plan.cells[axis] / patch[axis]);
         let (first, all) = (rows * columns, frames * rows * columns);
         let values = (0..all).map(|token| if token < first { 0.0 } else { timestep }).collect::<Vec<_>>();
@@ -257,7 +240,7 @@ fn check_positions(
     request: &GenerateRequest,
     [frames, rows, columns]: [usize; 3],
 ) -> Result<(), Error> {
-    let info = &model.info;
+    let info = &model.base.info;
     let most = model.config.rope_max_seq_len;
     let (multiple, patch) = (info.size_multiple, info.work.patch);
     for (side, given, cells) in [("height", request.height, rows), ("width", request.width, columns)] {

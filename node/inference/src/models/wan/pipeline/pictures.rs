@@ -86,8 +86,9 @@ impl Pictures {
         model: &WanPipeline,
     ) -> Result<Option<Tensor>, Error> {
         let Self::Channels(Some(clip)) = self else { return Ok(None) };
-        let prepare =
-            |picture: &Tensor| clip.preprocessor.prepare(&picture.squeeze(0)?.contiguous()?, &model.device);
+        let prepare = |picture: &Tensor| {
+            clip.preprocessor.prepare(&picture.squeeze(0)?.contiguous()?, &model.base.device)
+        };
         let pixels = request.conditions.iter().map(|given| prepare(&given.pictures));
         let pixels = Tensor::cat(&pixels.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
         Ok(Some(clip.encoder.get()?.forward(&pixels)?))
@@ -100,12 +101,12 @@ pub(super) fn latents(model: &WanPipeline, request: &GenerateRequest) -> Result<
     let Some(first) = request.conditions.first() else { return Ok(None) };
     let vae = model.vae.get()?;
     let encode = |video: &Tensor| vae.normalize(&vae.encode(video)?.mean);
-    let picture = first.video(1, &model.device, DType::F32)?;
+    let picture = first.video(1, &model.base.device, DType::F32)?;
     if let Pictures::First = model.pictures {
         return Ok(Some(encode(&picture)?));
     }
     let last =
-        request.conditions.get(1).map(|given| given.video(1, &model.device, DType::F32)).transpose()?;
+        request.conditions.get(1).map(|given| given.video(1, &model.base.device, DType::F32)).transpose()?;
     let between = request.frames - 1 - usize::from(last.is_some());
     let mut video = picture.pad_with_zeros(2, 0, between)?;
     if let Some(last) = &last {
@@ -113,7 +114,7 @@ pub(super) fn latents(model: &WanPipeline, request: &GenerateRequest) -> Result<
     }
     let latents = encode(&video)?;
     let (_, _, frames, height, width) = latents.dims5()?;
-    let ratio = model.info.work.temporal_ratio;
+    let ratio = model.base.info.work.temporal_ratio;
     // The mask says of each frame whether it is given; the first, which alone makes a latent frame, stands there
     // `ratio` times.
     let given = |channel: usize, frame: usize| {
@@ -125,7 +126,7 @@ pub(super) fn latents(model: &WanPipeline, request: &GenerateRequest) -> Result<
             std::iter::repeat_n(value, height * width)
         })
         .collect();
-    let mask = Tensor::from_vec(mask, (1, ratio, frames, height, width), &model.device)?;
+    let mask = Tensor::from_vec(mask, (1, ratio, frames, height, width), &model.base.device)?;
     Ok(Some(Tensor::cat(&[mask, latents], 1)?))
 }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::adapter::Places;
 use crate::error::Error;
 use crate::pipeline::{GenerateRequest, LoadOptions};
-use crate::plan::{Fit, MemoryPlan, PlanOptions};
+use crate::plan::{Fit, PlanOptions};
 use crate::registry;
 
 /// What becomes of a model's components during a run.
@@ -59,7 +59,7 @@ impl Placement {
     /// model's smallest clip.
     ///
     /// # Errors
-    /// As [`MemoryPlan::new`].
+    /// As [`Fit::of`].
     pub fn new(folder: &Path, options: &LoadOptions) -> Result<Self, Error> {
         let this = Self {
             folder: folder.to_owned(),
@@ -73,7 +73,7 @@ impl Placement {
             (Offload::InTurn, _) => true,
             (Offload::Auto, Some(memory)) => {
                 let smallest = registry::facts(folder)?.smallest();
-                MemoryPlan::new(folder, &smallest, &this.options)?.peak(false) > memory
+                Fit::of(folder, &smallest, &this.options, (this.offload, Some(memory)))?.needs.in_turn
             }
             _ => false,
         };

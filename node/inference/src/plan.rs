@@ -1,4 +1,5 @@
-//! How much memory a job needs, from a model's configuration files alone: before anything of it is loaded.
+//! How much memory a job needs, from a model's configuration and the lists of its weight files: before anything of it is
+//! loaded.
 //!
 //! A plan has the model's components with what their weights take once loaded, and the phases of a run with the
 //! components that each uses and the most that its tensors take at once (their activations). [`MemoryPlan::peak`] is the
@@ -243,29 +244,36 @@ impl Fit {
         const PIECES: [(usize, usize); 4] = [(512, 64), (256, 32), (256, 16), (128, 8)];
         let with = |decode: DecodeOptions, guidance_passes: GuidancePasses| {
             let request = GenerateRequest { decode, guidance_passes, ..request.clone() };
-            let needs = MemoryPlan::new(folder, &request, options)?.needs(offload, memory);
-            Ok::<_, Error>(Self { needs, decode, passes: guidance_passes })
+            let plan = MemoryPlan::new(folder, &request, options)?;
+            let needs = plan.needs(offload, memory);
+            Ok::<_, Error>((Self { needs, decode, passes: guidance_passes }, plan))
         };
         let decoded = |decode: DecodeOptions| {
             let asked = with(decode, request.guidance_passes)?;
-            let free = request.guidance_passes == GuidancePasses::Auto && !options.cpu;
-            if !free || asked.needs.fits && !asked.needs.in_turn {
+            let free = request.guidance_passes == GuidancePasses::Auto && !options.cpu && request.is_guided();
+            let needs = asked.0.needs;
+            if !free || needs.fits && !needs.in_turn {
                 return Ok::<_, Error>(asked);
             }
             let apart = with(decode, GuidancePasses::Apart)?;
             // Reading the components for every clip takes longer than two predictions instead of one batch.
-            let better = !asked.needs.fits || apart.needs.fits && !apart.needs.in_turn;
+            let better = !needs.fits || apart.0.needs.fits && !apart.0.needs.in_turn;
             Ok(if better { apart } else { asked })
         };
-        let asked = decoded(request.decode)?;
+        let (asked, mut plan) = decoded(request.decode)?;
         let exact = crate::registry::exact(folder)?;
         let says_so = request.decode.tile.is_some() || request.decode.chunk.is_some();
         if asked.needs.fits || says_so || !(exact.tiles || exact.runs) {
             return Ok(asked);
         }
+        // Pieces help a decode alone.
+        plan.phases.retain(|phase| phase.phase != PlanPhase::Decode);
+        if !plan.needs(offload, memory).fits {
+            return Ok(asked);
+        }
         for (tile, chunk) in PIECES {
             let (tile, chunk) = (exact.tiles.then_some(tile), exact.runs.then_some(chunk));
-            let fit = decoded(DecodeOptions { tile, chunk, ..request.decode })?;
+            let (fit, _) = decoded(DecodeOptions { tile, chunk, ..request.decode })?;
             if fit.needs.fits {
                 return Ok(fit);
             }
@@ -301,8 +309,13 @@ impl Draft {
     pub(crate) fn new(options: &PlanOptions, request: &GenerateRequest) -> Self {
         let plan = MemoryPlan { components: Vec::new(), phases: Vec::new() };
         let given = request.conditions.iter().map(|given| given.pictures.elem_count());
-        let latents = request.initial_latents.iter().map(Tensor::elem_count);
-        let given = given.chain(latents).fold(0, usize::saturating_add);
+        let start = request
+            .touch
+            .start
+            .iter()
+            .flat_map(|start| std::iter::once(&start.latents).chain(start.memory.values()));
+        let latents = request.initial_latents.iter().chain(&request.touch.decode_only).chain(start);
+        let given = given.chain(latents.map(Tensor::elem_count)).fold(0, usize::saturating_add);
         let beside = (!request.adapters.is_empty())
             .then(|| Beside::new(&request.adapters, options.dtype, options.cpu));
         let files = beside.as_ref().map_or(0, |beside| beside.files / size_of::<f32>() as u64);

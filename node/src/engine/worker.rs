@@ -1,8 +1,8 @@
 //! The worker process: owns a device, makes one clip after the other, and dies alone.
 //!
-//! Two threads, and a third while frames are encoded. The watch thread reads stdin: it hands orders to the main thread, notes cancels, and ends the process
-//! at the end of stdin, even in the middle of a step, so that no worker outlives its daemon. The main thread computes;
-//! only it writes messages. There is no async runtime here.
+//! Two threads, and a third while frames are encoded. The watch thread reads stdin: it hands orders to the main thread,
+//! notes cancels, and ends the process at the end of stdin, even in the middle of a step, so that no worker outlives its
+//! daemon. The main thread computes; only it writes messages. There is no async runtime here.
 //!
 //! Messages go to a duplicate of fd 1; fd 1 itself then points to stderr, so that a library's stray print is a line in
 //! the log and not a broken frame.

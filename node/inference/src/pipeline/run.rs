@@ -127,6 +127,7 @@ pub trait VideoModel: Send {
     fn read_before(&self, _plan: &Self::Plan, _index: usize) -> Result<(), Error> {
         Ok(())
     }
+
     /// How many tokens a prompt has, with the end mark.
     ///
     /// # Errors

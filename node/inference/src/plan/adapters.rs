@@ -33,19 +33,23 @@ impl Beside {
             }
             for (name, size) in lora.sizes() {
                 let all = layers.entry(name).or_default();
-                let rank = all.rank.saturating_add(size.rank);
-                *all = LayerSize { rank, bias: all.bias.max(size.bias), ..size };
+                // A bias alone comes with matrices of rank 1 that are zero.
+                let rank = all.rank.saturating_add(size.rank.max(1));
+                let most = |own: usize, other: usize| own.max(other);
+                *all = LayerSize {
+                    input: most(all.input, size.input),
+                    output: most(all.output, size.output),
+                    rank,
+                    bias: most(all.bias, size.bias),
+                };
             }
         }
         for LayerSize { input, output, rank, bias } in layers.into_values() {
             let numbers = numbers_in(&[(input, rank), (rank, output), (1, bias)]);
             let wide = numbers.saturating_mul(size_of::<f32>() as u64);
             let own = if cpu {
-                let packed = numbers_in(&[
-                    (input, rank.next_multiple_of(PANEL)),
-                    (rank, output.next_multiple_of(PANEL)),
-                    (1, bias),
-                ]);
+                let panels = |size: usize| size.checked_next_multiple_of(PANEL).unwrap_or(usize::MAX);
+                let packed = numbers_in(&[(input, panels(rank)), (rank, panels(output)), (1, bias)]);
                 packed.saturating_mul(size_of::<f32>() as u64)
             } else {
                 numbers.saturating_mul(dtype.size_in_bytes() as u64)
@@ -65,4 +69,42 @@ fn numbers_in(matrices: &[(usize, usize)]) -> u64 {
     matrices
         .iter()
         .fold(0, |all, &(rows, columns)| all.saturating_add((rows as u64).saturating_mul(columns as u64)))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+
+    use super::*;
+    use crate::adapter::Lora;
+
+    const LAYER: &str = "transformer.transformer_blocks.0.attn1.to_q";
+
+    fn adapter(tensors: &[(&str, &[usize])]) -> Adapter {
+        let data: Vec<Vec<u8>> =
+            tensors.iter().map(|(_, shape)| vec![0; 4 * shape.iter().product::<usize>()]).collect();
+        let views = tensors.iter().zip(&data).map(|((part, shape), data)| {
+            (format!("{LAYER}.{part}"), TensorView::new(Dtype::F32, shape.to_vec(), data).unwrap())
+        });
+        let bytes = safetensors::serialize(views.collect::<Vec<_>>(), None).unwrap();
+        Adapter { lora: Arc::new(Lora::from_bytes(bytes, "the adapter").unwrap()), scale: 1.0 }
+    }
+
+    #[test]
+    fn adapters_of_one_layer_add_up_in_any_order_and_a_file_counts_once() {
+        let matrices = adapter(&[("lora_A.weight", &[16, 64]), ("lora_B.weight", &[32, 16])]);
+        let bias = adapter(&[("diff_b", &[32])]);
+        let one = Beside::new(std::slice::from_ref(&matrices), DType::F32, true);
+        assert!(one.bytes >= 4 * 16 * (64 + 32), "{one:?}");
+        let both = Beside::new(&[matrices.clone(), bias.clone()], DType::F32, true);
+        assert_eq!(both, Beside::new(&[bias, matrices.clone()], DType::F32, true));
+        assert!(both.bytes > one.bytes && both.loading > one.loading, "{one:?} {both:?}");
+        assert_eq!(both.ranks, BTreeMap::from([((64, 32), 17)]));
+        let twice = Beside::new(&[matrices.clone(), matrices], DType::F32, true);
+        assert_eq!((twice.files, twice.ranks), (one.files, BTreeMap::from([((64, 32), 32)])));
+    }
 }

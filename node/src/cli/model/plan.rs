@@ -115,10 +115,15 @@ struct Planned<'a> {
 
 impl<'a> Planned<'a> {
     fn new(device: &'a DeviceConfig, model: &Model, request: &GenerateRequest) -> anyhow::Result<Self> {
-        let (options, limit) = (memory::plan_options(device), memory::limit(device));
+        let (mut options, limit) = (memory::plan_options(device), memory::limit(device));
+        let mut request = request.clone();
+        options.merges = device.merge_adapters && !request.adapters.is_empty();
+        if options.merges {
+            request.adapters.clear();
+        }
         let how = (memory::offload(device.offload), limit);
-        let plan = MemoryPlan::new(&model.dir, request, &options)?;
-        Ok(Self { device, limit, plan, fit: Fit::of(&model.dir, request, &options, how)? })
+        let plan = MemoryPlan::new(&model.dir, &request, &options)?;
+        Ok(Self { device, limit, plan, fit: Fit::of(&model.dir, &request, &options, how)? })
     }
 
     fn as_json(&self) -> serde_json::Value {

@@ -1,10 +1,13 @@
 //! The adapters of a run, read from the job's inputs. They come from strangers, and are read here, in the worker's process,
 //! within bounds.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::Path;
 use std::sync::Arc;
 
 use kinoflock_inference::{Adapter, Error, Lora};
+use kinoflock_protocol::id::BlobId;
 
 use crate::engine::wire::{AdapterUse, Failure, RunRequest, input_name};
 
@@ -27,11 +30,21 @@ pub(super) fn read_all(request: &RunRequest) -> Result<Vec<Adapter>, Failure> {
         let order = || Failure::new("worker_order", "adapters without a folder of inputs", false);
         return if extra.adapters.is_empty() { Ok(Vec::new()) } else { Err(order()) };
     };
-    extra.adapters.iter().map(|used| read(Path::new(folder.as_str()), used)).collect()
+    // A file that is named several times is read once: the operator's limit counts it once too.
+    let mut files = BTreeMap::new();
+    let one = |used: &AdapterUse| {
+        let lora = match files.entry(used.weights) {
+            Entry::Occupied(known) => Arc::clone(known.get()),
+            Entry::Vacant(place) => {
+                Arc::clone(place.insert(read(Path::new(folder.as_str()), &used.weights)?))
+            }
+        };
+        Ok(Adapter { lora, scale: used.scale })
+    };
+    extra.adapters.iter().map(one).collect()
 }
 
-fn read(folder: &Path, used: &AdapterUse) -> Result<Adapter, Failure> {
-    let lora = Lora::read(&folder.join(input_name(&used.weights)), &used.weights.short(), MAX_ADAPTER)
-        .map_err(|error| super::local::failure(&Error::from(error)))?;
-    Ok(Adapter { lora: Arc::new(lora), scale: used.scale })
+fn read(folder: &Path, weights: &BlobId) -> Result<Arc<Lora>, Failure> {
+    let lora = Lora::read(&folder.join(input_name(weights)), &weights.short(), MAX_ADAPTER);
+    lora.map(Arc::new).map_err(|error| super::local::failure(&Error::from(error)))
 }

@@ -81,7 +81,7 @@ impl Engine for LocalEngine {
         // What the model cannot make is told by the model.
         let Ok(facts) = registry::facts(folder) else { return Ok(()) };
         let merges = self.merges && !request.extra.adapters.is_empty();
-        let Ok(planned) = planned(request, &facts, merges) else { return Ok(()) };
+        let planned = planned(request, &facts, merges)?;
         let how = (self.options.offload, self.options.memory);
         let options = PlanOptions { merges, ..PlanOptions::of(&self.options) };
         let Ok(fit) = Fit::of(folder, &planned, &options, how) else { return Ok(()) };
@@ -281,8 +281,8 @@ fn load_options(request: &OpenRequest, device: &Device, dtype: DType) -> Result<
     Ok(LoadOptions { device: device.clone(), dtype, offload, memory, text_on_cpu, ..LoadOptions::default() })
 }
 
-/// A run as its memory is planned: with its sizes, tiles and places of pictures, whose files are not read. Adapters are, by
-/// whose layers it is known what they take, unless they go into the model's own weights; so are given latents.
+/// A run as its memory is planned: with its sizes, tiles and places of pictures, whose files are not read. Those of given
+/// latents are, and those of adapters, whose layers tell what they take, unless they go into the model's own weights.
 fn planned(request: &RunRequest, facts: &Facts, merges: bool) -> Result<GenerateRequest, Failure> {
     let extra = &request.extra;
     let (width, height) = (request.width as usize, request.height as usize);
@@ -293,6 +293,7 @@ fn planned(request: &RunRequest, facts: &Facts, merges: bool) -> Result<Generate
     };
     let given = extra.pictures.iter().filter_map(|given| picture(given.frame, 1));
     let adapters = if merges { Vec::new() } else { super::adapters::read_all(request)? };
+    let (touch, initial_latents) = super::touch::read(extra)?;
     let extended = extra.extend.map(|_| picture(0, extra.extend_frames.unwrap_or(1).max(1) as usize));
     Ok(GenerateRequest {
         width,
@@ -301,7 +302,8 @@ fn planned(request: &RunRequest, facts: &Facts, merges: bool) -> Result<Generate
         guidance: request.guidance,
         adapters,
         second_pass: extra.denoise_strength.map(SecondPass::new),
-        initial_latents: super::touch::read(extra)?.1,
+        initial_latents,
+        touch,
         decode: DecodeOptions {
             tile: extra.decode_tile.map(|pixels| pixels as usize),
             chunk: extra.decode_chunk.map(|frames| frames as usize),

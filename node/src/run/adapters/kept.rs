@@ -20,6 +20,8 @@ use tokio::sync::OwnedMutexGuard;
 const FOLDER: &str = "adapters";
 /// How long an adapter stays without use.
 const KEPT_FOR: Duration = Duration::from_secs(3600);
+/// Most adapters that are kept.
+const MAX_KEPT: usize = 4096;
 
 /// Whose, and which.
 type Key = (RequesterId, BlobId);
@@ -38,6 +40,8 @@ struct Inner {
     fetching: BTreeMap<Key, Arc<tokio::sync::Mutex<()>>>,
     /// Files that were made.
     made: u64,
+    /// How often somebody said to forget.
+    forgotten: u64,
 }
 
 #[derive(Debug)]
@@ -53,7 +57,8 @@ impl Kept {
         let folder = state.join(FOLDER);
         crate::run::jobs::remove_folder(&folder)?;
         let (rows, fetching) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self(Arc::new(Mutex::new(Inner { folder, limit, rows, fetching, made: 0 }))))
+        let (made, forgotten) = (0, 0);
+        Ok(Self(Arc::new(Mutex::new(Inner { folder, limit, rows, fetching, made, forgotten }))))
     }
 
     /// Waits until nobody else fetches the same for the same requester. Others wait until what it gives is dropped.
@@ -76,7 +81,13 @@ impl Kept {
             row.used = Instant::now();
             row.file.clone()
         };
-        match same_file(&file, to).and_then(|()| hash(to)) {
+        if let Err(error) = same_file(&file, to) {
+            // The job's folder goes when it is cancelled, a disk may be full: that is not the adapter's fault.
+            tracing::debug!(blob = %blob.id.short(), %error, "a kept adapter was not taken");
+            let _gone = std::fs::remove_file(to);
+            return false;
+        }
+        match hash(to) {
             Ok(found) if found == blob.id => true,
             result => {
                 tracing::warn!(blob = %blob.id.short(), error = ?result.err(), "a kept adapter is not what it was");
@@ -90,18 +101,26 @@ impl Kept {
     /// Keeps a requester's adapter, which was fetched and checked, where it has room. Whoever calls it has the turn.
     pub(in crate::run) fn keep(&self, requester: RequesterId, blob: BlobRef, from: &Path) {
         let key = (requester, blob.id);
-        let (folder, file) = {
+        // What was asked for may be said to be longer than it is.
+        let is_whole = std::fs::metadata(from).is_ok_and(|found| found.len() == blob.len);
+        let (folder, file, forgotten) = {
             let mut inner = self.lock();
-            if blob.len > inner.limit || inner.rows.contains_key(&key) {
+            let has_room = blob.len > 0 && blob.len <= inner.limit;
+            if !is_whole || !has_room || inner.rows.contains_key(&key) {
                 return;
             }
             inner.make_room(blob.len);
             inner.made += 1;
-            (inner.folder.clone(), inner.folder.join(inner.made.to_string()))
+            (inner.folder.clone(), inner.folder.join(inner.made.to_string()), inner.forgotten)
         };
         match std::fs::create_dir_all(folder).and_then(|()| same_file(from, &file)) {
             Ok(()) => {
                 let mut inner = self.lock();
+                if inner.forgotten != forgotten {
+                    // It may have been the requester's word; what is not kept is fetched again.
+                    let _gone = std::fs::remove_file(file);
+                    return;
+                }
                 // Others may have come meanwhile.
                 inner.make_room(blob.len);
                 inner.rows.insert(key, Row { file, len: blob.len, used: Instant::now() });
@@ -115,7 +134,9 @@ impl Kept {
 
     /// Drops all adapters of a requester.
     pub(in crate::run) fn forget(&self, requester: &RequesterId) {
-        self.lock().drop_where(|(whose, _), _| whose == requester);
+        let mut inner = self.lock();
+        inner.forgotten += 1;
+        inner.drop_where(|(whose, _), _| whose == requester);
     }
 
     /// Drops what nobody has used for long.
@@ -133,9 +154,9 @@ impl Inner {
         self.rows.values().map(|row| row.len).sum()
     }
 
-    /// Drops the least recently used until so many more bytes fit.
+    /// Drops the least recently used until one more of so many bytes fits.
     fn make_room(&mut self, len: u64) {
-        while self.bytes().saturating_add(len) > self.limit {
+        while self.bytes().saturating_add(len) > self.limit || self.rows.len() >= MAX_KEPT {
             let oldest = self.rows.iter().min_by_key(|(_, row)| row.used).map(|(key, _)| *key);
             let Some(key) = oldest else { return };
             self.drop_row(&key);
@@ -256,6 +277,19 @@ mod tests {
         std::fs::write(file.path(), "aaaaabaaaa").unwrap();
         assert!(!place.takes(ADA, a));
         assert_eq!(place.files(), 0);
+    }
+
+    #[test]
+    fn a_place_that_is_gone_costs_no_adapter_and_a_wrong_length_takes_no_room() {
+        let place = Place::new(25);
+        let a = place.fetched(ADA, 'a');
+        assert!(!place.kept.take(ADA, a, &place.folder.path().join("gone/taken")));
+        assert!(place.takes(ADA, a));
+        let file = place.folder.path().join("short");
+        std::fs::write(&file, "b").unwrap();
+        place.kept.keep(ADA, BlobRef { id: BlobId::of(b"b"), len: 25 }, &file);
+        assert!(place.takes(ADA, a), "it made no room for what was said to be long");
+        assert_eq!(place.files(), 1);
     }
 
     #[tokio::test]

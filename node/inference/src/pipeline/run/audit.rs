@@ -45,7 +45,7 @@ pub(super) fn transition<M: VideoModel>(
         return Err(Error::NotAuditable { architecture: model.facts().architecture.clone() });
     };
     let latents = checked(latents, model.latents_shape(&plan, index))?.to_device(model.device())?;
-    settle(model, request)?;
+    let request = &settle(model, request)?;
     let _beside = model.places().apply(&request.adapters)?;
     let context = model.context(request, &plan)?;
     let state = State { latents, memory: BTreeMap::new() };

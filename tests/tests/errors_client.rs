@@ -120,7 +120,7 @@ fn a_clip_beyond_a_nodes_memory_is_refused_with_the_bytes_needed_and_the_bytes_t
     sandbox.add(&Worker::test(&[]), "[[device]]\nmemory_limit = \"1 GiB\"\n");
     let (node, client) = (&sandbox.nodes[0], sandbox.client("artist"));
     let ticket = node.ticket();
-    let text = fails(&generate(&client, &["--node", &ticket, "--size", "1024x1024", "--frames", "65"]), 6);
+    let text = fails(&generate(&client, &["--node", &ticket, "--size", "2048x2048", "--frames", "65"]), 6);
     says(&text, &["device.memory_limit", " bytes is beyond the limit of 1073741824 bytes"]);
     says(&text, &["ask another node, or for a smaller or shorter clip"]);
     nothing_happened(&client, node);

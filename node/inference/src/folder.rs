@@ -86,14 +86,18 @@ pub fn load_t5(part: &Path, options: &LoadOptions) -> Result<(T5Encoder, u64), E
     Ok((encoder, weights.parameters()))
 }
 
+/// The type in which a T5 encoder computes where the rest has `dtype`: it overflows in f16.
+pub(crate) fn text_dtype(dtype: DType) -> DType {
+    if dtype == DType::F16 { DType::BF16 } else { dtype }
+}
+
 /// Opens the weights of such an encoder.
 ///
 /// # Errors
 /// When a file is missing, cut short or corrupt.
 pub fn open_t5(part: &Path, config: &T5Config, options: &LoadOptions) -> Result<Weights, Error> {
-    let dtype = if options.dtype == DType::F16 { DType::BF16 } else { options.dtype };
     let gated = config.is_gated();
-    open_renamed(part, TEXT_STEM, options, dtype, &|name| t5_name(name, gated))
+    open_renamed(part, TEXT_STEM, options, text_dtype(options.dtype), &|name| t5_name(name, gated))
 }
 
 /// The configuration of a T5 or UMT5 encoder from its component's folder, checked.

@@ -33,10 +33,13 @@ use serde::Serialize;
 
 use crate::adapter::names::TRANSFORMER;
 use crate::error::Error;
+use crate::folder::open_t5;
+pub(crate) use crate::folder::text_dtype;
 use crate::offload::Offload;
 use crate::pipeline::run::FRAMES_AT_ONCE;
 use crate::pipeline::{DecodeOptions, GenerateRequest, LoadOptions};
 use crate::sampler::guidance::GuidancePasses;
+use crate::text::{T5Config, T5Encoder};
 use crate::weights::Weights;
 use adapters::Beside;
 use ledger::{Ghost, Ledger, Special};
@@ -358,6 +361,13 @@ impl Draft {
         self.add(name, (dtype, self.text_is_apart()), files, build)
     }
 
+    /// Adds the T5 encoder of a component's folder.
+    pub(crate) fn t5(&mut self, part: &Path, config: &T5Config) -> Result<usize, Error> {
+        let files = open_t5(part, config, &LoadOptions::default());
+        let dtype = text_dtype(self.options.dtype);
+        Ok(self.text_component("text encoder", dtype, files, |vb| T5Encoder::load(config, &vb))?.0)
+    }
+
     fn add<T>(
         &mut self,
         name: &'static str,
@@ -463,9 +473,4 @@ impl GhostFilm {
         let one = || video.turned(&[channels, height, width]).to(DType::F32);
         let _one = (one(), one(), some);
     }
-}
-
-/// The type in which a T5 encoder computes where the rest has `dtype`: it overflows in f16.
-pub(crate) fn text_dtype(dtype: DType) -> DType {
-    if dtype == DType::F16 { DType::BF16 } else { dtype }
 }

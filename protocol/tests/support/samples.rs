@@ -23,9 +23,12 @@ use std::fmt::Debug;
 
 #[path = "samples/audits.rs"]
 mod audits;
+#[path = "samples/custody.rs"]
+mod custody;
 #[path = "samples/rpc.rs"]
 mod rpc;
 use audits::*;
+use custody::*;
 use rpc::*;
 pub(crate) use rpc::{requests, responses};
 
@@ -478,41 +481,6 @@ pub(crate) fn checkpoint(d: &mut Draw) -> Checkpoint {
     }
 }
 
-pub(crate) fn custody(d: &mut Draw) -> Custody {
-    Custody { job: job_id(d), custodian: node(d), runs_at: node_address(d), issued_at: d.at() }
-}
-
-pub(crate) fn keep(d: &mut Draw) -> Keep {
-    Keep {
-        job: job_id(d),
-        requester: requester(d),
-        holder: node(d),
-        content: content(d),
-        sealed: blob(d),
-        statement: Bytes::new(d.bytes::<40>().to_vec()).unwrap(),
-        until: d.at(),
-        issued_at: d.at(),
-    }
-}
-
-fn content(d: &mut Draw) -> Content {
-    [Content::Clip, Content::Latents, Content::Checkpoint, Content::Input(1)][d.below(4) as usize]
-}
-
-fn mirrored(d: &mut Draw) -> MirroredInputs {
-    let input = |d: &mut Draw| SealedInput { input: blob(d).id, sealed: blob(d) };
-    MirroredInputs { holder: node_address(d), inputs: d.list(input) }
-}
-
-fn held(d: &mut Draw) -> Held {
-    let item = |d: &mut Draw| HeldItem {
-        content: content(d),
-        sealed: blob(d),
-        statement: Bytes::new(d.bytes::<40>().to_vec()).unwrap(),
-    };
-    Held { items: d.list(item), runs_at: d.some(node_address) }
-}
-
 pub(crate) fn node_list(d: &mut Draw) -> NodeList {
     NodeList {
         name: d.text(),
@@ -539,31 +507,6 @@ pub(crate) fn model_list(d: &mut Draw) -> ModelList {
         expires_at: d.at(),
         models: d.list(model),
     }
-}
-
-pub(crate) fn requests_of_custody(d: &mut Draw) -> List<Request, 16> {
-    let list = ListName { publisher: d.keypair().public(), kind: ListKind::Models };
-    List::first_of([
-        Request::Custody { custody: envelope(d), job: envelope(d) },
-        Request::Keep(envelope(d)),
-        Request::Held(envelope(d)),
-        Request::Forget(envelope(d)),
-        Request::Look(Look { addresses: d.list(Draw::text), quote: d.some(quote_request) }),
-        Request::List(list),
-        Request::Release { lease: lease(d), reason: ReleaseReason::Sooner(d.millis()) },
-        Request::Release { lease: lease(d), reason: ReleaseReason::Latency },
-        Request::Release { lease: lease(d), reason: ReleaseReason::Reliability },
-    ])
-}
-
-pub(crate) fn responses_of_custody(d: &mut Draw) -> List<Response, 16> {
-    List::first_of([
-        Response::Kept { until: d.at() },
-        Response::Held(held(d)),
-        Response::Forgotten { job: job_id(d) },
-        Response::Seen(Seen { reached: d.flag(), quoted: d.flag(), text: d.text() }),
-        Response::List(envelope(d)),
-    ])
 }
 
 pub(crate) fn envelope(d: &mut Draw) -> Envelope {

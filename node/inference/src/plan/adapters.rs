@@ -35,12 +35,11 @@ impl Beside {
                 let all = layers.entry(name).or_default();
                 // A bias alone comes with matrices of rank 1 that are zero.
                 let rank = all.rank.saturating_add(size.rank.max(1));
-                let most = |own: usize, other: usize| own.max(other);
                 *all = LayerSize {
-                    input: most(all.input, size.input),
-                    output: most(all.output, size.output),
+                    input: all.input.max(size.input),
+                    output: all.output.max(size.output),
                     rank,
-                    bias: most(all.bias, size.bias),
+                    bias: all.bias.max(size.bias),
                 };
             }
         }

@@ -82,9 +82,12 @@ impl Kept {
             row.file.clone()
         };
         if let Err(error) = same_file(&file, to) {
-            // The job's folder goes when it is cancelled, a disk may be full: that is not the adapter's fault.
             tracing::debug!(blob = %blob.id.short(), %error, "a kept adapter was not taken");
             let _gone = std::fs::remove_file(to);
+            // The job's folder goes when it is cancelled, a disk may be full: that is not the adapter's fault.
+            if File::open(&file).is_err() {
+                self.lock().drop_row(&key);
+            }
             return false;
         }
         match hash(to) {
@@ -270,13 +273,18 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_changed_is_dropped_and_not_used() {
+    fn a_file_that_was_changed_or_is_gone_is_dropped_and_not_used() {
         let place = Place::new(100);
         let a = place.fetched(ADA, 'a');
         let file = std::fs::read_dir(place.folder.path().join(FOLDER)).unwrap().next().unwrap().unwrap();
         std::fs::write(file.path(), "aaaaabaaaa").unwrap();
         assert!(!place.takes(ADA, a));
         assert_eq!(place.files(), 0);
+        place.fetched(ADA, 'a');
+        std::fs::remove_dir_all(place.folder.path().join(FOLDER)).unwrap();
+        assert!(!place.takes(ADA, a));
+        assert_eq!(place.fetched(ADA, 'a'), a);
+        assert!(place.takes(ADA, a), "it is fetched again and kept");
     }
 
     #[test]

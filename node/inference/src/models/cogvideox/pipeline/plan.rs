@@ -6,7 +6,7 @@ use candle_core::DType;
 
 use super::IMAGE_CLASS;
 use crate::error::Error;
-use crate::folder::{WEIGHTS_STEM, open_t5, open_weights, read_t5};
+use crate::folder::{WEIGHTS_STEM, open_weights, read_t5};
 use crate::models::cogvideox::config::{TransformerConfig, VaeConfig};
 use crate::models::cogvideox::facts::facts;
 use crate::models::cogvideox::transformer::CogVideoXTransformer;
@@ -18,7 +18,6 @@ use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run};
 use crate::plan::text::t5;
 use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
 use crate::registry::ModelIndex;
-use crate::text::T5Encoder;
 
 /// Residual blocks in the middle.
 const MIDDLE: usize = 2;
@@ -47,12 +46,7 @@ pub(crate) fn plan(
 
     let opened = LoadOptions::default();
     let mut draft = Draft::new(options, request);
-    let (encoder, _) = draft.text_component(
-        "text encoder",
-        text_dtype(dtype),
-        open_t5(&folder.join("text_encoder"), &text, &opened),
-        |vb| T5Encoder::load(&text, &vb),
-    )?;
+    let encoder = draft.t5(&folder.join("text_encoder"), &text)?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, false, text_dtype(dtype));

@@ -9,7 +9,7 @@ use super::conditions::Layout;
 use super::second;
 use super::{open_transformer, open_vae, read_transformer_config, read_vae_config};
 use crate::error::Error;
-use crate::folder::{WEIGHTS_STEM, open_t5, open_weights, read_t5};
+use crate::folder::{WEIGHTS_STEM, open_weights, read_t5};
 use crate::models::ltx::config::TransformerConfig;
 use crate::models::ltx::facts::{class, facts};
 use crate::models::ltx::transformer::LtxTransformer;
@@ -23,7 +23,6 @@ use crate::plan::ledger::{Ghost, Ledger, attention};
 use crate::plan::text::t5;
 use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
 use crate::registry::ModelIndex;
-use crate::text::T5Encoder;
 use crate::tiling::{Cut, Tiling};
 
 /// The plan of a request.
@@ -51,12 +50,7 @@ pub(crate) fn plan(
 
     let opened = LoadOptions::default();
     let mut draft = Draft::new(options, request);
-    let (encoder, _) = draft.text_component(
-        "text encoder",
-        text_dtype(dtype),
-        open_t5(&folder.join("text_encoder"), &text, &opened),
-        |vb| T5Encoder::load(&text, &vb),
-    )?;
+    let encoder = draft.t5(&folder.join("text_encoder"), &text)?;
     let (transformer, _) =
         draft.component("transformer", dtype, open_transformer(folder, &opened), |vb| {
             LtxTransformer::load(&config, &vb)

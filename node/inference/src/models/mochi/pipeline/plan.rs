@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::Error;
-use crate::folder::{WEIGHTS_STEM, open_t5, open_weights, read_t5};
+use crate::folder::{WEIGHTS_STEM, open_weights, read_t5};
 use crate::models::mochi::config::TransformerConfig;
 use crate::models::mochi::facts::facts;
 use crate::models::mochi::transformer::MochiTransformer;
@@ -18,7 +18,6 @@ use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run};
 use crate::plan::text::t5;
 use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
 use crate::registry::ModelIndex;
-use crate::text::T5Encoder;
 use crate::tiling::blend::BlendPlan;
 
 /// The plan of a request.
@@ -45,12 +44,7 @@ pub(crate) fn plan(
     let files = |part: &str| open_weights(&folder.join(part), WEIGHTS_STEM, &opened, dtype);
     let (transformer, _) = draft
         .component("transformer", dtype, files("transformer"), |vb| MochiTransformer::load(&config, &vb))?;
-    let (encoder, _) = draft.text_component(
-        "text encoder",
-        text_dtype(dtype),
-        open_t5(&folder.join("text_encoder"), &text, &opened),
-        |vb| T5Encoder::load(&text, &vb),
-    )?;
+    let encoder = draft.t5(&folder.join("text_encoder"), &text)?;
     let (vae, decoder) =
         draft.component("vae", dtype, files("vae"), |vb| MochiVae::load_decoder(&vae_config, &vb))?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {

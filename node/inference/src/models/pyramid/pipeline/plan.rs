@@ -9,7 +9,7 @@ use candle_core::DType;
 use super::parts::is_guided;
 use super::{OwnExtras, Usual, VAE_FOLDER, read_clip, transformer_folder};
 use crate::error::Error;
-use crate::folder::{TEXT_STEM, WEIGHTS_STEM, open_t5, open_weights, read_t5};
+use crate::folder::{TEXT_STEM, WEIGHTS_STEM, open_weights, read_t5};
 use crate::models::pyramid::config::{PATCH, TransformerConfig};
 use crate::models::pyramid::facts::facts;
 use crate::models::pyramid::transformer::PyramidTransformer;
@@ -20,7 +20,7 @@ use crate::plan::guided::Texts;
 use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run};
 use crate::plan::text::{clip_text, t5};
 use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
-use crate::text::{ClipTextEncoder, T5Encoder};
+use crate::text::ClipTextEncoder;
 use crate::tiling::blend::BlendPlan;
 
 /// The plan of a request.
@@ -52,12 +52,7 @@ pub(crate) fn plan(
     let opened = LoadOptions::default();
     let mut draft = Draft::new(options, request);
     let files = |part: &Path| open_weights(part, WEIGHTS_STEM, &opened, dtype);
-    let (encoder, _) = draft.text_component(
-        "text encoder",
-        text_dtype(dtype),
-        open_t5(&folder.join(variant.t5().encoder), &text, &opened),
-        |vb| T5Encoder::load(&text, &vb),
-    )?;
+    let encoder = draft.t5(&folder.join(variant.t5().encoder), &text)?;
     let load = if variant.projects() { ClipTextEncoder::load_projected } else { ClipTextEncoder::load };
     let mut encoders = vec![encoder];
     for (clip, parts) in clips.iter().zip(variant.clips()) {

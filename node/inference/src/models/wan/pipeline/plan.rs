@@ -7,7 +7,7 @@ use candle_core::DType;
 
 use super::{SECOND, WanSampler, boundary};
 use crate::error::Error;
-use crate::folder::{WEIGHTS_STEM, open_renamed, open_t5, open_weights, read_t5};
+use crate::folder::{WEIGHTS_STEM, open_renamed, open_weights, read_t5};
 use crate::models::wan::config::TransformerConfig;
 use crate::models::wan::facts::{Form, facts, form};
 use crate::models::wan::names::transformer_name;
@@ -20,7 +20,6 @@ use crate::plan::ledger::{Ghost, GhostCache, Ledger, attention, cat, each_run, i
 use crate::plan::text::{t5, vision};
 use crate::plan::{Draft, GhostFilm, MemoryPlan, PlanOptions, PlanPhase, text_dtype};
 use crate::registry::ModelIndex;
-use crate::text::T5Encoder;
 use crate::tiling::{Cut, Tiling};
 use crate::vision::{ClipVisionEncoder, open_vision, read_vision};
 
@@ -48,12 +47,7 @@ pub(crate) fn plan(
 
     let opened = LoadOptions::default();
     let mut draft = Draft::new(options, request);
-    let (encoder, _) = draft.text_component(
-        "text encoder",
-        text_dtype(dtype),
-        open_t5(&folder.join("text_encoder"), &text, &opened),
-        |vb| T5Encoder::load(&text, &vb),
-    )?;
+    let encoder = draft.t5(&folder.join("text_encoder"), &text)?;
     draft.phase(PlanPhase::Text, &[encoder], |ledger| {
         let _start = ledger.wide(&latents);
         let each = || t5(ledger, &text, tokens, true, text_dtype(dtype)).same();
